@@ -1,0 +1,265 @@
+"""Language models aligned by preference: SuperHF and its kin, in JAX.
+
+Five functions for notebooks; everything else is `python -m jaxalign.main`.
+Importing this package imports neither jax nor starts a backend.
+"""
+
+import dataclasses
+import functools
+import pathlib
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from jaxalign.errors import UserError
+
+if TYPE_CHECKING:
+  import jax
+  import numpy as np
+
+__all__ = ["Loaded", "UserError", "generate", "load", "logits", "save", "score"]
+
+_TOKENIZER_FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "tokenizer.model",
+  "spm.model",
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable: by identity
+class Loaded:
+  """What `load` returns.
+
+  Attributes:
+    model: the architecture, a `models.model.Model`.
+    params: its parameters, nested dicts of arrays.
+    tokenizer: a `data.tokenizer.Tokenizer`, or None if there are no files.
+  """
+
+  model: Any
+  params: dict[str, Any]
+  tokenizer: Any
+
+
+def load(
+  source: str | pathlib.Path,
+  *,
+  dtype: str = "float32",
+  compute_dtype: str | None = None,
+  head: str | None = None,
+) -> Loaded:
+  """A causal LM or a sequence classifier, as its `config.json` says.
+
+  Args:
+    source: a hub id, a Hugging Face folder, a folder with PEFT adapters, or
+      `lab` for the policy that ships with the package.
+    dtype: of the parameters: "float32", "bfloat16" or "float16".
+    compute_dtype: of the arithmetic; None = `dtype`.
+    head: another head than the file's, see `models.hf.folder.load`.
+
+  Returns:
+    The model, its parameters and its tokenizer (None if it has no files).
+
+  Raises:
+    UserError: one line that says what is wrong with the folder.
+  """
+  from jaxalign.build import models
+  from jaxalign.data.tokenizer import load_tokenizer
+  from jaxalign.models.hf import folder, hub
+
+  path = hub.resolve(models.locate(str(source), "policy"))
+  model, params = folder.load(
+    path, dtype=dtype, compute_dtype=compute_dtype, head=head
+  )
+  has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
+  tokenizer: Any = load_tokenizer(path) if has_tokenizer else None
+  return Loaded(model, params, tokenizer)
+
+
+def logits(model: Loaded, token_ids: Any, mask: Any = None) -> "jax.Array":
+  """What the model says of token ids, padded on either side.
+
+  Args:
+    model: from `load`.
+    token_ids: int `[B, T]`.
+    mask: bool `[B, T]`, True = a real token; None = all are.
+
+  Returns:
+    float32 `[B, T, V]`; of a classifier `[B]`.
+  """
+  import jax.numpy as jnp
+
+  tokens = jnp.asarray(token_ids, jnp.int32)
+  real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
+  forward = _kept(model, "logits", lambda: _forward(model.model))
+  return forward(model.params, tokens, real.astype(bool))
+
+
+def generate(
+  model: Loaded,
+  prompts: Sequence[str],
+  *,
+  samples_per_prompt: int = 1,
+  max_new_tokens: int = 64,
+  temperature: int | float = 1.0,
+  top_p: int | float = 1.0,
+  seed: int = 0,
+  **settings: Any,
+) -> list[list[str]]:
+  """Completions of each prompt.
+
+  Args:
+    model: a causal language model with its tokenizer.
+    prompts: texts; they are continued as they stand.
+    samples_per_prompt: S, completions of each.
+    max_new_tokens: a completion ends after as many tokens, or at the end of
+      text.
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_p: draw from the likeliest tokens that hold this much probability.
+    seed: the same seed gives the same texts, whatever the other prompts are.
+    **settings: further ones of `sampling.settings.make`, such as `top_k`.
+
+  Returns:
+    For each prompt a list of S completions, the prompt not included.
+  """
+  import jax
+
+  from jaxalign.sampling.sampler import Sampler
+  from jaxalign.sampling.settings import make
+
+  tokenizer = _tokenizer(model)
+  if not prompts:
+    return []
+  if model.model.config.head != "lm":
+    raise UserError(
+      f"generate needs a language model, this one has the head "
+      f"{model.model.config.head!r}"
+    )
+  sampler = _kept(model, "generate", lambda: Sampler(model.model))
+  settings.setdefault("pad_id", tokenizer.pad_id)
+  if tokenizer.eos_id is not None:
+    settings.setdefault("eos_ids", (tokenizer.eos_id,))
+  drawn = sampler(
+    model.params,
+    tokenizer.encode_prompts(prompts),
+    make(
+      temperature=temperature,
+      top_p=top_p,
+      max_new_tokens=max_new_tokens,
+      **settings,
+    ),
+    jax.random.key(seed),
+    samples_per_prompt=samples_per_prompt,
+  )
+  rows = zip(drawn.tokens, drawn.lengths, strict=True)
+  texts = [tokenizer.decode(row[:length].tolist()) for row, length in rows]
+  step = samples_per_prompt
+  return [texts[i : i + step] for i in range(0, len(texts), step)]
+
+
+def score(
+  reward_model: Loaded,
+  prompts: Sequence[str],
+  completions: Sequence[str],
+  *,
+  encoding: str = "concat",
+) -> "np.ndarray":
+  """The reward of each completion.
+
+  Args:
+    reward_model: a sequence classifier with its tokenizer.
+    prompts: prompt of each completion.
+    completions: as many texts.
+    encoding: "concat" (the SuperHF paper's) or "pair", see
+      `Tokenizer.encode_rewards`.
+
+  Returns:
+    float32 numpy `[B]`, raw logits, higher is better. A score does not
+    depend on the others.
+  """
+  from jaxalign.scoring.scorer import Scorer
+
+  tokenizer = _tokenizer(reward_model)
+  if reward_model.model.config.head == "lm":
+    raise UserError("score needs a sequence classifier, not a language model")
+  if len(prompts) != len(completions):
+    raise UserError(
+      f"score needs as many prompts as completions, got {len(prompts)} and "
+      f"{len(completions)}"
+    )
+  eos = reward_model.model.config.head == "score_eos"
+  encode = functools.partial(
+    tokenizer.encode_rewards, encoding=encoding, eos=eos
+  )
+  make = lambda: Scorer(reward_model.model, reward_model.params, encode)
+  scorer = _kept(reward_model, f"score {encoding}", make)
+  return scorer(prompts, completions)
+
+
+def save(
+  model: Loaded,
+  folder: str | pathlib.Path,
+  *,
+  dtype: str | None = None,
+  license: str = "other",
+) -> None:
+  """Writes a folder that transformers loads, tokenizer and card included.
+
+  Args:
+    model: from `load`; adapters are merged.
+    folder: replaced if it holds a model, refused if it holds other files.
+    dtype: of the file's tensors; None = that of the parameters.
+    license: for the model card.
+
+  Raises:
+    UserError: the folder holds other files, or cannot be written.
+  """
+  from jaxalign.models.hf import card, write
+
+  tokenizer = model.tokenizer
+  ids = {} if tokenizer is None else tokenizer.special_ids()
+
+  def also(new: pathlib.Path) -> None:
+    if tokenizer is not None:
+      tokenizer.save(new)
+    card.write(new, license=license)
+
+  write.save(
+    model.model, model.params, folder, dtype=dtype, config=ids, also=also
+  )
+
+
+def _tokenizer(model: Loaded) -> Any:
+  if model.tokenizer is None:
+    raise UserError("the model's folder has no tokenizer files; add them")
+  return model.tokenizer
+
+
+def _forward(model: Any) -> Any:
+  """Token ids to logits or scores, jitted."""
+  import jax
+  import jax.numpy as jnp
+
+  @jax.jit
+  def forward(params, tokens, mask):
+    module = model.bind(params)
+    if model.config.head != "lm":
+      return module.score(tokens, mask)
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    hidden, _ = module(tokens, positions, mask.astype(jnp.int32))
+    return module.unembed(hidden)
+
+  return forward
+
+
+# Compiled programs, dropped together with the model that they belong to.
+_programs: weakref.WeakKeyDictionary[Any, dict[str, Any]]
+_programs = weakref.WeakKeyDictionary()
+
+
+def _kept(model: Loaded, name: str, make: Callable[[], Any]) -> Any:
+  programs = _programs.setdefault(model, {})
+  if name not in programs:
+    programs[name] = make()
+  return programs[name]

@@ -1,0 +1,208 @@
+"""Reward models from comparisons, from scores, or from both.
+
+Stiennon 2020 (eq. 1), Ouyang 2022 (§3.5): loss −log σ(s_w − s_l) over all
+pairs that the answers to one prompt form, each answer encoded once. A scored
+answer (`prompt, completion, reward`) can also be learned by regression, which
+distils a larger reward model.
+
+A comparison is two rows of one group with rewards 1 and 0; a group's scored
+answers are compared wherever their rewards differ.
+
+Differs from SuperHF's released reward models: padding never enters a score.
+"""
+
+import dataclasses
+import typing
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxalign.core import gradients, losses, optim
+from jaxalign.core.types import Metrics, Params, TrainState
+from jaxalign.models import lora
+from jaxalign.runtime.context import Context, fit
+
+
+@typing.no_type_check  # holds numpy rows on the host
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoredBatch:
+  """Answers with the rewards they should get."""
+
+  tokens: Int[Array, "*M B T"]
+  mask: Bool[Array, "*M B T"]  # True = a real token
+  types: Int[Array, "*M B T"]  # 0 = prompt, 1 = answer, with `pair` encoding
+  reward: Float[Array, "*M B"]  # target; only its order counts in pairs
+  margin: Float[Array, "*M B"]  # by how much a chosen answer should win
+  group: Int[Array, "*M B"]  # answers to one prompt carry one number
+  chars: Int[Array, "*M B"]  # length of the answer in characters
+  real: Bool[Array, "*M B"]  # True = a row, False = filler
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """Data as functions: `batch(step)` `[M, B, T]`; validation `[1, B, T]`."""
+
+  batch: Callable[[int], ScoredBatch]
+  validation: tuple[ScoredBatch, ...] = ()
+
+
+def pair_loss(
+  scores: Float[Array, " B"], batch: ScoredBatch
+) -> tuple[Array, Bool[Array, "B B"]]:
+  """−log σ(sᵢ − sⱼ − mᵢ) for every pair of a group with rewardᵢ > rewardⱼ."""
+  pairs = batch.reward[:, None] > batch.reward[None, :]
+  pairs &= batch.group[:, None] == batch.group[None, :]
+  pairs &= batch.real[:, None] & batch.real[None, :]
+  loss = losses.pairwise(
+    scores[:, None], scores[None, :], batch.margin[:, None]
+  )
+  return jnp.where(pairs, loss, 0), pairs
+
+
+def make_update(
+  ctx: Context,
+  optimizer: optax.GradientTransformation,
+  rate: Callable[[Array], Array],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """The update `(state, frozen, batch, key) -> (state, metrics)`."""
+  config = ctx.config
+  compare = config.loss in ("pairwise", "both")
+  regress = config.loss in ("distill", "both")
+
+  def update(
+    state: TrainState, frozen: Params, batch: ScoredBatch, key: Array
+  ) -> tuple[TrainState, Metrics]:
+    pair_count, rows = _counts(batch)
+
+    def loss(params, micro, key):
+      module = ctx.model.bind(lora.join(params, frozen))
+      scores = module.score(micro.tokens, micro.mask, micro.types)
+      nll, pairs = pair_loss(scores, micro)
+      gap = scores[:, None] - scores[None, :]
+      square = jnp.where(micro.real, (scores - micro.reward) ** 2, 0)
+      together = jnp.where(
+        pairs, losses.centring(scores[:, None], scores[None, :]), 0
+      )
+      total = config.centring * together.sum() / pair_count
+      if compare:
+        total += nll.sum() / pair_count
+      if regress:
+        total += config.distill_weight * square.sum() / rows
+      better = jnp.where(pairs, scores[:, None], 0).sum()
+      worse = jnp.where(pairs, scores[None, :], 0).sum()
+      return total, {
+        "accuracy": (pairs & (gap > 0)).sum() / pair_count,
+        "margin": jnp.where(pairs, gap, 0).sum() / pair_count,
+        "rewards/chosen": better / pair_count,
+        "rewards/rejected": worse / pair_count,
+        "mean_reward": jnp.where(micro.real, scores, 0).sum() / rows,
+        "loss/pairwise": nll.sum() / pair_count,
+        "loss/distill": square.sum() / rows,
+      }
+
+    value, metrics, grads = gradients.accumulate(loss, state.params, batch, key)
+    lr = rate(state.step)
+    state, norm = optim.apply_gradients(
+      state, grads, value, lr, optimizer, config.optimizer.ema
+    )
+    state = dataclasses.replace(state, step=state.step + 1)
+    return state, metrics | {
+      "loss/total": value,
+      "grad_norm": norm,
+      "lr": lr,
+      "skipped_updates": state.skipped,
+    }
+
+  return update
+
+
+def _counts(batch: ScoredBatch) -> tuple[Array, Array]:
+  """Pairs and rows of the whole batch, at least 1 each."""
+  pairs = jax.vmap(lambda b: pair_loss(jnp.zeros_like(b.reward), b)[1])(batch)
+  return jnp.maximum(pairs.sum(), 1), jnp.maximum(batch.real.sum(), 1)
+
+
+def run(
+  ctx: Context,
+  task: Task,
+  optimizer: optax.GradientTransformation,
+  rate: Callable[[Array], Array],
+) -> TrainState:
+  """Trains for the config's steps; validates at its interval and at the end."""
+  update = ctx.compile(make_update(ctx, optimizer, rate))
+  validate = make_validate(ctx, task.validation) if task.validation else None
+  return fit(ctx, task.batch, update, validate)
+
+
+def make_validate(
+  ctx: Context, batches: tuple[ScoredBatch, ...]
+) -> Callable[[TrainState], Metrics]:
+  """Agreement over held-out pairs; see `agreement`."""
+
+  @jax.jit
+  def score(params, frozen, batch):
+    module = ctx.model.bind(lora.join(params, frozen))
+    return module.score(batch.tokens[0], batch.mask[0], batch.types[0])
+
+  def validate(state: TrainState) -> Metrics:
+    scores = [score(state.params, ctx.frozen, ctx.put(b, 1)) for b in batches]
+    columns = [
+      (b.reward[0], b.group[0], b.chars[0], b.real[0]) for b in batches
+    ]
+    reward, group, chars, real = map(np.concatenate, zip(*columns, strict=True))
+    found = np.concatenate([np.asarray(s) for s in jax.device_get(scores)])
+    values = agreement(found[real], reward[real], group[real], chars[real])
+    return {f"eval_{k}": v for k, v in values.items()}
+
+  return validate
+
+
+def agreement(
+  scores: Float[np.ndarray, " B"],
+  reward: Float[np.ndarray, " B"],
+  group: Int[np.ndarray, " B"],
+  chars: Int[np.ndarray, " B"],
+  seed: int = 0,
+) -> Metrics:
+  """How often scores order two answers to one prompt as the rewards do.
+
+  One random pair for every two answers of a prompt; pairs of equal reward
+  are left out.
+
+  Returns:
+    `accuracy`; `accuracy_if_longer` and `accuracy_if_shorter`, of the pairs
+    whose better answer is the longer or the shorter one;
+    `accuracy_longer_wins`, of always taking the longer one, the baseline that
+    a reward model has to beat; `margin`, better less worse; `pairs`, their
+    number; `mean_reward`, the mean score.
+  """
+  rng = np.random.default_rng(seed)
+  order = np.lexsort((rng.random(len(group)), group))
+  a, b = order[:-1], order[1:]
+  pair = (group[a] == group[b]) & (reward[a] != reward[b])
+  # Each answer stands in one pair at most: pairs start at even places.
+  starts = np.concatenate([[True], group[order][1:] != group[order][:-1]])
+  place = np.arange(len(order)) - np.maximum.accumulate(
+    np.where(starts, np.arange(len(order)), 0)
+  )
+  pair &= place[:-1] % 2 == 0
+  a, b = a[pair], b[pair]
+  swap = reward[a] < reward[b]
+  better, worse = np.where(swap, b, a), np.where(swap, a, b)
+  right = scores[better] > scores[worse]
+  longer = chars[better] > chars[worse]
+  mean = lambda x: float(x.mean()) if len(x) else float("nan")
+  return {
+    "accuracy": mean(right),
+    "accuracy_if_longer": mean(right[longer]),
+    "accuracy_if_shorter": mean(right[~longer]),
+    "accuracy_longer_wins": mean(longer),
+    "margin": mean(scores[better] - scores[worse]),
+    "pairs": len(right),
+    "mean_reward": mean(scores),
+  }

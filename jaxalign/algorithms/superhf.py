@@ -1,0 +1,288 @@
+"""SuperHF: sample several answers, keep the best, fine-tune on them, repeat.
+
+"SuperHF: Supervised Iterative Learning from Human Feedback" (CS224N 2023;
+arXiv 2310.16763), Algorithm 1. One superbatch: the policy answers A prompts S
+times each, a frozen reward model scores the answers, the K best go into one
+supervised step that also holds the policy near its prior:
+
+  loss = NLL + C / NLL + β Σ_texts mean_t KL(p₀(·|t) ‖ p(·|t))
+
+Differs from the released code, because it is broken there:
+ (1) the prompt is masked by true position, whatever the padding;
+ (2) the KL covers exactly the distributions that predict the completion;
+ (3) the text that is scored is the text that is trained on, token for token;
+ (4) the end of a text can be trained (`train_eos`);
+ (5) padding never enters a reward;
+ (6) intervals of 0 mean off;
+ (7) one prompt without a usable answer does not end a run.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+
+from jaxalign.config import SuperbatchConfig
+from jaxalign.core import filters, gradients, keys, losses, masked, optim
+from jaxalign.core.logprobs import logprobs_and_kl, target_logprobs
+from jaxalign.core.types import Answers, KeptBatch, Metrics, Params, TrainState
+from jaxalign.models import lora
+from jaxalign.runtime.context import Context, Rows, due
+
+_log = logging.getLogger(__name__)
+
+Score = Callable[[list[str], list[str]], Float[np.ndarray, " B"]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tools:
+  """What a superbatch needs, as functions of plain values.
+
+  Attributes:
+    prompts: step -> the prompts of that superbatch.
+    sample: (params, prompts, samples a prompt, key) -> Answers.
+    score: (prompts, completions) -> raw logits, higher is better.
+    held_out: the same by a reward model that is never trained against.
+    encode: (answers, indices to keep) -> the updates' batches `[M, B, T]`.
+    diversity: (prompts, completions, kept completions) -> metrics.
+    evaluate: params -> metrics on prompts that are kept aside.
+  """
+
+  prompts: Callable[[int], list[str]]
+  sample: Callable[[Params, list[str], int, Array], Answers]
+  score: Score
+  held_out: Score | None
+  encode: Callable[[Answers, np.ndarray], list[KeptBatch]]
+  diversity: Callable[[list[str], list[str], list[str]], Metrics]
+  evaluate: Callable[[Params], Metrics] | None = None
+
+
+def run(
+  ctx: Context,
+  tools: Tools,
+  optimizer: optax.GradientTransformation,
+  rate: Callable[[Array], Array],
+) -> TrainState:
+  """Algorithm 1."""
+  config, state = ctx.config, ctx.state
+  update = ctx.compile(make_update(ctx, optimizer, rate))
+  for step in ctx.steps():
+    key = keys.fold(ctx.key, step)
+    metrics, rows = {}, []
+    try:
+      answers, scores = _sample_and_score(ctx, tools, state, step, key)
+      kept = keep_best(scores, config.superbatch)
+    except Exception:
+      # Out of memory, no usable answer: tolerated up to a set number, as in
+      # the released code, but never hidden.
+      ctx.counters["exceptions"] = ctx.counters.get("exceptions", 0) + 1
+      if ctx.counters["exceptions"] > config.max_exception_count:
+        raise
+      _log.exception("superbatch %d failed and is left out", step + 1)
+    else:
+      with ctx.stage("update"):
+        found = []
+        for i, batch in enumerate(tools.encode(answers, kept)):
+          part = keys.fold(key, i)
+          state, measured = update(state, ctx.frozen, _prior(ctx), batch, part)
+          found.append(measured)
+        # The next samples need these parameters anyway; waiting here costs
+        # no overlap and keeps the stages' times honest.
+        jax.block_until_ready(found)
+      with ctx.stage("score"):
+        test = due(step, config.validation_interval, config.steps)
+        tested = _held_out_scores(tools, answers) if test else None
+      metrics = _update_metrics(found)
+      metrics |= _answer_metrics(tools, answers, scores, tested, kept)
+      rows = _rows(step, answers, scores, tested, kept)
+    if tools.evaluate and due(step, config.evaluation.interval, config.steps):
+      with ctx.stage("evaluate"):
+        metrics |= tools.evaluate(lora.join(state.params, ctx.frozen))
+    state = dataclasses.replace(state, step=_next(state.step))
+    metrics["exceptions"] = ctx.counters.get("exceptions", 0)
+    ctx.report(step, metrics, rows)
+    ctx.save(step, state)
+  return state
+
+
+def keep_best(
+  scores: Float[np.ndarray, "P S"], superbatch: SuperbatchConfig
+) -> Int[np.ndarray, " K"]:
+  """Flat indices of the answers to train on; see `superbatch.mode`.
+
+  Raises:
+    ValueError: no answer is usable.
+  """
+  if superbatch.filters_per_prompt:
+    kept = filters.top_k_per_prompt(scores, superbatch.keep)
+  else:
+    kept = filters.top_k(scores.reshape(-1), superbatch.keep)
+  if not len(kept):
+    raise ValueError("every completion was empty or had no finite score")
+  return kept
+
+
+def make_update(
+  ctx: Context,
+  optimizer: optax.GradientTransformation,
+  rate: Callable[[Array], Array],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """The supervised step `(state, frozen, prior, batch, key)` on kept texts.
+
+  The learning rate goes by `state.step`, the superbatch, and is the same for
+  all updates of one.
+  """
+  config = ctx.config
+
+  def update(state: TrainState, frozen, prior, batch: KeptBatch, key: Array):
+    tokens = jnp.maximum(batch.text.loss_mask[..., 1:].sum(), 1)
+
+    def loss(params, micro, key):
+      whole = lora.join(params, frozen)
+      nll, kl, measured = _text_losses(ctx, whole, prior, micro, key)
+      nll /= tokens
+      total = nll + max(config.kl_coefficient, 0) * kl
+      # C / loss is of the whole batch: with C > 0 there is one micro-batch.
+      if config.inverse_loss_penalty:
+        total += losses.inverse_loss(nll, config.inverse_loss_penalty)
+      return total, measured | {"nll": nll}
+
+    total, measured, grads = gradients.accumulate(
+      loss, state.params, batch, key
+    )
+    lr = rate(state.step)
+    state, norm = optim.apply_gradients(
+      state, grads, total, lr, optimizer, config.optimizer.ema
+    )
+    return state, measured | {
+      "total": total,
+      "tokens": tokens,
+      "grad_norm": norm,
+      "lr": lr,
+      "skipped": state.skipped,
+    }
+
+  return update
+
+
+def _text_losses(
+  ctx: Context,
+  params: Params,
+  prior: Params | None,
+  batch: KeptBatch,
+  key: Array,
+) -> tuple[Array, Array, Metrics]:
+  """Σ NLL, Σ_texts KL and measurements of `[B, T]` texts."""
+  text = batch.text
+  inputs = (text.tokens, text.positions, text.segments)
+  mask, targets = text.loss_mask[:, 1:], text.tokens[:, 1:]
+  module = ctx.model.bind(params)
+  hidden = module(*inputs, dropout_key=key)[0][:, :-1]
+  if ctx.prior is None or prior is None:
+    logp = target_logprobs(hidden, targets, mask, module.unembed)
+    kl = jnp.zeros_like(logp)
+  else:
+    before = ctx.prior[0].bind(prior)
+    reference = jax.lax.stop_gradient(before(*inputs)[0][:, :-1])
+    logp, kl = logprobs_and_kl(
+      hidden, reference, targets, mask, module.unembed, before.unembed
+    )
+  gap = jnp.abs(logp - batch.sampled_logps[:, 1:])
+  known = mask & batch.sampled[:, 1:]
+  measured = {
+    "kl_sum": kl.sum(),
+    "logp_diff_max": jnp.where(known, gap, 0).max(),
+  }
+  return -logp.sum(), masked.row_means(kl, mask).sum(), measured
+
+
+def _sample_and_score(ctx, tools: Tools, state, step, key):
+  """Answers, and scores `[P, S]` with −inf where an answer is unusable."""
+  config = ctx.config
+  with ctx.stage("sample"):
+    params = lora.join(state.params, ctx.frozen)
+    answers = tools.sample(
+      params, tools.prompts(step), config.superbatch.samples_per_prompt, key
+    )
+  with ctx.stage("score"):
+    scores = np.array(tools.score(answers.asked, answers.texts), np.float64)
+  chars = np.array([len(t) for t in answers.texts])
+  # The option's help said λ · length; the code took the logarithm.
+  scores -= config.length_penalty * np.log(np.maximum(chars, 1))
+  scores[(chars == 0) | ~np.isfinite(scores)] = -np.inf
+  return answers, scores.reshape(len(answers.prompts), -1)
+
+
+def _held_out_scores(tools: Tools, answers: Answers):
+  if tools.held_out is None:
+    return None
+  return np.asarray(tools.held_out(answers.asked, answers.texts))
+
+
+def _prior(ctx: Context) -> Params | None:
+  return None if ctx.prior is None else ctx.prior[1]
+
+
+@jax.jit
+def _next(step: Array) -> Array:
+  return step + 1
+
+
+@jax.jit
+def _update_metrics(found: list[Metrics]) -> Metrics:
+  mean = lambda name: sum(m[name] for m in found) / len(found)
+  return {
+    "loss/total": mean("total"),
+    "loss/nll": mean("nll"),
+    "kl/mean": sum(m["kl_sum"] for m in found)
+    / sum(m["tokens"] for m in found),
+    # Later updates of a superbatch no longer have the sampler's parameters.
+    "sampling/logp_diff_max": found[0]["logp_diff_max"],
+    "grad_norm": mean("grad_norm"),
+    "lr": found[-1]["lr"],
+    "skipped_updates": found[-1]["skipped"],
+  }
+
+
+def _answer_metrics(tools, answers, scores, tested, kept) -> Metrics:
+  flat, chars = scores.reshape(-1), [len(t) for t in answers.texts]
+  real = np.isfinite(flat)
+  found = {
+    "score/mean": flat[real].mean(),
+    "score/std": flat[real].std(),
+    "score/kept_mean": flat[kept].mean(),
+    "completion/chars_mean": np.mean(chars),
+    "completion/tokens_mean": np.mean(answers.samples.lengths),
+    "completion/empty_fraction": np.mean(np.array(chars) == 0),
+    "completion/ended_fraction": np.mean(answers.ended),
+    "num_prompts": len(answers.prompts),
+    "num_sampled_tokens": int(np.sum(answers.samples.lengths)),
+  }
+  if tested is not None:
+    found["test_score/mean"] = tested[real].mean()
+    found["test_score/kept_mean"] = tested[kept].mean()
+  texts = [answers.texts[i] for i in kept]
+  return found | tools.diversity(answers.asked, answers.texts, texts)
+
+
+def _rows(step, answers, scores, tested, kept) -> Rows:
+  """What samples.jsonl gets: every answer of the superbatch."""
+  flat, chosen = scores.reshape(-1), set(kept.tolist())
+  return [
+    {
+      "step": step + 1,
+      "prompt": prompt,
+      "completion": text,
+      "score": float(flat[i]) if np.isfinite(flat[i]) else None,
+      "test_score": None if tested is None else float(tested[i]),
+      "kept": i in chosen,
+    }
+    for i, (prompt, text) in enumerate(
+      zip(answers.asked, answers.texts, strict=True)
+    )
+  ]

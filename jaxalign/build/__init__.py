@@ -1,0 +1,1 @@
+"""The wiring: a config in, a finished run folder out."""

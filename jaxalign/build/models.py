@@ -1,0 +1,192 @@
+"""Loads what a config names: a policy to train, a reward model to read."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.config import InitConfig, TrainingConfig
+from jaxalign.core.types import Params
+from jaxalign.data.tokenizer import (
+  Tokenizer,
+  check_vocabulary,
+  load_tokenizer,
+)
+from jaxalign.errors import UserError
+from jaxalign.models import layers
+from jaxalign.models.hf import folder as hf
+from jaxalign.models.hf import hub
+from jaxalign.models.hf.architectures import ARCHITECTURES
+from jaxalign.models.hf.fields import Fields
+from jaxalign.models.model import Model
+from jaxalign.parallel import mesh as meshes
+
+LAB = pathlib.Path(__file__).parent.parent / "lab"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable: by identity
+class Loaded:
+  """A model with its parameters and its tokenizer."""
+
+  model: Model
+  params: Params
+  tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+  """A model whose folder was checked and whose parameters are still unread.
+
+  A run opens all of its models and its data before it reads a parameter: what
+  is wrong with the last of them shows within seconds.
+  """
+
+  model: Model
+  tokenizer: Tokenizer
+  read: Callable[[], Params]
+
+  def load(self) -> Loaded:
+    """Reads the parameters, which takes the time."""
+    return Loaded(self.model, self.read(), self.tokenizer)
+
+
+def compute_dtype(setting: str) -> str:
+  """`auto` is bfloat16 on accelerators and float32 on CPU."""
+  if setting != "auto":
+    return setting
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def load_policy(
+  config: TrainingConfig, mesh: Mesh, head: str = "auto"
+) -> Loaded:
+  """`open_policy` with its parameters read."""
+  return open_policy(config, mesh, head).load()
+
+
+def open_policy(
+  config: TrainingConfig, mesh: Mesh, head: str = "auto"
+) -> Opened:
+  """The model that `config.policy` names, with adapters if `config.lora` says.
+
+  Args:
+    config: of any training run.
+    mesh: where the parameters go.
+    head: "lm", "score_...", or "auto" for what the folder says.
+
+  Raises:
+    UserError: anything that keeps it from being loaded.
+  """
+  compute = compute_dtype(config.precision.compute)
+  lora = None
+  if config.lora.rank:
+    lora = layers.LoraConfig(
+      rank=config.lora.rank,
+      alpha=config.lora.alpha,
+      dropout=config.lora.dropout,
+      targets=config.lora.targets,
+    )
+  if config.policy == "init":
+    return _new(config, mesh, head, compute)
+  folder = hub.resolve(
+    locate(config.policy, "policy" if head == "lm" else "reward-train")
+  )
+  model, read = hf.prepare(
+    folder,
+    dtype=config.precision.params,
+    compute_dtype=compute,
+    head=None if head == "auto" else head,
+    lora=lora,
+    shardings=lambda shapes: meshes.shardings(shapes, mesh),
+    remat=config.remat,
+    seed=config.seed,
+  )
+  return Opened(model, _tokenizer(folder, model), read)
+
+
+def open_scorer(name: str, mesh: Mesh, dtype: str, field: str) -> Opened:
+  """A frozen reward model.
+
+  Args:
+    name: hub id, folder, or `lab`.
+    mesh: where the parameters go.
+    dtype: "float32", "bfloat16" or "auto", of parameters and arithmetic.
+    field: config field that named it, for messages.
+
+  Raises:
+    UserError: it cannot be loaded or has no score head.
+  """
+  default = "reward-test" if "test" in field else "reward-train"
+  folder = hub.resolve(locate(name, default))
+  dtype = compute_dtype(dtype)
+  model, read = hf.prepare(
+    folder,
+    dtype=dtype,
+    shardings=lambda shapes: meshes.shardings(shapes, mesh),
+  )
+  if model.config.head == "lm":
+    raise UserError(
+      f"config.{field}: {name} is a language model without a score head; give "
+      "a sequence classifier, e.g. one trained with configs/reward_model.py"
+    )
+  return Opened(model, _tokenizer(folder, model), read)
+
+
+def locate(name: str, lab: str) -> str:
+  """A model's name with `lab` put into the folder that ships."""
+  return str(LAB / lab) if name == "lab" else name
+
+
+def _tokenizer(folder: Any, model: Model) -> Tokenizer:
+  tokenizer = load_tokenizer(folder)
+  check_vocabulary(tokenizer, model.config.vocab_size, str(folder))
+  return tokenizer
+
+
+def _new(config: TrainingConfig, mesh: Mesh, head: str, dtype: str) -> Opened:
+  """A model of `config.init`'s sizes with random weights."""
+  tokenizer = load_tokenizer(config.init.tokenizer)
+  values = _hf_values(config.init, tokenizer)
+  head = "lm" if head == "auto" else head
+  architecture = ARCHITECTURES[config.init.model_type]
+  fields = Fields(values, "config.init")
+  sizes = architecture.from_hf(
+    fields, head=head, dtype=dtype, remat=config.remat
+  )
+  model = Model.build(sizes)
+  init = lambda: meshes.put(model.init(jax.random.key(config.seed)), mesh)
+  return Opened(model, tokenizer, init)
+
+
+def _hf_values(init: InitConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+  """`config.init` as the config.json of a folder."""
+  values = {
+    name: value
+    for name, value in dataclasses.asdict(init).items()
+    if name != "tokenizer" and value != 0
+  }
+  values.setdefault("intermediate_size", 4 * init.hidden_size)
+  values |= {
+    "tie_word_embeddings": init.tie_word_embeddings,
+    "vocab_size": tokenizer.vocab_size,
+    "pad_token_id": tokenizer.pad_id,
+    "eos_token_id": tokenizer.eos_id or 0,
+  }
+  if init.model_type == "deberta-v2":
+    # The third version's attention: shared keys, log buckets.
+    values |= {
+      "relative_attention": True,
+      "pos_att_type": ["p2c", "c2p"],
+      "share_att_key": True,
+      "position_buckets": 32,
+      "norm_rel_ebd": "layer_norm",
+      "position_biased_input": False,
+      "max_relative_positions": -1,
+      "type_vocab_size": 0,
+      "pooler_hidden_size": init.hidden_size,
+      "num_labels": 1,
+    }
+  return values

@@ -1,0 +1,118 @@
+"""Runs a config: what `main` calls once it is valid."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+from jaxalign.algorithms import reward_model, sft, superhf
+from jaxalign.build import export, models, questions, session, supervised
+from jaxalign.build import superhf as superhf_tools
+from jaxalign.config import (
+  RewardModelConfig,
+  SFTConfig,
+  SuperHFConfig,
+  TrainingConfig,
+)
+from jaxalign.parallel import mesh as meshes
+from jaxalign.runtime import cache, workdir
+
+
+def run(config: TrainingConfig, folder: pathlib.Path) -> int:
+  """Trains until the config's steps are done or someone asks to stop.
+
+  Returns:
+    The exit status: 0, or 130 and 143 after SIGINT and SIGTERM.
+  """
+  # The cheap checks come first, and the folder is made only once everything
+  # that the config names has been opened.
+  session.check_folder(config, folder)
+  if workdir.read_finished(folder) is not None:
+    print(f"{folder} holds a finished run; read {folder / 'report.html'}")
+    return 0
+  if config.compilation_cache:
+    cache.enable_compilation_cache()
+  return RUNS[config.algorithm](config, folder)
+
+
+def run_sft(config: SFTConfig, folder: pathlib.Path) -> int:
+  """Supervised fine-tuning."""
+  mesh = _mesh(config)
+  _check_rows(config, mesh)
+  policy = models.open_policy(config, mesh, "lm")
+  context = policy.model.config.max_positions
+  task, steps = supervised.sft_task(config, policy.tokenizer, context)
+  return _train(sft.run, config, folder, policy.load(), mesh, task, steps)
+
+
+def run_reward_model(config: RewardModelConfig, folder: pathlib.Path) -> int:
+  """A reward model from comparisons or scores."""
+  mesh = _mesh(config)
+  _check_rows(config, mesh)
+  policy = models.open_policy(config, mesh, config.head)
+  context = policy.model.config.max_positions
+  task, steps = supervised.reward_task(config, policy.tokenizer, context)
+  return _train(
+    reward_model.run, config, folder, policy.load(), mesh, task, steps
+  )
+
+
+def run_superhf(config: SuperHFConfig, folder: pathlib.Path) -> int:
+  """SuperHF."""
+  mesh = _mesh(config)
+  opened = models.open_policy(config, mesh, "lm")
+  scorers = superhf_tools.open_scorers(config, mesh)
+  context = opened.model.config.max_positions
+  asked = questions.load_questions(config, opened.tokenizer, context)
+  policy = opened.load()
+  tools = superhf_tools.make_tools(config, policy, mesh, asked, scorers)
+  return _train(
+    superhf.run,
+    config,
+    folder,
+    policy,
+    mesh,
+    tools,
+    config.steps,
+    reference=config.reference != "none",
+  )
+
+
+def _check_rows(config: SFTConfig | RewardModelConfig, mesh: Any) -> None:
+  name = "micro_batch" if config.micro_batch else "batch_size"
+  meshes.check_rows(mesh, getattr(config, name), f"config.{name}")
+
+
+def _mesh(config: TrainingConfig):
+  sizes = config.mesh
+  return meshes.make_mesh(sizes.replica, sizes.fsdp, sizes.tensor)
+
+
+def _train(
+  algorithm: Any,
+  config: Any,
+  folder: pathlib.Path,
+  loaded: models.Loaded,
+  mesh: Any,
+  task: Any,
+  steps: int,
+  reference: bool = False,
+) -> int:
+  config = dataclasses.replace(config, steps=steps)
+  policy = session.Policy(loaded.model, loaded.params, loaded.tokenizer, mesh)
+  opened = session.open_session(config, folder, policy, reference=reference)
+  with opened as (ctx, stop):
+    state = algorithm(
+      ctx, task, session.make_optimizer(config), session.make_rate(config)
+    )
+  if stop.requested:
+    return stop.exit_status
+  export.finish(config, folder, ctx, state, loaded.tokenizer)
+  return 0
+
+
+RUNS: dict[str, Callable[[Any, pathlib.Path], int]] = {
+  "sft": run_sft,
+  "reward_model": run_reward_model,
+  "superhf": run_superhf,
+}

@@ -1,0 +1,262 @@
+"""Data of the runs that learn from a data set: SFT and reward models."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from jaxalign.algorithms import reward_model, sft
+from jaxalign.algorithms.reward_model import ScoredBatch
+from jaxalign.build import models
+from jaxalign.config import RewardModelConfig, SFTConfig
+from jaxalign.core.types import TextBatch
+from jaxalign.data import batches, encode, formats, packing
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.errors import UserError
+
+WINDOW = 32  # batches among which rows of like length are brought together
+
+
+def sft_task(
+  config: SFTConfig, tokenizer: Tokenizer, context: int
+) -> tuple[sft.Task, int]:
+  """The rows of an SFT run, and how many steps it has.
+
+  Args:
+    config: its data, packing and lengths.
+    tokenizer: the policy's.
+    context: tokens the model can read.
+  """
+  length = min(config.max_length, context)
+  rows = _encode(config, config.data, tokenizer, length)
+  if config.packing:
+    plan = packing.plan_packing([len(row) for row in rows], length)
+  else:
+    plan = [[i] for i in range(len(rows))]
+  size = config.batch_size
+  micro = config.micro_batch or size
+  steps = config.steps or math.ceil(config.epochs * len(plan) / size)
+
+  def batch(step: int) -> TextBatch:
+    chosen = batches.rows_of_step(config.seed, step, size, len(plan))
+    members = [[rows[i] for i in plan[row]] for row in chosen]
+    width = length if config.packing else _bucket(members, length)
+    return _text_batch(members, width, tokenizer.pad_id, size // micro)
+
+  held = ()
+  if config.validation_data:
+    found = _encode(config, config.validation_data, tokenizer, length)
+    found = sorted(found[: config.validation_rows or None], key=len)
+    held = tuple(
+      _text_batch([[row] for row in part], _bucket([part], length), 0, 1)
+      for part in _parts(found, micro)
+    )
+  return sft.Task(batch, held), steps
+
+
+def reward_task(
+  config: RewardModelConfig, tokenizer: Tokenizer, context: int
+) -> tuple[reward_model.Task, int]:
+  """The rows of a reward-model run, and how many steps it has."""
+  length = min(config.max_length, context)
+  rows = _scored_rows(config, config.data, tokenizer, length, config.half)
+  size = config.batch_size
+  micro = config.micro_batch or size
+  a_pass = len(rows["ids"]) // size
+  if a_pass == 0:
+    raise UserError(
+      f"config.data: {config.data} gives {len(rows['ids'])} answers, fewer "
+      f"than config.batch_size={size}; lower it or give more data"
+    )
+  steps = config.steps or math.ceil(config.epochs * a_pass)
+
+  @functools.lru_cache(maxsize=2)
+  def order(epoch: int) -> np.ndarray:
+    return _grouped_order(config, rows, epoch, size)
+
+  def batch(step: int) -> ScoredBatch:
+    epoch, at = divmod(step, a_pass)
+    return _scored_batch(rows, order(epoch)[at], length, size // micro)
+
+  held = ()
+  if config.validation_data:
+    found = _scored_rows(
+      config, config.validation_data, tokenizer, length, "all"
+    )
+    count = min(config.validation_rows or len(found["ids"]), len(found["ids"]))
+    by_length = sorted(range(count), key=lambda i: len(found["ids"][i]))
+    held = tuple(
+      _scored_batch(found, np.array(part), length, 1, fill=micro)
+      for part in _parts(by_length, micro)
+    )
+  return reward_model.Task(batch, held), steps
+
+
+def _encode(config: SFTConfig, source: str, tokenizer, length: int) -> list:
+  """Encoded rows of a source; rows without room for an answer are left out."""
+  place = models.locate(source, "demonstrations.jsonl")
+  found = formats.load_completions(
+    place, tokenizer=tokenizer, max_bad_share=config.max_bad_share
+  )
+  print(f"{source}: {found}")
+  limit = config.max_example_chars or math.inf
+  kept = [
+    row for row in found.rows if len(row.prompt) + len(row.completion) <= limit
+  ]
+  encoded = encode.encode_rows(
+    tokenizer,
+    [row.prompt for row in kept],
+    [row.completion for row in kept],
+    max_length=length,
+    loss=config.loss_on,
+    train_eos=config.train_eos,
+    overlong="skip",
+  )
+  if not encoded.rows:
+    raise UserError(
+      f"{source}: no row is left of {len(found.rows)}: {len(kept)} are within "
+      f"config.max_example_chars={config.max_example_chars}, none of these has "
+      f"a prompt below {length} tokens; raise it or config.max_length"
+    )
+  return list(encoded.rows)
+
+
+def _text_batch(
+  members: list[list], width: int, pad_id: int, micros: int
+) -> TextBatch:
+  rows = [row for group in members for row in group]
+  ends = np.cumsum([len(group) for group in members]).tolist()
+  plan = [
+    list(range(end - len(group), end))
+    for group, end in zip(members, ends, strict=True)
+  ]
+  packed = packing.pack(rows, width, pad_id, plan)
+  cut = lambda x: x.reshape(micros, -1, width)
+  return TextBatch(
+    tokens=cut(packed.tokens),
+    positions=cut(packed.positions),
+    segments=cut(packed.segments),
+    loss_mask=cut(packed.loss_mask),
+  )
+
+
+def _bucket(members: Sequence[Sequence], limit: int) -> int:
+  longest = max(len(row) for group in members for row in group)
+  return min(limit, batches.bucket_length(longest))
+
+
+def _parts(rows: Sequence, size: int) -> list:
+  return [rows[i : i + size] for i in range(0, len(rows), size)]
+
+
+def _scored_rows(
+  config: RewardModelConfig, source: str, tokenizer, length: int, half: str
+) -> dict[str, list]:
+  """Columns of answers: ids, types, reward, margin, group, chars."""
+  answers: list[tuple[str, str, float | None, float]] = []
+  source = models.locate(source, "comparisons.jsonl")
+  if config.loss == "pairwise":
+    found = formats.load_preferences(
+      source,
+      tokenizer=tokenizer,
+      max_bad_share=config.max_bad_share,
+      part=half,
+    )
+    for row in found.rows:
+      margin = row.margin if config.margin else 0.0
+      answers.append((row.prompt, row.chosen, 1.0, margin))
+      answers.append((row.prompt, row.rejected, 0.0, 0.0))
+    groups = [i // 2 for i in range(len(answers))]
+  else:
+    found = formats.load_completions(
+      source,
+      need="reward",
+      tokenizer=tokenizer,
+      max_bad_share=config.max_bad_share,
+      part=half,
+    )
+    answers = [(r.prompt, r.completion, r.reward, 0.0) for r in found.rows]
+    numbers: dict[str, int] = {}
+    groups = [numbers.setdefault(a[0], len(numbers)) for a in answers]
+  print(f"{source}: {found}")
+  encoded = tokenizer.encode_rewards(
+    [a[0] for a in answers],
+    [a[1] for a in answers],
+    config.encoding,
+    length,
+    config.head == "score_eos",
+  )
+  return {
+    "ids": [ids for ids, _ in encoded],
+    "types": [types for _, types in encoded],
+    "reward": [a[2] for a in answers],
+    "margin": [a[3] for a in answers],
+    "group": groups,
+    "chars": [len(a[1]) for a in answers],
+  }
+
+
+def _grouped_order(
+  config: RewardModelConfig, rows: dict[str, list], epoch: int, size: int
+) -> np.ndarray:
+  """Batches `[N, B]` of an epoch, answers to one prompt side by side.
+
+  Each prompt's answers are shuffled and cut into groups; the groups are
+  shuffled; within a window of batches they are sorted by length, so that a
+  batch holds little padding; the batches are shuffled again.
+  """
+  count = len(rows["ids"])
+  most = 2 if config.loss == "pairwise" else config.answers_per_prompt
+  rank = np.argsort(batches.permutation(config.seed, epoch, count))
+  group = np.array(rows["group"])
+  order = np.lexsort((rank, group))
+  start = np.r_[True, group[order][1:] != group[order][:-1]]
+  first = np.maximum.accumulate(np.where(start, np.arange(count), 0))
+  fresh = (np.arange(count) - first) % most == 0
+  pieces = np.split(order, np.flatnonzero(fresh)[1:])
+  pieces.sort(key=lambda piece: rank[piece].min())
+  window = WINDOW * size
+  cut, lines, held = [], [], 0
+  for piece in pieces:
+    lines.append(piece)
+    held += len(piece)
+    if held >= window:
+      cut.append(lines)
+      lines, held = [], 0
+  cut.append(lines)
+  longest = lambda piece: max(len(rows["ids"][i]) for i in piece)
+  flat = np.concatenate(
+    [p for lines in cut for p in sorted(lines, key=longest)]
+  )
+  whole = flat[: count // size * size].reshape(-1, size)
+  return whole[batches.permutation(config.seed + 1, epoch, len(whole))]
+
+
+def _scored_batch(
+  rows: dict[str, list],
+  chosen: np.ndarray,
+  length: int,
+  micros: int,
+  fill: int = 0,
+) -> ScoredBatch:
+  """Rows as arrays `[M, B, T]`, filled up to `fill` rows."""
+  real = len(chosen)
+  size = max(real, fill)
+  index = np.r_[chosen, np.full(size - real, chosen[0])]
+  ids = [rows["ids"][i] for i in index]
+  width = _bucket([ids], length)
+  tokens, mask = batches.pad_rows(ids, width)
+  types, _ = batches.pad_rows([rows["types"][i] for i in index], width)
+  column = lambda name, kind: np.array([rows[name][i] for i in index], kind)
+  cut: Callable = lambda x: x.reshape(micros, -1, *x.shape[1:])
+  return ScoredBatch(
+    tokens=cut(tokens),
+    mask=cut(mask),
+    types=cut(types),
+    reward=cut(column("reward", np.float32)),
+    margin=cut(column("margin", np.float32)),
+    group=cut(column("group", np.int32)),
+    chars=cut(column("chars", np.int32)),
+    real=cut(np.arange(size) < real),
+  )

@@ -1,0 +1,197 @@
+"""Talk to a model in the terminal.
+
+  python -m jaxalign.chat MODEL [--prompt TEXT] [--system TEXT]
+    [--temperature 0.7] [--top_p 0.9] [--max_new_tokens 256] [--seed 0]
+
+MODEL is a Hugging Face folder, a hub id or `lab`. Turns are written as the
+tokenizer's chat template says, or else with the role delimiters the models
+were trained on. `--prompt` answers once and ends; a text that holds role
+delimiters already is continued as it stands.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from jaxalign.errors import UserError, exit_status, told
+from jaxalign.text import templates
+
+if TYPE_CHECKING:
+  import jax
+
+  from jaxalign import Loaded
+  from jaxalign.core.types import SamplingParams
+  from jaxalign.data.tokenizer import Tokenizer
+  from jaxalign.sampling.sampler import Sampler
+
+ENDS = (templates.HUMAN, templates.ASSISTANT)
+UNFINISHED = "\ufffd"  # what decoding gives for half a character
+
+Messages = list[templates.Message]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns the exit status: 2 is a mistake in the input."""
+  return exit_status(lambda: run(told(_parser()).parse_args(argv)))
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m jaxalign.chat", description="Talk to a model."
+  )
+  parser.add_argument("model", help="model folder, hub id, or lab")
+  parser.add_argument("--prompt", help="answer this once and end")
+  parser.add_argument("--system", default="", help="text before the first turn")
+  parser.add_argument("--temperature", type=float, default=0.7)
+  parser.add_argument("--top_p", type=float, default=0.9)
+  parser.add_argument("--max_new_tokens", type=int, default=256)
+  parser.add_argument("--seed", type=int, default=0)
+  return parser
+
+
+def run(args: argparse.Namespace) -> None:
+  """Answers `args.prompt`, or one line after another until end of input.
+
+  Raises:
+    UserError: no such model, no tokenizer, or a setting out of range.
+  """
+  # Imported late: a mistyped flag should not wait for jax.
+  import jax
+
+  import jaxalign
+  from jaxalign.sampling import settings
+  from jaxalign.sampling.sampler import Sampler
+
+  # Checked before the model is loaded, which may take minutes.
+  chosen = {
+    "temperature": args.temperature,
+    "top_p": args.top_p,
+    "max_new_tokens": args.max_new_tokens,
+  }
+  settings.make(**chosen)
+  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  loaded = jaxalign.load(args.model, dtype=dtype)
+  tokenizer = _check(loaded, args.model)
+  eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+  drawn = settings.make(**chosen, eos_ids=eos, pad_id=tokenizer.pad_id)
+  sampler, key = Sampler(loaded.model), jax.random.key(args.seed)
+  system = [{"role": "system", "content": args.system}] if args.system else []
+  if args.prompt is not None:
+    ids = prompt_ids(tokenizer, system, args.prompt)
+    show(answer(sampler, loaded, ids, drawn, key))
+    return
+  messages = list(system)
+  for turn, line in enumerate(_lines()):
+    messages.append({"role": "user", "content": line})
+    ids = fit(tokenizer, messages, loaded.model.config.max_positions)
+    reply = answer(sampler, loaded, ids, drawn, jax.random.fold_in(key, turn))
+    messages.append({"role": "assistant", "content": show(reply)})
+
+
+def _check(loaded: "Loaded", name: str) -> "Tokenizer":
+  if loaded.model.config.head != "lm":
+    raise UserError(
+      f"{name} is a reward model (head {loaded.model.config.head}), which"
+      " gives scores, not answers; name a language model"
+    )
+  if loaded.tokenizer is None:
+    raise UserError(
+      f"{name} holds no tokenizer files; copy tokenizer.json next to the model"
+    )
+  return loaded.tokenizer
+
+
+def prompt_ids(
+  tokenizer: "Tokenizer", messages: Messages, text: str
+) -> list[int]:
+  """Ids that a one-shot answer to `text` starts from."""
+  if not templates.is_prompt(text):
+    messages = [*messages, {"role": "user", "content": text}]
+    text = tokenizer.render_chat(messages, reply=True)
+  return tokenizer.encode_prompts([text])[0]
+
+
+def fit(tokenizer: "Tokenizer", messages: Messages, context: int) -> list[int]:
+  """Ids of the dialogue; forgets the oldest turns once it fills the context.
+
+  A quarter of the context stays free for the answer. The system text and the
+  last turn are never dropped; `messages` is shortened in place.
+  """
+  first = 1 if messages[0]["role"] == "system" else 0
+  while True:
+    text = tokenizer.render_chat(messages, reply=True)
+    ids = tokenizer.encode_prompts([text])[0]
+    if 4 * len(ids) <= 3 * context or len(messages) <= first + 1:
+      return ids
+    del messages[first : first + 2]
+
+
+def answer(
+  sampler: "Sampler",
+  loaded: "Loaded",
+  ids: list[int],
+  drawn: "SamplingParams",
+  key: "jax.Array",
+) -> Iterator[str]:
+  """Pieces of the answer, as its tokens are drawn."""
+  tokens = sampler.stream(loaded.params, ids, drawn, key)
+  return pieces(tokens, loaded.tokenizer)
+
+
+def pieces(tokens: Iterable[int], tokenizer: "Tokenizer") -> Iterator[str]:
+  """Text that can be shown for sure, up to the next turn of the dialogue.
+
+  What may be the beginning of a role delimiter, and half a character, is held
+  back until more tokens have come.
+  """
+  ids: list[int] = []
+  shown, text = 0, ""
+  for token in tokens:
+    ids.append(token)
+    text = tokenizer.decode(ids).lstrip()
+    ends = [at for end in ENDS if (at := text.find(end)) >= 0]
+    if ends:
+      text = text[: min(ends)]
+      break
+    safe = min(len(text) - _doubtful(text), len(text.rstrip()))
+    if safe > shown:
+      yield text[shown:safe]
+      shown = safe
+  if rest := text[shown:].rstrip():
+    yield rest
+
+
+def _doubtful(text: str) -> int:
+  """Length of the ending that later tokens may change or cut away."""
+  whole = text.rstrip(UNFINISHED)
+  for size in range(max(map(len, ENDS)), 0, -1):
+    if any(end.startswith(whole[-size:]) for end in ENDS if whole[-size:]):
+      return len(text) - len(whole) + min(size, len(whole))
+  return len(text) - len(whole)
+
+
+def show(reply: Iterable[str]) -> str:
+  """Prints the pieces as they come; returns them as one stripped text."""
+  text = ""
+  for piece in reply:
+    print(piece, end="", flush=True)
+    text += piece
+  print(flush=True)
+  return text.strip()
+
+
+def _lines() -> Iterator[str]:
+  """Lines the user types; blank ones are passed over."""
+  prompt = "> " if sys.stdin.isatty() else ""
+  while True:
+    try:
+      line = input(prompt).strip()
+    except EOFError:
+      return
+    if line:
+      yield line
+
+
+if __name__ == "__main__":
+  sys.exit(main())

@@ -1,0 +1,1 @@
+"""Pure array functions: losses, filters, log-probabilities, optimizers."""

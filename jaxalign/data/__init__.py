@@ -1,0 +1,1 @@
+"""Rows in, arrays out: sources, formats, prompts, tokenizer, batches."""

@@ -1,0 +1,167 @@
+"""Deterministic order, length buckets and padding; numpy only.
+
+Which rows a step sees is a pure function of (seed, step): a resumed run needs
+no iterator state, and hosts agree without talking to each other.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Int32, Int64, Shaped
+
+from jaxalign.errors import UserError
+
+DEFAULT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+
+
+@functools.lru_cache(maxsize=8)
+def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, " n"]:
+  """The order of `n` rows in an epoch; the same on every machine.
+
+  Drawn from Philox bits, whose stream numpy keeps stable over versions (that
+  of its shuffles it does not).
+
+  Args:
+    seed: any integer.
+    epoch: >= 0.
+    n: number of rows.
+
+  Returns:
+    A permutation of 0..n-1, read-only because calls share it.
+  """
+  key = np.array([seed % 2**64, epoch], dtype=np.uint64)
+  bits = np.random.Philox(key=key).random_raw(n)
+  order = np.argsort(bits, kind="stable").astype(np.int64)
+  order.flags.writeable = False
+  return order
+
+
+def rows_of_step(
+  seed: int, step: int, batch: int, n: int
+) -> Int64[np.ndarray, " batch"]:
+  """The rows of one step; epochs follow each other without a gap.
+
+  Args:
+    seed: of the epochs' orders.
+    step: >= 0; the cost does not grow with it.
+    batch: rows a step, may exceed `n`.
+    n: rows of the data set.
+
+  Returns:
+    Indices in [0, n).
+  """
+  flat = step * batch + np.arange(batch, dtype=np.int64)
+  epochs, places = np.divmod(flat, n)
+  rows = np.empty(batch, dtype=np.int64)
+  for epoch in np.unique(epochs):
+    here = epochs == epoch
+    rows[here] = permutation(seed, int(epoch), n)[places[here]]
+  return rows
+
+
+def bucket_length(n: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> int:
+  """The smallest bucket that holds `n` tokens.
+
+  Raises:
+    UserError: `n` exceeds every bucket.
+  """
+  fitting = [bucket for bucket in buckets if bucket >= n]
+  if not fitting:
+    raise UserError(
+      f"a text of {n} tokens exceeds the largest length bucket "
+      f"{max(buckets)}; shorten it or add a larger bucket"
+    )
+  return min(fitting)
+
+
+def pad_rows(
+  rows: Sequence[Sequence[int]],
+  length: int,
+  pad_id: int = 0,
+  side: str = "right",
+) -> tuple[Int32[np.ndarray, "B T"], Bool[np.ndarray, "B T"]]:
+  """Stacks rows of ids into one array.
+
+  Args:
+    rows: ids of each row, at most `length` long.
+    length: T.
+    pad_id: fills the rest.
+    side: `right` or `left`: where the filling goes.
+
+  Returns:
+    `(tokens, mask)`; the mask is True on the rows' own ids, also on one that
+    equals `pad_id`.
+  """
+  assert side in ("right", "left"), side
+  tokens = np.full((len(rows), length), pad_id, dtype=np.int32)
+  mask = np.zeros((len(rows), length), dtype=bool)
+  for index, row in enumerate(rows):
+    assert len(row) <= length, (len(row), length)
+    start = 0 if side == "right" else length - len(row)
+    tokens[index, start : start + len(row)] = row
+    mask[index, start : start + len(row)] = True
+  return tokens, mask
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+  """Rows that are padded to one length and computed together."""
+
+  rows: Int64[np.ndarray, " R"]  # their indices in the caller's order
+  length: int  # the bucket, tokens
+
+
+def group_by_length(
+  lengths: Sequence[int],
+  buckets: Sequence[int] = DEFAULT_BUCKETS,
+  *,
+  max_rows: int,
+  max_tokens: int | None = None,
+) -> list[Group]:
+  """Cuts rows of mixed length into groups of like length.
+
+  Args:
+    lengths: tokens of each row.
+    buckets: the lengths that programs are compiled for.
+    max_rows: rows a group at most.
+    max_tokens: rows x bucket a group at most (one row is always allowed).
+
+  Returns:
+    Groups, longest first (so memory trouble shows at once); every row is in
+    exactly one. The order is deterministic.
+
+  Raises:
+    UserError: a row exceeds every bucket.
+  """
+  of_bucket: dict[int, list[int]] = {}
+  for index, n in enumerate(lengths):
+    of_bucket.setdefault(bucket_length(n, buckets), []).append(index)
+  groups = []
+  for length, members in sorted(of_bucket.items(), reverse=True):
+    size = max_rows
+    if max_tokens is not None:
+      size = max(1, min(max_rows, max_tokens // length))
+    for start in range(0, len(members), size):
+      rows = np.array(members[start : start + size], dtype=np.int64)
+      groups.append(Group(rows, length))
+  return groups
+
+
+def restore_order(
+  groups: Sequence[Group], values: Sequence[Shaped[np.ndarray, "_ ..."]]
+) -> Shaped[np.ndarray, "B ..."]:
+  """Puts the results of groups back into the caller's order.
+
+  Args:
+    groups: as `group_by_length` made them.
+    values: a result for each group; rows past the group's own (filling up to
+      a fixed size) are dropped.
+  """
+  order = np.concatenate([group.rows for group in groups])
+  kept = [v[: len(g.rows)] for g, v in zip(groups, values, strict=True)]
+  stacked = np.concatenate([np.asarray(v) for v in kept])
+  out = np.empty_like(stacked)
+  out[order] = stacked
+  return out

@@ -1,0 +1,85 @@
+"""Do a data set's columns fit? If not, say what to rename."""
+
+import difflib
+
+from jaxalign.data.sources import Table
+from jaxalign.errors import UserError
+
+# Other formats in use, and what makes them one of ours.
+CONVERSIONS = (
+  (
+    {"instruction", "output"},
+    "Alpaca: write instruction (and input) to prompt, output to completion",
+  ),
+  (
+    {"conversations"},
+    "ShareGPT: rename conversations to messages, from/value to role/content, "
+    "human/gpt to user/assistant",
+  ),
+  (
+    {"messages"},
+    "messages: put the last assistant message into completion (or chosen and "
+    "rejected), the ones before into prompt",
+  ),
+)
+ALIASES = {
+  "prompt": ("question", "instruction", "query", "input", "context"),
+  "completion": ("response", "answer", "output", "reply"),
+  "chosen": ("winner", "preferred", "better", "accepted"),
+  "rejected": ("loser", "dispreferred", "worse"),
+  "label": ("desirable", "thumbs", "good"),
+  "reward": ("score", "rating", "train_reward", "logit"),
+  "messages": ("conversations", "dialogue", "dialog"),
+  "text": ("content", "document"),
+}
+
+
+def lacking_columns(table: Table, wanted: tuple[str, ...]) -> None:
+  """Passes if the table's columns hold one of the wanted sets.
+
+  Args:
+    table: its rows may differ in columns; all of theirs count.
+    wanted: alternatives, each `a, b, c`.
+
+  Raises:
+    UserError: none fits; says the columns found, those needed, the nearest
+      known format and how to convert.
+  """
+  found = {column for row in table.rows for column in row}
+  options = [set(option.split(", ")) for option in wanted]
+  if any(option <= found for option in options) or not table.rows:
+    return
+  need = " or ".join(f"({option})" for option in wanted)
+  raise UserError(
+    f"{table.name} has the columns ({', '.join(sorted(found))}), need {need}; "
+    f"{_conversion(found, options)}"
+  )
+
+
+def _conversion(found: set[str], options: list[set[str]]) -> str:
+  """What makes the columns fit: a known recipe, else the nearest format."""
+  for columns, advice in CONVERSIONS:
+    if columns <= found:
+      return advice
+  plans = [_renames(found, option) for option in options]
+  # Fewest columns to invent, then fewest to rename.
+  renames, absent = min(plans, key=lambda plan: (len(plan[1]), len(plan[0])))
+  steps = [f"rename {old} to {new}" for old, new in renames]
+  steps += [f"add the column {name}" for name in absent]
+  return "nearest format: " + ", ".join(steps)
+
+
+def _renames(
+  found: set[str], option: set[str]
+) -> tuple[list[tuple[str, str]], list[str]]:
+  """`(old, new)` names that lead to an option, and what is still absent."""
+  renames, absent = [], []
+  for column in sorted(option - found):
+    free = sorted(found - option)
+    known = [name for name in ALIASES.get(column, ()) if name in free]
+    known += difflib.get_close_matches(column, free, n=1)
+    if known:
+      renames.append((known[0], column))
+    else:
+      absent.append(column)
+  return renames, absent

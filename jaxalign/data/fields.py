@@ -1,0 +1,269 @@
+"""The values of one row: text, role lists, numbers, truth values."""
+
+import itertools
+import math
+import re
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from jaxalign.data.sources import Row, Table
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.errors import UserError
+from jaxalign.text import templates
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
+_CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
+
+Made = TypeVar("Made")
+ROLES = ("system", "user", "assistant")
+
+
+class BadRow(UserError):
+  """One row cannot be used; the message follows its place."""
+
+
+def collect(
+  table: Table, build: Callable[[Row], list[Made]]
+) -> tuple[list[Made], list[str]]:
+  """Builds every row of a table.
+
+  Returns:
+    What was built, in order, and `file:line what is wrong` of each row that
+    could not be.
+  """
+  made, problems = [], []
+  for row, place in zip(table.rows, table.places, strict=True):
+    try:
+      made.extend(build(row))
+    except UserError as err:  # also a chat template that refuses one dialogue
+      problems.append(f"{place} {err}")
+  return made, problems
+
+
+def check_text(value: str, column: str) -> str:
+  """The text itself, if it can be tokenised and written to a file."""
+  if _SURROGATE.search(value):
+    raise BadRow(f"has half a Unicode character in {column}")
+  return value
+
+
+def messages_of(value: Any, column: str) -> list[templates.Message]:
+  """A role list with known roles and text contents."""
+  if not value:
+    raise BadRow(f"has no messages in {column}")
+  for turn in value:
+    if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
+      raise BadRow(f"needs role and content in every message of {column}")
+    if turn["role"] not in ROLES:
+      raise BadRow(
+        f"has the role {turn['role']!r} in {column}, need {', '.join(ROLES)}"
+      )
+    if not isinstance(turn["content"], str):
+      raise BadRow(f"has a message without text in {column}")
+    check_text(turn["content"], column)
+  return [{"role": t["role"], "content": t["content"]} for t in value]
+
+
+def render(
+  messages: list[templates.Message],
+  tokenizer: Tokenizer | None,
+  reply: bool = False,
+) -> str:
+  """A role list as text, by the chat template or the role delimiters."""
+  if tokenizer is None:
+    return templates.from_messages(messages, reply)
+  return tokenizer.render_chat(messages, reply)
+
+
+def text_of(
+  value: Any, column: str, tokenizer: Tokenizer | None, reply: bool = False
+) -> str:
+  """A string as it is, or a role list rendered.
+
+  Args:
+    value: of the column.
+    column: its name, for messages.
+    tokenizer: its chat template is used, if any.
+    reply: the assistant speaks next, unless the list ends with its words.
+  """
+  if isinstance(value, str):
+    return check_text(value, column)
+  if not isinstance(value, list):
+    raise BadRow(
+      f"has {_kind(value)} in {column}, need a string or a list of messages"
+    )
+  messages = messages_of(value, column)
+  reply = reply and messages[-1]["role"] != "assistant"
+  return render(messages, tokenizer, reply)
+
+
+def _kind(value: Any) -> str:
+  if isinstance(value, dict) and "from" in value:
+    return "a ShareGPT message (write role and content, in a list)"
+  return "nothing" if value is None else f"a {type(value).__name__}"
+
+
+def _after(
+  prompt: list[templates.Message],
+  answer: list[templates.Message],
+  tokenizer: Tokenizer | None,
+) -> tuple[str, str]:
+  """Two role lists as prompt text and the answer's text behind it."""
+  if not answer:
+    raise BadRow("has no message in an answer")
+  start = render(prompt, tokenizer, reply=True) if prompt else ""
+  whole = render(prompt + answer, tokenizer)
+  if not whole.startswith(start):
+    # Templates that rewrite earlier turns: cut where the texts part.
+    alike = (a == b for a, b in zip(start, whole, strict=False))
+    start = start[: sum(itertools.takewhile(bool, alike))]
+  return start, whole[len(start) :]
+
+
+def prompt_completion_of(
+  row: Row, tokenizer: Tokenizer | None
+) -> tuple[str, str]:
+  """`(prompt, completion)` of a row; an empty prompt = train on all of it."""
+  if "messages" in row:
+    messages = messages_of(row["messages"], "messages")
+    if messages[-1]["role"] != "assistant":
+      raise BadRow("has messages that do not end with the assistant")
+    return _after(messages[:-1], messages[-1:], tokenizer)
+  if "text" in row and "completion" not in row:
+    return "", text_of(row["text"], "text", tokenizer)
+  for column in ("prompt", "completion"):
+    if column not in row:
+      raise BadRow(f"has no column {column}")
+  prompt, completion = row["prompt"], row["completion"]
+  if isinstance(prompt, list) and isinstance(completion, list):
+    return _after(
+      messages_of(prompt, "prompt"),
+      messages_of(completion, "completion"),
+      tokenizer,
+    )
+  if isinstance(prompt, list) != isinstance(completion, list):
+    raise BadRow("mixes a string and a list of messages")
+  return (
+    text_of(prompt, "prompt", tokenizer),
+    text_of(completion, "completion", tokenizer),
+  )
+
+
+def preference_of(
+  row: Row, tokenizer: Tokenizer | None
+) -> tuple[str, str, str]:
+  """`(prompt, chosen, rejected)` of a row, the prompt explicit or implied.
+
+  A tie (WebGPT has them) comes as two equal answers.
+  """
+  if "score_0" in row and "chosen" not in row:
+    return _preference_of_webgpt(row)
+  for column in ("chosen", "rejected"):
+    if column not in row:
+      raise BadRow(f"has no column {column}")
+  prompt, chosen, rejected = (
+    row.get("prompt"),
+    row["chosen"],
+    row["rejected"],
+  )
+  if isinstance(chosen, list) and isinstance(rejected, list):
+    return _preference_of_lists(
+      prompt,
+      messages_of(chosen, "chosen"),
+      messages_of(rejected, "rejected"),
+      tokenizer,
+    )
+  if any(isinstance(value, list) for value in (prompt, chosen, rejected)):
+    raise BadRow("mixes a string and a list of messages")
+  chosen = text_of(chosen, "chosen", tokenizer)
+  rejected = text_of(rejected, "rejected", tokenizer)
+  if prompt is not None:
+    return text_of(prompt, "prompt", tokenizer), chosen, rejected
+  parts = templates.split_pair(chosen, rejected)
+  if parts is None:
+    raise BadRow(
+      "has no \\n\\nAssistant: that chosen and rejected share, so no prompt"
+    )
+  return parts
+
+
+def _preference_of_webgpt(row: Row) -> tuple[str, str, str]:
+  """WebGPT comparisons as SuperHF's reward models read them.
+
+  `Question: {q} Answer: {a}`, without citation marks such as `[1]`.
+  """
+  question = row.get("question")
+  if isinstance(question, dict):
+    question = question.get("full_text")
+  question = text_of(question, "question", None)
+  first, second = (
+    _CITATION.sub("", text_of(row.get(name), name, None)).strip()
+    for name in ("answer_0", "answer_1")
+  )
+  lead = (number_of(row, "score_0") or 0) - (number_of(row, "score_1") or 0)
+  if lead < 0:
+    first, second = second, first
+  return f"Question: {question} Answer:", first, second if lead else first
+
+
+def _preference_of_lists(
+  prompt: Any,
+  chosen: list[templates.Message],
+  rejected: list[templates.Message],
+  tokenizer: Tokenizer | None,
+) -> tuple[str, str, str]:
+  if isinstance(prompt, list):
+    shared = messages_of(prompt, "prompt")
+  else:
+    # Also with a string prompt: UltraFeedback repeats it inside the lists.
+    shared = _common_turns(chosen, rejected)
+    chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
+    if isinstance(prompt, str) and not shared:
+      shared = [{"role": "user", "content": check_text(prompt, "prompt")}]
+  start, better = _after(shared, chosen, tokenizer)
+  again, worse = _after(shared, rejected, tokenizer)
+  if start != again:
+    raise BadRow("renders to two different prompts under the chat template")
+  return start, better, worse
+
+
+def _common_turns(
+  first: list[templates.Message], second: list[templates.Message]
+) -> list[templates.Message]:
+  """The turns both begin with; each list keeps at least its last turn."""
+  count = 0
+  limit = min(len(first), len(second)) - 1
+  while count < limit and first[count] == second[count]:
+    count += 1
+  return first[:count]
+
+
+def number_of(row: Row, column: str, needed: bool = False) -> float | None:
+  """A finite number, also written as text (CSV); None where it is absent."""
+  value = row.get(column)
+  if value is None or value == "":
+    if needed:
+      raise BadRow(f"has no {column}")
+    return None
+  if not isinstance(value, int | float) and not _NUMBER.fullmatch(str(value)):
+    raise BadRow(f"has {value!r} in {column}, need a number")
+  if not math.isfinite(float(value)):
+    raise BadRow(f"has {value!r} in {column}, need a finite number")
+  return float(value)
+
+
+_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+
+
+def truth_of(row: Row, column: str, needed: bool = False) -> bool | None:
+  """True or false, also as 0/1 or text (CSV); None where it is absent."""
+  value = row.get(column)
+  if value is None or value == "":
+    if needed:
+      raise BadRow(f"has no {column}")
+    return None
+  found = _TRUTH.get(str(value).lower())
+  if found is None and needed:
+    raise BadRow(f"has {value!r} in {column}, need true or false")
+  return found

@@ -1,0 +1,214 @@
+"""Prompts to align on: SuperHF's sets by hub id, or any source of questions.
+
+Differs from SuperHF: repeated prompts are dropped by default (WebGPT asks
+each question several times); `unique=False` keeps them, as the paper did.
+"""
+
+import dataclasses
+import random
+
+from jaxalign.data import sources
+from jaxalign.data.columns import lacking_columns
+from jaxalign.data.fields import BadRow, collect, messages_of, render, text_of
+from jaxalign.data.rows import Loaded, PromptRow
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.errors import UserError
+from jaxalign.text import templates
+
+HOLDOUT = 2300  # last rows of a set without a test split of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptSet:
+  """One of SuperHF's prompt sets."""
+
+  name: str  # as in its result files
+  own_test: bool  # False: the test split is the last HOLDOUT rows
+  answer_mark: str = ""  # where the field's question ends and its answer begins
+
+
+PROMPT_SETS = {
+  "Anthropic/hh-rlhf:harmless-base": PromptSet("anthropic-harmless-base", True),
+  "Anthropic/hh-rlhf:helpful-base": PromptSet("anthropic-helpful-base", True),
+  "Anthropic/hh-rlhf:red-team-attempts": PromptSet("anthropic-red-team", False),
+  "openai/webgpt_comparisons": PromptSet("openai/webgpt_comparisons", False),
+  "yizhongw/self_instruct": PromptSet("self_instruct", False, "Output:"),
+}
+# Where a row's question is looked for, in this order.
+COLUMNS = ("prompt", "chosen", "transcript", "question", "messages", "text")
+
+
+def load_prompts(
+  source: str,
+  *,
+  split: str = "train",
+  max_chars: int = 1024,
+  unique: bool = True,
+  seed: int = 66,
+  limit: int = 0,
+  limit_per_set: int = 0,
+  holdout: int | None = None,
+  system: str = "",
+  tokenizer: Tokenizer | None = None,
+  max_bad_share: float = 0.01,
+) -> Loaded[PromptRow]:
+  """Questions in the dialogue template, filtered and shuffled.
+
+  Only the first human question of a dialogue is used; it is put into the
+  template unless it is in it already. A role list is rendered as it stands.
+
+  Args:
+    source: see `sources.read`; columns as in COLUMNS.
+    split: `train` or `test`.
+    max_chars: of a prompt with template and `system`; "< 1024" is 1023.
+    unique: keep the first of equal prompts only.
+    seed: of the shuffle over all sets.
+    limit: prompts to return at most; 0 = all.
+    limit_per_set: the first so many of each set after the length filter,
+      before the shuffle (SuperHF's later runs); 0 = all.
+    holdout: the last rows of each set, for `test` only; 0 = the same rows in
+      both splits (the paper's). By default HOLDOUT for the sets without a test
+      split in PROMPT_SETS, 0 for others.
+    system: text that will stand in front; only its length counts here.
+    tokenizer: its chat template renders role lists, if it has one.
+    max_bad_share: unusable rows are skipped up to this share.
+
+  Raises:
+    UserError: a bad source, no usable column, nothing left after filtering.
+  """
+  if split not in ("train", "test"):
+    raise UserError(f"split must be train or test, got {split!r}")
+  found = [
+    _questions(table, PROMPT_SETS.get(part), tokenizer, max_bad_share)
+    for part in sources.part_names(source)
+    for table in _read_set(part, split, holdout, max_bad_share)
+  ]
+  sets, dropped = _filter(
+    [rows for rows, _ in found], max_chars, len(system), unique
+  )
+  rows = [row for one in sets for row in one[: limit_per_set or None]]
+  bad = tuple(problem for _, problems in found for problem in problems)
+  read = len(bad) + sum(len(rows) for rows, _ in found)
+  if not rows:
+    raise UserError(
+      f"prompts {source}: none of {read} rows has at most {max_chars} "
+      "characters; raise config.max_prompt_chars"
+    )
+  random.Random(seed).shuffle(rows)
+  return Loaded(tuple(rows[: limit or None]), read, bad, dropped)
+
+
+def _read_set(
+  part: str, split: str, holdout: int | None, max_bad_share: float
+) -> list[sources.Table]:
+  """The rows of one part of a source that belong to a split."""
+  known = PROMPT_SETS.get(part)
+  only_train = known is not None and not known.own_test
+  if holdout is None:
+    holdout = HOLDOUT if only_train else 0
+  asked = "train" if only_train or holdout else split
+  tables = sources.read(part, split=asked, max_bad_share=max_bad_share)
+  return [_split_off(table, split, holdout) for table in tables]
+
+
+def _filter(
+  sets: list[list[PromptRow]], max_chars: int, extra: int, unique: bool
+) -> tuple[list[list[PromptRow]], tuple[tuple[str, int], ...]]:
+  """Drops long and, over all sets, repeated prompts; counts both."""
+  fitting = [
+    [row for row in rows if len(row.prompt) + extra <= max_chars]
+    for rows in sets
+  ]
+  seen: set[str] = set()
+  kept = [_new_ones(rows, seen) for rows in fitting] if unique else fitting
+  total, short, new = (sum(map(len, x)) for x in (sets, fitting, kept))
+  return kept, (
+    (f"longer than {max_chars} characters", total - short),
+    ("repeated", short - new),
+  )
+
+
+def _new_ones(rows: list[PromptRow], seen: set[str]) -> list[PromptRow]:
+  """The rows whose prompt is not in `seen`, which grows by theirs."""
+  new = []
+  for row in rows:
+    if row.prompt not in seen:
+      seen.add(row.prompt)
+      new.append(row)
+  return new
+
+
+def question_of(
+  row: sources.Row, tokenizer: Tokenizer | None = None, answer_mark: str = ""
+) -> str:
+  """The prompt that one row of any known kind asks.
+
+  Args:
+    row: with one of the columns that `load_prompts` names.
+    tokenizer: renders role lists.
+    answer_mark: text from its first occurrence on is no part of a question.
+
+  Raises:
+    BadRow: no known column, or no text in it.
+  """
+  column = next((name for name in COLUMNS if name in row), "")
+  if not column:
+    raise BadRow(f"has none of the columns {', '.join(COLUMNS)}")
+  value = row[column]
+  if column == "question" and isinstance(value, dict):  # WebGPT
+    value = value.get("full_text")
+  if isinstance(value, list):
+    return _first_turn(messages_of(value, column), tokenizer)
+  text = text_of(value, column, tokenizer)
+  return wrap(text.partition(answer_mark)[0] if answer_mark else text)
+
+
+def wrap(text: str) -> str:
+  """A dialogue's first question, or a bare question put into the template."""
+  if templates.HUMAN in text:
+    return templates.first_question(text) or text.rstrip() + templates.ASSISTANT
+  question = text.strip()
+  if not question:
+    raise BadRow("asks nothing")
+  return templates.build_prompt(question)
+
+
+def _first_turn(
+  messages: list[templates.Message], tokenizer: Tokenizer | None
+) -> str:
+  roles = [turn["role"] for turn in messages]
+  if "user" not in roles:
+    raise BadRow("has no user turn")
+  return render(messages[: roles.index("user") + 1], tokenizer, reply=True)
+
+
+def _split_off(table: sources.Table, split: str, tail: int) -> sources.Table:
+  if not tail:
+    return table
+  if tail >= len(table.rows):
+    raise UserError(
+      f"prompts {table.name}: holdout={tail} leaves nothing of "
+      f"{len(table.rows)} rows; lower holdout"
+    )
+  cut = slice(-tail, None) if split == "test" else slice(None, -tail)
+  return dataclasses.replace(
+    table, rows=table.rows[cut], places=table.places[cut]
+  )
+
+
+def _questions(
+  table: sources.Table,
+  known: PromptSet | None,
+  tokenizer: Tokenizer | None,
+  max_bad_share: float,
+) -> tuple[list[PromptRow], list[str]]:
+  lacking_columns(table, COLUMNS)
+  name, mark = (known.name, known.answer_mark) if known else ("", "")
+
+  def build(row: sources.Row) -> list[PromptRow]:
+    group = name or str(row.get("prompt_set") or row.get("group") or "")
+    return [PromptRow(question_of(row, tokenizer, mark), group)]
+
+  rows, problems = collect(table, build)
+  sources.check_bad(table.name, tuple(problems), len(rows), max_bad_share)
+  return rows, problems

@@ -1,0 +1,61 @@
+"""The typed rows that data sets are made into."""
+
+import dataclasses
+from typing import Generic, TypeVar
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptRow:
+  """What a model is asked."""
+
+  prompt: str  # ready for the model, role delimiters included
+  group: str = ""  # the prompt set it comes from
+
+
+@dataclasses.dataclass(frozen=True)
+class CompletionRow:
+  """A prompt with one answer."""
+
+  prompt: str  # "" where the whole text is trained on
+  completion: str
+  reward: float | None = None  # raw logit, higher is better
+  label: bool | None = None  # True = desirable
+  group: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceRow:
+  """A prompt with a better and a worse answer."""
+
+  prompt: str
+  chosen: str
+  rejected: str
+  margin: float = 0.0  # how much better, in units of the reward
+  group: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class TextRow:
+  """A text to model as it is."""
+
+  text: str
+  group: str = ""
+
+
+Row = TypeVar("Row", PromptRow, CompletionRow, PreferenceRow, TextRow)
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaded(Generic[Row]):
+  """Typed rows and what became of the others."""
+
+  rows: tuple[Row, ...]
+  read: int  # rows that the source held
+  bad: tuple[str, ...] = ()  # `file:line what is wrong`, one a skipped row
+  dropped: tuple[tuple[str, int], ...] = ()  # (reason, rows) of good rows
+
+  def __str__(self) -> str:
+    counts = (("bad", len(self.bad)), *self.dropped)
+    left_out = [f"{count} {reason}" for reason, count in counts if count]
+    tail = f" (left out: {', '.join(left_out)})" if left_out else ""
+    return f"{len(self.rows)} rows from {self.read}{tail}"

@@ -1,0 +1,296 @@
+"""Rows of a data source: `lab`, local files, globs, hub data sets.
+
+A source that exists on disk or looks like a path is never asked of the hub,
+so a mistyped file name costs no network call and gets a plain answer.
+"""
+
+import csv
+import dataclasses
+import glob
+import gzip
+import itertools
+import json
+import logging
+import pathlib
+import sys
+import zlib
+from collections.abc import Iterator
+from typing import Any
+
+from jaxalign.errors import UserError, explained
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+LAB_PROMPTS = pathlib.Path(__file__).parent.parent / "lab" / "prompts.jsonl"
+
+# The hub's own copy of sets whose loading script the library no longer runs
+# (WebGPT, Self-Instruct); their single configuration is called default there.
+CONVERTED = "refs/convert/parquet"
+
+Row = dict[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+  """The rows of one source, each with its place for messages."""
+
+  name: str  # the source as the user wrote it
+  rows: tuple[Row, ...]
+  places: tuple[str, ...]  # `file:line` of each row
+  bad: tuple[str, ...] = ()  # `file:line what is wrong`, one a skipped row
+
+
+def read(
+  source: str, *, split: str = "train", max_bad_share: float = 0.01
+) -> list[Table]:
+  """Reads every row of a source; nothing is filtered but unreadable lines.
+
+  Args:
+    source: `lab`, a hub id `name` or `name:subset`, a file (`.jsonl`, `.json`,
+      `.csv`, each also `.gz`, or `.parquet`), a folder, a glob; several joined
+      by commas.
+    split: the part of a hub data set; of a folder, the files whose names begin
+      with it, if there are any. Single files and globs have no splits.
+    max_bad_share: unreadable rows are skipped and logged up to this share of
+      each part, in [0, 1].
+
+  Returns:
+    One table for each comma-separated part, in order.
+
+  Raises:
+    UserError: a part that is missing, unreadable, empty, or has too many bad
+      rows.
+  """
+  tables = [_read_one(name, split) for name in part_names(source)]
+  for table in tables:
+    check_bad(table.name, table.bad, len(table.rows), max_bad_share)
+    if not table.rows:
+      raise UserError(f"{table.name} holds no rows; give a source with data")
+  return tables
+
+
+def part_names(source: str) -> list[str]:
+  """The comma-separated parts of a source; an existing path is one part.
+
+  Raises:
+    UserError: there is none.
+  """
+  whole = [source] if pathlib.Path(source).exists() else source.split(",")
+  names = [part.strip() for part in whole if part.strip()]
+  if not names:
+    raise UserError(
+      f"data source {source!r} is empty; give lab, a file, a glob or a hub id"
+    )
+  return names
+
+
+def check_bad(
+  name: str, bad: tuple[str, ...], good: int, max_bad_share: float
+) -> None:
+  """Logs skipped rows, or stops where they are more than a share.
+
+  Raises:
+    UserError: `len(bad) / (len(bad) + good) > max_bad_share`.
+  """
+  if not bad:
+    return
+  count = f"{len(bad)} of {len(bad) + good} rows cannot be used"
+  if len(bad) > max_bad_share * (len(bad) + good):
+    raise UserError(
+      f"{bad[0]} ({name}: {count}, the limit is max_bad_share="
+      f"{max_bad_share:g}; repair them or raise the limit)"
+    )
+  log.warning("%s: %s and were skipped: %s", name, count, "; ".join(bad[:5]))
+
+
+def is_local(name: str) -> bool:
+  """Whether a source is meant as a path, whether it exists or not."""
+  return (
+    name == "lab"
+    or name.startswith((".", "/", "~"))
+    or name.removesuffix(".gz").endswith(SUFFIXES)
+    or any(mark in name for mark in "*?[")
+    or pathlib.Path(name.partition(":")[0]).exists()
+  )
+
+
+def _read_one(name: str, split: str) -> Table:
+  if not is_local(name):
+    return _read_hub(name, split)
+  rows, places, bad = [], [], []
+  for path in _files(name, split):
+    for place, row, problem in _read_file(path):
+      if problem:
+        bad.append(f"{place} {problem}")
+      else:
+        rows.append(row)
+        places.append(place)
+  return Table(name, tuple(rows), tuple(places), tuple(bad))
+
+
+def _files(name: str, split: str) -> list[pathlib.Path]:
+  """The files of a local source in name order."""
+  if name == "lab":
+    if not LAB_PROMPTS.is_file():
+      raise UserError(
+        f"lab prompts are not installed: {LAB_PROMPTS} is missing"
+      )
+    return [LAB_PROMPTS]
+  path = pathlib.Path(name).expanduser()
+  if not path.exists() and ":" in name:  # folder:subset, as a hub clone has it
+    head, _, subset = name.rpartition(":")
+    path = pathlib.Path(head).expanduser() / subset
+  if path.is_dir():
+    found = sorted(p for p in path.iterdir() if _suffix(p) and p.is_file())
+    of_split = [p for p in found if p.name.startswith(split)]
+    if not found:
+      raise UserError(
+        f"folder {path} holds no data files; need one of {', '.join(SUFFIXES)}"
+      )
+    return of_split or found
+  if path.is_file():
+    return [path]
+  matches = sorted(pathlib.Path(p) for p in glob.glob(str(path)))
+  if not matches:
+    what = "glob matches no file" if glob.has_magic(name) else "no such file"
+    raise UserError(f"data source {name}: {what}; check the path")
+  return matches
+
+
+def _suffix(path: pathlib.Path) -> str:
+  """The kind of a file (`.gz` taken off), or "" for one that is not data."""
+  suffix = pathlib.Path(path.name.removesuffix(".gz")).suffix
+  return suffix if suffix in SUFFIXES else ""
+
+
+Entry = tuple[str, Row, str]  # place, row, problem ("" = good)
+
+
+def _read_file(path: pathlib.Path) -> Iterator[Entry]:
+  """Every row of a file; what ends the reading becomes a UserError."""
+  readers = {
+    ".jsonl": _read_lines,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".parquet": _read_parquet,
+  }
+  if not _suffix(path):
+    raise UserError(
+      f"{path}: unknown kind of file; need {', '.join(SUFFIXES)} (or .gz)"
+    )
+  failed = lambda why: f"{path} cannot be read: {why}; get the file anew"
+  kinds = (OSError, EOFError, zlib.error, csv.Error, ValueError)
+  with explained(*kinds, by=failed):
+    yield from readers[_suffix(path)](path)
+
+
+def _open(path: pathlib.Path):
+  return gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+
+
+def _read_lines(path: pathlib.Path) -> Iterator[Entry]:
+  with _open(path) as file:
+    for number, line in enumerate(file, start=1):
+      if line.strip():
+        yield f"{path}:{number}", *_parse_line(line)
+
+
+def _parse_line(line: bytes) -> tuple[Row, str]:
+  row, problem = _parse(line)
+  if not problem and not isinstance(row, dict):
+    problem = f"is a JSON {type(row).__name__}, not an object of columns"
+  return ({}, problem) if problem else (row, "")
+
+
+def _parse(data: bytes) -> tuple[Any, str]:
+  """JSON, or what is wrong with it."""
+  try:
+    return json.loads(data), ""
+  except (ValueError, RecursionError) as err:  # also bytes that are not UTF-8
+    return None, f"is not JSON ({err})"
+
+
+def _read_json(path: pathlib.Path) -> Iterator[Entry]:
+  with _open(path) as file:
+    data = file.read()
+  head = data.lstrip(b"\xef\xbb\xbf \t\r\n")
+  if head[:1] != b"[" and not _parse_line(head.partition(b"\n")[0])[1]:
+    # Many files named .json hold one object a line.
+    yield from _read_lines(path)
+    return
+  rows, problem = _parse(data)
+  if problem:
+    raise UserError(
+      f"{path} {problem}; a .json file holds one list of objects or one object "
+      "a line"
+    )
+  if not isinstance(rows, list):
+    raise UserError(
+      f"{path} is one JSON {type(rows).__name__}; a .json file holds one list "
+      "of objects or one object a line"
+    )
+  for number, row in enumerate(rows, start=1):
+    good = isinstance(row, dict)
+    problem = "" if good else "is not an object of columns"
+    yield f"{path}:row {number}", row if good else {}, problem
+
+
+def _read_csv(path: pathlib.Path) -> Iterator[Entry]:
+  csv.field_size_limit(sys.maxsize)  # dialogues pass the default 128 KiB
+  opened = gzip.open if path.suffix == ".gz" else open
+  with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+    lines = csv.reader(file)
+    header = next(lines, [])
+    for cells in lines:
+      if not cells:
+        continue
+      problem = ""
+      if len(cells) != len(header):
+        problem = f"has {len(cells)} cells, the header has {len(header)}"
+      row = dict(zip(header, cells, strict=False))
+      yield f"{path}:{lines.line_num}", row, problem
+
+
+def _read_parquet(path: pathlib.Path) -> Iterator[Entry]:
+  import pyarrow.parquet
+
+  batches = pyarrow.parquet.ParquetFile(path).iter_batches()
+  rows = itertools.chain.from_iterable(b.to_pylist() for b in batches)
+  for number, row in enumerate(rows, start=1):
+    yield f"{path}:row {number}", row, ""
+
+
+def _read_hub(name: str, split: str) -> Table:
+  """A hub data set through the `datasets` library (the one network call)."""
+  repo, _, subset = name.partition(":")
+  failure = ""
+  for revision in (None, CONVERTED):
+    try:
+      rows = _load_hub(repo, subset, split, revision)
+    except Exception as err:  # the library and its network layers raise all
+      failure = (str(err).splitlines() or [type(err).__name__])[0]
+      if "scripts are no longer supported" in failure:
+        continue
+      break
+    places = tuple(f"{name}:row {i}" for i in range(1, len(rows) + 1))
+    return Table(name, rows, places)
+  raise UserError(
+    f"data source {name}: the hub gave no such data set ({failure}); for a "
+    "local file write its path with ./ or / in front"
+  )
+
+
+def _load_hub(
+  repo: str, subset: str, split: str, revision: str | None
+) -> tuple[Row, ...]:
+  import datasets
+
+  options: dict[str, Any] = {"path": repo, "split": split}
+  if revision:
+    options["revision"] = revision
+  elif subset:
+    # A subset is a configuration where the set declares it, else a folder.
+    known = subset in datasets.get_dataset_config_names(repo)
+    options["name" if known else "data_dir"] = subset
+  return tuple(dict(row) for row in datasets.load_dataset(**options))

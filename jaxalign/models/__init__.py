@@ -1,0 +1,1 @@
+"""Model architectures: Flax modules inside traces, plain dicts outside."""

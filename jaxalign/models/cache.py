@@ -1,0 +1,89 @@
+"""Keys and values, and the one attention that reads them.
+
+A row attends to several groups of keys at once: its own tokens, the prompt
+that it shares with the other samples of that prompt, and a prefix that all
+prompts share. A shared group is stored once: row b of B reads group
+b // (B // G), and its keys are loaded once for all the rows that share them.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+Layers = Float[Array, "*L G K C H"] | tuple[Float[Array, "G K C H"], ...]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KV:
+  """Keys and values of all layers, kept for G groups of rows.
+
+  Stacked on a layer axis, or a tuple with one array a layer: a decoding loop
+  takes them apart once, because slicing a layer out at every step copies it.
+  """
+
+  k: Layers  # keys, already rotated to their positions
+  v: Layers
+  positions: Int[Array, "G C"]  # position of each key in its text
+  mask: Bool[Array, "G C"]  # True = a real key, attended to
+
+  def unstack(self) -> "KV":
+    """The same keys and values with one array a layer."""
+    return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
+
+
+NEGATIVE = -1e30  # finite, so a row without any key gives no NaN
+
+
+def attend(
+  q: Float[Array, "B T N H"],
+  parts: Sequence[tuple[Array, Array, Array]],
+  *,
+  scale: float,
+) -> Float[Array, "B T N H"]:
+  """softmax(q kᵀ · scale) v over the keys of all parts together.
+
+  Args:
+    q: queries; N = R K query heads share K key heads in runs of R.
+    parts: `(k, v, mask)` with k and v `[G, K, C, H]`, G dividing B, and mask
+      bool, broadcastable to `[B, T, C]`; True = attended to.
+    scale: multiplies the dot products, usually 1 / sqrt(H).
+
+  Returns:
+    The attended values, in q's dtype; softmax in float32.
+  """
+  rows, length, heads, width = q.shape
+  q = q * jnp.asarray(scale, q.dtype)
+  logits = [_logits(q, k, mask) for k, _, mask in parts]
+  sizes = [x.shape[-1] for x in logits]
+  weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
+  weights = weights.astype(q.dtype)
+  out, start = jnp.zeros((), q.dtype), 0
+  for (_, v, _), size in zip(parts, sizes, strict=True):
+    out = out + _mix(weights[..., start : start + size], v)
+    start += size
+  return out.reshape(rows, length, heads, width)
+
+
+def _logits(q: Array, k: Array, mask: Array) -> Float[Array, "B K R T C"]:
+  rows, length, heads, width = q.shape
+  groups, kv_heads = k.shape[:2]
+  shape = (groups, rows // groups, length, kv_heads, heads // kv_heads, width)
+  x = jnp.einsum(
+    "gstkrh,gkch->gskrtc",
+    q.reshape(shape),
+    k,
+    preferred_element_type=jnp.float32,
+  )
+  x = x.reshape(rows, *x.shape[2:])
+  return jnp.where(mask[:, None, None], x, NEGATIVE)
+
+
+def _mix(weights: Array, v: Array) -> Float[Array, "B T K R H"]:
+  rows, groups = weights.shape[0], v.shape[0]
+  shape = (groups, rows // groups, *weights.shape[1:])
+  out = jnp.einsum("gskrtc,gkch->gstkrh", weights.reshape(shape), v)
+  return out.reshape(rows, *out.shape[2:])

@@ -1,0 +1,373 @@
+"""DeBERTa-v2 and v3 (He et al. 2021) as a reward model.
+
+Attention adds to content-content scores what the query's content says about
+the key's relative position (c2p) and the key's content about the query's
+(p2c). Both depend on a pair of tokens only through the distance i - j, so they
+are matrix products against one row per distance, sheared into place; nothing
+is gathered over [T, T], which would dominate the forward pass and, as a
+scatter, the backward pass even more.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxalign.models.cache import NEGATIVE
+from jaxalign.models.layers import (
+  ACTIVATIONS,
+  Embedding,
+  LayerNorm,
+  Linear,
+  layer_params,
+  stack,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class DebertaConfig:
+  """Sizes and switches of a DeBERTa-v2 or v3 encoder with a score head.
+
+  Attributes:
+    max_positions: rows of the absolute position table, if there is one.
+    relative: relative positions take part in attention at all.
+    max_distance: > 0, distances beyond it count as it.
+    buckets: > 0: distances above buckets / 2 fall into logarithmic buckets,
+      so that there are 2 * buckets relative positions; 0: one each.
+    pos_att_type: subset of ("c2p", "p2c").
+    share_att_key: relative positions go through the content projections.
+    norm_relative: layer norm on the relative position table.
+    conv_kernel_size: odd; v2's convolution beside the first layer; 0 = none.
+    embedding_size: width of the embeddings before their projection; 0 =
+      hidden_size, no projection.
+    type_vocab_size: rows of the segment-type table; 0 = types are ignored.
+    position_biased_input: absolute positions are added to the embeddings.
+    head: "score_context" (first token, dense, activation, linear) or
+      "score_mean" (linear on the mean over real tokens).
+    dtype: compute dtype; parameters may have another.
+    remat: recompute each block's activations in the backward pass.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  layers: int
+  heads: int
+  intermediate_size: int
+  max_positions: int = 512
+  relative: bool = True
+  max_distance: int = 512
+  buckets: int = 256
+  pos_att_type: tuple[str, ...] = ("c2p", "p2c")
+  share_att_key: bool = True
+  norm_relative: bool = True
+  conv_kernel_size: int = 0
+  conv_groups: int = 1
+  conv_activation: str = "tanh"
+  embedding_size: int = 0
+  type_vocab_size: int = 0
+  position_biased_input: bool = False
+  eps: float = 1e-7
+  activation: str = "gelu"
+  pooler_activation: str = "gelu"
+  head: str = "score_context"
+  dtype: str = "float32"
+  remat: bool = False
+
+  @property
+  def head_dim(self) -> int:
+    """H, features of one head."""
+    return self.hidden_size // self.heads
+
+  @property
+  def span(self) -> int:
+    """Relative positions run from -span to span - 1."""
+    return self.buckets or self.max_distance
+
+  @property
+  def module(self) -> type[nnx.Module]:
+    """The nnx class of this architecture."""
+    return Deberta
+
+  def norm(self) -> nnx.Module:
+    """A fresh layer norm of the hidden states."""
+    return LayerNorm(self.hidden_size, eps=self.eps)
+
+
+def relative_rows(
+  config: DebertaConfig, distances: Int[np.ndarray, " C"]
+) -> Int[np.ndarray, " C"]:
+  """The row of the relative position table for each distance i - j.
+
+  Short distances have a row each; from buckets / 2 = m on,
+  bucket = m + ⌈(m − 1) ln(|d| / m) / ln((max_distance − 1) / m)⌉.
+  """
+  signed = distances
+  if config.buckets:
+    middle = config.buckets // 2
+    # float32 as in transformers: the rounding decides at bucket borders.
+    far = np.maximum(np.abs(distances), middle).astype(np.float32) / middle
+    reach = np.log(np.float32((config.max_distance - 1) / middle))
+    bucket = np.ceil(np.log(far) / reach * np.float32(middle - 1)) + middle
+    near = np.abs(distances) <= middle
+    signed = np.where(near, distances, np.sign(distances) * bucket).astype(int)
+  return np.clip(signed + config.span, 0, 2 * config.span - 1)
+
+
+def shear(x: Float[Array, "*N R C"], columns: int) -> Float[Array, "*N R T"]:
+  """Shifts row i left by R - 1 - i: out[i, j] = x[i, j - i + R - 1].
+
+  Args:
+    x: C = R + columns; the last column is not read.
+    columns: T, how many columns to keep.
+  """
+  *lead, rows, width = x.shape
+  # Read as rows one shorter than they are, each row starts one further left.
+  flat = x.reshape(*lead, rows * width)
+  flat = flat[..., rows - 1 : rows - 1 + rows * (width - 1)]
+  return flat.reshape(*lead, rows, width - 1)[..., :columns]
+
+
+class DebertaBlock(nnx.Module):
+  """Disentangled attention and an MLP, each followed by its layer norm."""
+
+  def __init__(self, config: DebertaConfig, *, lora=None, rngs: nnx.Rngs):
+    self.config = config
+    width, inner = config.hidden_size, config.intermediate_size
+
+    def linear(name, din, dout):
+      # PEFT knows the three outputs below by their last name, `dense`.
+      known = (name,) if name.endswith("_proj") else (name, "dense")
+      chosen = lora is not None and set(known) & set(lora.targets)
+      return Linear(din, dout, lora=lora if chosen else None, rngs=rngs)
+
+    self.query_proj = linear("query_proj", width, width)
+    self.key_proj = linear("key_proj", width, width)
+    self.value_proj = linear("value_proj", width, width)
+    if config.relative and not config.share_att_key:
+      if "c2p" in config.pos_att_type:
+        self.pos_key_proj = linear("pos_key_proj", width, width)
+      if "p2c" in config.pos_att_type:
+        self.pos_query_proj = linear("pos_query_proj", width, width)
+    self.attention_output = linear("attention_output", width, width)
+    self.attention_norm = config.norm()
+    self.intermediate = linear("intermediate", width, inner)
+    self.output = linear("output", inner, width)
+    self.output_norm = config.norm()
+
+  def __call__(
+    self,
+    x: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"],
+    relative: Float[Array, "E D"] | None,
+    queries: int,
+  ) -> Float[Array, "B Q D"]:
+    """The block's output at the first `queries` tokens."""
+    attended = self._attention(x, mask, relative, queries)
+    x = self.attention_norm(x[:, :queries] + self.attention_output(attended))
+    act = ACTIVATIONS[self.config.activation]
+    return self.output_norm(x + self.output(act(self.intermediate(x))))
+
+  def _attention(self, x, mask, relative, queries):
+    config = self.config
+    kinds = config.pos_att_type if config.relative else ()
+    # As released: the kinds count here even where they are turned off.
+    scale = (config.head_dim * (1 + len(config.pos_att_type))) ** -0.5
+    q = self._heads(self.query_proj(x[:, :queries])) * scale
+    k, v = self._heads(self.key_proj(x)), self._heads(self.value_proj(x))
+    # Heads come first: a product against distances then is one matrix
+    # product per head over all rows of the batch.
+    scores = _product("binh,bjnh->nbij", q, k)
+    length = x.shape[1]
+    if "c2p" in kinds:
+      project = self.key_proj if config.share_att_key else self.pos_key_proj
+      distances = queries - 1 - np.arange(queries + length)
+      rows = self._positions(project, relative, distances)
+      scores += shear(_product("binh,cnh->nbic", q, rows), length)
+    if "p2c" in kinds:
+      project = self.query_proj if config.share_att_key else self.pos_query_proj
+      if queries == 1:
+        rows = self._positions(project, relative, -np.arange(length)) * scale
+        scores += _product("bjnh,jnh->nbj", k, rows)[:, :, None]
+      else:
+        distances = np.arange(queries + length) - length + 1
+        rows = self._positions(project, relative, distances) * scale
+        seen = shear(_product("bjnh,cnh->nbjc", k, rows), queries)
+        scores += jnp.swapaxes(seen, -1, -2)
+    scores = jnp.where(mask[:, None, :], scores, NEGATIVE)
+    weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
+    out = jnp.einsum("nbij,bjnh->binh", weights, v)
+    return out.reshape(*out.shape[:2], config.hidden_size)
+
+  def _positions(self, project, relative, distances) -> Float[Array, "C N H"]:
+    """One projected relative position per distance."""
+    rows = relative_rows(self.config, distances)
+    # Short texts use a narrow band of the table; only that is projected.
+    low, high = rows.min(), rows.max() + 1
+    return self._heads(project(relative[low:high]))[rows - low]
+
+  def _heads(self, x: Float[Array, "... D"]) -> Float[Array, "... N H"]:
+    return x.reshape(*x.shape[:-1], self.config.heads, self.config.head_dim)
+
+
+def _product(subscripts: str, a: Array, b: Array) -> Array:
+  return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
+
+
+class Convolution(nnx.Module):
+  """v2's layer beside the first block: mixes neighbouring embeddings."""
+
+  def __init__(self, config: DebertaConfig, *, rngs: nnx.Rngs):
+    self.config = config
+    width, size = config.hidden_size, config.conv_kernel_size
+    shape = (size, width // config.conv_groups, width)
+    self.kernel = nnx.Param(0.02 * jax.random.normal(rngs(), shape))
+    self.bias = nnx.Param(jnp.zeros(width))
+    self.norm = config.norm()
+
+  def __call__(
+    self,
+    embedded: Float[Array, "B T D"],
+    hidden: Float[Array, "B T D"],
+    mask: Bool[Array, "B T"],
+  ) -> Float[Array, "B T D"]:
+    """The first block's output plus the convolved embeddings, normalised."""
+    out = jax.lax.conv_general_dilated(
+      embedded,
+      self.kernel[...].astype(embedded.dtype),
+      window_strides=(1,),
+      padding="SAME",
+      dimension_numbers=("NWC", "WIO", "NWC"),
+      feature_group_count=self.config.conv_groups,
+    )
+    out = out + self.bias[...].astype(out.dtype)
+    act = ACTIVATIONS[self.config.conv_activation]
+    return self.norm(hidden + act(out)) * mask[..., None]
+
+
+class Deberta(nnx.Module):
+  """Embeddings, L blocks and a score head."""
+
+  def __init__(self, config: DebertaConfig, *, lora=None, rngs: nnx.Rngs):
+    self.config = config
+    width = config.hidden_size
+    inner = config.embedding_size or width
+    self.embedding = Embedding(config.vocab_size, inner, rngs=rngs)
+    if config.position_biased_input:
+      self.position_embeddings = Embedding(
+        config.max_positions, inner, rngs=rngs
+      )
+    if config.type_vocab_size:
+      self.type_embeddings = Embedding(config.type_vocab_size, inner, rngs=rngs)
+    if inner != width:
+      self.embed_proj = Linear(inner, width, bias=False, rngs=rngs)
+    self.embedding_norm = config.norm()
+    self.blocks = stack(
+      lambda r: DebertaBlock(config, lora=lora, rngs=r), config.layers, rngs
+    )
+    if config.relative:
+      self.rel_embeddings = Embedding(2 * config.span, width, rngs=rngs)
+      if config.norm_relative:
+        self.relative_norm = config.norm()
+    if config.conv_kernel_size:
+      self.conv = Convolution(config, rngs=rngs)
+    if config.head == "score_context":
+      self.pooler = Linear(width, width, rngs=rngs)
+    self.score_head = Linear(width, 1, rngs=rngs)
+
+  def score(
+    self,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    types: Int[Array, "B T"] | None = None,
+  ) -> Float[Array, " B"]:
+    """The score head's value of each text, float32.
+
+    Args:
+      tokens: ids, [CLS] first; padded on either side.
+      mask: True = a real token.
+      types: segment of each token; None = all 0.
+    """
+    context = self.config.head == "score_context"
+    hidden, mask = self.encode(tokens, mask, types, first_only=context)
+    if context:
+      act = ACTIVATIONS[self.config.pooler_activation]
+      pooled = act(self.pooler(hidden[:, 0].astype(jnp.float32)))
+    else:
+      kept = mask[..., None]
+      total = jnp.where(kept, hidden.astype(jnp.float32), 0).sum(axis=1)
+      pooled = total / jnp.maximum(mask.sum(axis=1), 1)[:, None]
+    return self.score_head(pooled)[:, 0].astype(jnp.float32)
+
+  def encode(
+    self,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    types: Int[Array, "B T"] | None = None,
+    first_only: bool = False,
+  ) -> tuple[Float[Array, "B Q D"], Bool[Array, "B T"]]:
+    """Hidden states after the last block, and the mask that goes with them.
+
+    Texts are moved to column 0, so that padding may stand on either side.
+
+    Args:
+      tokens: see `score`.
+      mask: see `score`.
+      types: see `score`.
+      first_only: return the first token alone, Q = 1 instead of T; the last
+        block then computes little more than its keys and values.
+    """
+    config, length = self.config, tokens.shape[1]
+    start = jnp.argmax(mask, axis=1, keepdims=True)
+    columns = (jnp.arange(length) + start) % length
+    tokens, mask = (
+      jnp.take_along_axis(a, columns, axis=1) for a in (tokens, mask)
+    )
+    if types is not None:
+      types = jnp.take_along_axis(types, columns, axis=1)
+    embedded = self._embed(tokens, mask, types)
+    relative = self._relative()
+    graph, params = layer_params(self.blocks, config.dtype)
+
+    def layer(queries):
+      run = lambda x, p: nnx.merge(graph, p)(x, mask, relative, queries)
+      return jax.checkpoint(run) if config.remat else run
+
+    full = layer(length)
+    some = lambda a, b: jax.tree.map(lambda p: p[a:b], params)
+    one = lambda i: jax.tree.map(lambda p: p[i], params)
+    x, first = embedded, 0
+    if config.conv_kernel_size:
+      x, first = self.conv(embedded, full(x, one(0)), mask), 1
+    last = config.layers
+    if first_only and last > first:
+      last -= 1
+    if last > first:
+      x, _ = jax.lax.scan(lambda x, p: (full(x, p), None), x, some(first, last))
+    if first_only:
+      x = layer(1)(x, one(-1)) if last < config.layers else x[:, :1]
+    return x, mask
+
+  def _embed(self, tokens, mask, types) -> Float[Array, "B T D"]:
+    x = self.embedding(tokens)
+    if self.config.position_biased_input:
+      x = x + self.position_embeddings(jnp.arange(tokens.shape[1]))
+    if self.config.type_vocab_size:
+      types = jnp.zeros_like(tokens) if types is None else types
+      x = x + self.type_embeddings(types)
+    if "embed_proj" in vars(self):
+      x = self.embed_proj(x)
+    # Zero at padding: the convolution reads across the text's end.
+    x = self.embedding_norm(x) * mask[..., None]
+    return x.astype(self.config.dtype)
+
+  def _relative(self) -> Float[Array, "E D"] | None:
+    """The table of relative positions, in the compute dtype."""
+    if not self.config.relative:
+      return None
+    table = self.rel_embeddings.embedding[...]
+    if self.config.norm_relative:
+      table = self.relative_norm(table)
+    return table.astype(self.config.dtype)

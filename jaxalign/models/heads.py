@@ -1,0 +1,43 @@
+"""Where a sequence's score is read from the hidden states.
+
+Padding never takes part: positions come from the mask, not from ids, so a
+score depends neither on the padding side nor on the batch.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+CAUSAL_HEADS = ("lm", "score_last", "score_eos", "score_mean")
+
+
+def pool(
+  config: Any,
+  hidden: Float[Array, "B T D"],
+  tokens: Int[Array, "B T"],
+  mask: Bool[Array, "B T"],
+) -> Float[Array, "B D"]:
+  """The state that a causal model's score head reads.
+
+  `score_last`: the last real token (Hugging Face's sequence classifiers).
+  `score_eos`: the first end-of-text token, else the last real one (ALMoST).
+  `score_mean`: the mean over real tokens (SuperHF's reward models, which
+  averaged over padding too; that is repaired here).
+  """
+  if config.head == "score_mean":
+    kept = mask[..., None]
+    total = jnp.where(kept, hidden.astype(jnp.float32), 0).sum(axis=1)
+    count = jnp.maximum(mask.sum(axis=1), 1)
+    return (total / count[:, None]).astype(hidden.dtype)
+  index = _last(mask)
+  if config.head == "score_eos":
+    ends = mask & (tokens == config.eos_id)
+    index = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1), index)
+  return hidden[jnp.arange(hidden.shape[0]), index]
+
+
+def _last(mask: Bool[Array, "B T"]) -> Int[Array, " B"]:
+  """Column of each row's last real token; 0 where there is none."""
+  columns = jnp.arange(mask.shape[1])
+  return jnp.maximum(jnp.max(jnp.where(mask, columns, -1), axis=1), 0)

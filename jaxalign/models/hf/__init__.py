@@ -1,0 +1,1 @@
+"""Hugging Face folders <-> parameters: a name table per model, no torch."""

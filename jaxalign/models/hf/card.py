@@ -1,0 +1,120 @@
+"""The model card: `README.md` with the front matter that the hub reads."""
+
+import json
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from jaxalign.models.hf.fields import read_json
+
+_READS_MEAN = (
+  "The score is read from the mean state of all tokens, padding left out; "
+  "transformers loads the weights but reads the last token. Use jaxalign."
+)
+_READS_EOS = (
+  "The score is read at the first end-of-text token; append one to the text. "
+  "Padding must not be counted as text."
+)
+
+
+def write(
+  folder: pathlib.Path,
+  *,
+  config: Mapping[str, Any] | None = None,
+  metrics: Mapping[str, Any] | None = None,
+  license: str = "other",
+  base_model: str | None = None,
+  datasets: tuple[str, ...] = (),
+) -> None:
+  """Writes the card of a model folder.
+
+  Args:
+    folder: holds the model's `config.json`.
+    config: of the training run; its `policy`, `data`, `prompts` and
+      `algorithm` fill the front matter.
+    metrics: name -> last value.
+    license: an SPDX-like id that the hub knows. Weights inherit terms from
+      their base model and data, so it is the user's to say.
+    base_model: hub id or folder; None = the config's `policy`.
+    datasets: hub ids; empty = those of the config.
+  """
+  config, metrics = config or {}, metrics or {}
+  model = read_json(folder / "config.json")
+  base_model = base_model or config.get("policy")
+  datasets = datasets or _hub_ids(config.get("data"), config.get("prompts"))
+  scores = "lm" if str(model["architectures"][0]).endswith("LM") else "score"
+  front = {
+    "license": license,
+    "library_name": "transformers",
+    "pipeline_tag": (
+      "text-generation" if scores == "lm" else "text-classification"
+    ),
+    "tags": ["jaxalign", *filter(None, [config.get("algorithm")])],
+    **({"base_model": base_model} if _is_hub_id(base_model) else {}),
+    **({"datasets": list(datasets)} if datasets else {}),
+  }
+  head = {"score_mean": _READS_MEAN, "score_eos": _READS_EOS}
+  note = head.get(model.get("jaxalign_head", ""), "")
+  text = "\n".join(
+    [
+      "---",
+      # A JSON value is a YAML value.
+      *(f"{key}: {json.dumps(value)}" for key, value in front.items()),
+      "---",
+      "",
+      f"# {config.get('algorithm', model['model_type'])} model",
+      "",
+      f"Made with [jaxalign](https://pypi.org/project/jaxalign/) from "
+      f"{base_model or 'a model that was not named'}.",
+      *(["", note] if note else []),
+      *_section("Data", _data_lines(config)),
+      *_section("Metrics", _metric_lines(metrics)),
+      *_section("Config", _config_lines(config)),
+      "",
+    ]
+  )
+  (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _section(title: str, lines: list[str]) -> list[str]:
+  return ["", f"## {title}", "", *lines] if lines else []
+
+
+def _data_lines(config: Mapping[str, Any]) -> list[str]:
+  names = [(key, config.get(key)) for key in ("data", "prompts")]
+  return [f"- {key}: `{json.dumps(value)}`" for key, value in names if value]
+
+
+def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
+  rows = [
+    f"| {name} | {value:.6g} |"
+    for name, value in sorted(metrics.items())
+    if isinstance(value, int | float)
+  ]
+  return ["| metric | last value |", "|---|---|", *rows] if rows else []
+
+
+def _config_lines(config: Mapping[str, Any]) -> list[str]:
+  if not config:
+    return []
+  return ["```json", json.dumps(config, indent=2, default=str), "```"]
+
+
+def _is_hub_id(name: Any) -> bool:
+  return isinstance(name, str) and bool(
+    re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)
+  )
+
+
+def _hub_ids(*values: Any) -> tuple[str, ...]:
+  """The hub data sets in a config's sources: "owner/name:subset" strings."""
+  names: list[str] = []
+  for value in values:
+    source = value.get("source") if isinstance(value, Mapping) else value
+    parts = source.split(",") if isinstance(source, str) else source or ()
+    names += [str(part).strip().partition(":")[0] for part in parts]
+  files = (".json", ".jsonl", ".gz", ".csv", ".parquet")
+  return tuple(
+    dict.fromkeys(n for n in names if _is_hub_id(n) and not n.endswith(files))
+  )

@@ -1,0 +1,114 @@
+"""Reads `config.json` with errors that name file, field and rule."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+from jaxalign.errors import UserError, explained
+
+_KINDS = {int: "an integer", float: "a number", str: "a string", bool: "a bool"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+  """The values of one config file.
+
+  Attributes:
+    values: the parsed JSON object.
+    where: the file's path, for messages.
+  """
+
+  values: dict[str, Any]
+  where: str
+
+  def get(self, kind: type, *names: str, default: Any = ...) -> Any:
+    """The first of `names` that is present and not null.
+
+    Args:
+      kind: int, float, str or bool; an int passes for a float.
+      names: the field and its older names.
+      default: returned when all are absent; without one that is an error.
+
+    Raises:
+      UserError: the field is missing or of another type.
+    """
+    for name in names:
+      value = self.values.get(name)
+      if value is None:
+        continue
+      accepts = (int, float) if kind is float else (kind,)
+      is_bool = isinstance(value, bool)
+      if not isinstance(value, accepts) or is_bool != (kind is bool):
+        raise UserError(
+          f"{self.where}: {name} must be {_KINDS[kind]}, got {value!r}"
+        )
+      return kind(value)
+    if default is ...:
+      raise UserError(
+        f"{self.where}: {names[0]} is missing; a {self.model_type or 'model'} "
+        "config needs it"
+      )
+    return default
+
+  def token_id(self, name: str, default: int) -> int:
+    """A special token's id; of a list (Llama 3's end tokens) the first."""
+    value = self.values.get(name)
+    if isinstance(value, list) and value:
+      return Fields({name: value[0]}, self.where).get(int, name)
+    return self.get(int, name, default=default)
+
+  @property
+  def model_type(self) -> str:
+    """Hugging Face's name of the architecture, "" if the file has none."""
+    return str(self.values.get("model_type") or "")
+
+  @property
+  def head(self) -> str:
+    """The head that the file says it holds: "lm", "score_last", ..."""
+    if "jaxalign_head" in self.values:
+      return self.get(str, "jaxalign_head")
+    names = self.values.get("architectures") or [""]
+    if not str(names[0]).endswith("ForSequenceClassification"):
+      return "lm"
+    # transformers writes labels only where they are not the default two.
+    labels = len(self.values.get("id2label") or (0, 1))
+    labels = self.get(int, "num_labels", default=labels)
+    if labels != 1:
+      raise UserError(
+        f"{self.where}: the classifier has {labels} labels; a reward model "
+        "has num_labels=1"
+      )
+    # transformers' causal classifiers read the last token, DeBERTa's the first.
+    is_encoder = self.model_type == "deberta-v2"
+    return "score_context" if is_encoder else "score_last"
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+  """A JSON object from a file.
+
+  Raises:
+    UserError: the file is missing, unreadable, or holds something else.
+  """
+  if not path.is_file():
+    raise UserError(
+      f"{path} is missing; a model folder needs it (is this the right folder?)"
+    )
+  failed = f"{path} cannot be read as JSON: "
+  with explained(OSError, ValueError, by=lambda why: failed + why):
+    value = json.loads(path.read_text(encoding="utf-8"))
+  if not isinstance(value, dict):
+    raise UserError(f"{path} must hold a JSON object")
+  return value
+
+
+def read_config(folder: pathlib.Path) -> Fields:
+  """The `config.json` of a model folder; see `read_json` for errors."""
+  path = folder / "config.json"
+  values = read_json(path)
+  inner = values.get("base_model_config")
+  if values.get("model_type") == "reward_model" and isinstance(inner, dict):
+    # SuperHF's reward models: a backbone and a head on its mean state.
+    inner = inner | {"jaxalign_head": "score_mean"}
+    return Fields(inner, f"{path}: base_model_config")
+  return Fields(values, str(path))

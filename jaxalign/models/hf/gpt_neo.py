@@ -1,0 +1,98 @@
+"""GPT-Neo folders: `config.json` and tensor names."""
+
+from typing import Any
+
+from jaxalign.errors import UserError
+from jaxalign.models.gpt_neo import GPTNeoConfig
+from jaxalign.models.hf.fields import Fields
+
+MODEL_TYPE = "gpt_neo"
+CONFIG = GPTNeoConfig
+BASE = "transformer."
+CLASSES = {
+  "lm": "GPTNeoForCausalLM",
+  "score_last": "GPTNeoForSequenceClassification",
+  "score_eos": "GPTNeoForSequenceClassification",
+  "score_mean": "GPTNeoForSequenceClassification",
+}
+HEADS = ("score_head",)
+ALIASES = (("score.", "v_head."),)
+IGNORED = (
+  r"attn\.attention\.(bias|masked_bias)$",
+  r"^(lm_head|score|v_head)\.",
+)
+
+
+def from_hf(fields: Fields, **switches: Any) -> GPTNeoConfig:
+  """The config of a `config.json`; `switches` are head, dtype and remat."""
+  width = fields.get(int, "hidden_size")
+  layers = fields.get(int, "num_layers", "num_hidden_layers")
+  return GPTNeoConfig(
+    vocab_size=fields.get(int, "vocab_size"),
+    hidden_size=width,
+    layers=layers,
+    heads=fields.get(int, "num_heads", "num_attention_heads"),
+    intermediate_size=fields.get(int, "intermediate_size", default=4 * width),
+    windows=_windows(fields, layers),
+    max_positions=fields.get(int, "max_position_embeddings", default=2048),
+    eps=fields.get(float, "layer_norm_epsilon", default=1e-5),
+    activation=fields.get(str, "activation_function", default="gelu_new"),
+    tied=fields.get(bool, "tie_word_embeddings", default=True),
+    eos_id=fields.token_id("eos_token_id", default=50256),
+    **switches,
+  )
+
+
+def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
+  """From `attention_types`, e.g. [[["global", "local"], 12]]."""
+  window = fields.get(int, "window_size", default=256)
+  kinds = []
+  for names, repeat in fields.values.get("attention_types") or []:
+    kinds += list(names) * repeat
+  if len(kinds) != layers or not set(kinds) <= {"global", "local"}:
+    raise UserError(
+      f"{fields.where}: attention_types names {len(kinds)} layers, "
+      f"num_layers is {layers}; each is to be 'global' or 'local'"
+    )
+  return tuple(window if kind == "local" else 0 for kind in kinds)
+
+
+def to_hf(config: GPTNeoConfig) -> dict[str, Any]:
+  """The architecture's part of `config.json`."""
+  kinds = ["local" if window else "global" for window in config.windows]
+  return {
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.hidden_size,
+    "num_layers": config.layers,
+    "num_heads": config.heads,
+    "intermediate_size": config.intermediate_size,
+    "attention_types": [[kinds, 1]],
+    "attention_layers": kinds,
+    "window_size": max(config.windows) or 256,
+    "max_position_embeddings": config.max_positions,
+    "layer_norm_epsilon": config.eps,
+    "activation_function": config.activation,
+    "tie_word_embeddings": config.tied,
+    "eos_token_id": config.eos_id,
+  }
+
+
+def names(config: GPTNeoConfig) -> dict[str, str]:
+  """Our modules -> theirs."""
+  del config
+  layer = "transformer.h.{i}"
+  return {
+    "embedding": "transformer.wte",
+    "position_embedding": "transformer.wpe",
+    "blocks.ln_1": f"{layer}.ln_1",
+    "blocks.ln_2": f"{layer}.ln_2",
+    "blocks.q_proj": f"{layer}.attn.attention.q_proj",
+    "blocks.k_proj": f"{layer}.attn.attention.k_proj",
+    "blocks.v_proj": f"{layer}.attn.attention.v_proj",
+    "blocks.out_proj": f"{layer}.attn.attention.out_proj",
+    "blocks.c_fc": f"{layer}.mlp.c_fc",
+    "blocks.c_proj": f"{layer}.mlp.c_proj",
+    "final_norm": "transformer.ln_f",
+    "lm_head": "lm_head",
+    "score_head": "score",
+  }

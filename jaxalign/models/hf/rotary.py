@@ -1,0 +1,78 @@
+"""Rotary settings in `config.json`, old and new forms."""
+
+import math
+from typing import Any
+
+from jaxalign.errors import UserError
+from jaxalign.models.hf.fields import Fields
+from jaxalign.models.rope import Scaling
+
+KINDS = ("linear", "dynamic", "llama3")
+
+
+def read(
+  fields: Fields, *, fraction: float = 1.0
+) -> tuple[float, float, Scaling | None]:
+  """`(base, rotated fraction, scaling)` of a model.
+
+  Before transformers 5 they were spread over `rope_theta` or
+  `rotary_emb_base`, `rotary_pct` and `rope_scaling`; since then they stand
+  together in `rope_parameters`.
+
+  Args:
+    fields: the config file.
+    fraction: the architecture's default where the file has none.
+
+  Raises:
+    UserError: a scaling that is not supported, or lacks a number.
+  """
+  merged = dict(fields.values.get("rope_scaling") or {})
+  merged.update(fields.values.get("rope_parameters") or {})
+  rope = Fields(merged, f"{fields.where}: rope_parameters")
+  base = rope.get(float, "rope_theta", default=math.nan)
+  if math.isnan(base):
+    base = fields.get(float, "rope_theta", "rotary_emb_base", default=1e4)
+  share = rope.get(float, "partial_rotary_factor", default=math.nan)
+  if math.isnan(share):
+    names = ("partial_rotary_factor", "rotary_pct")
+    share = fields.get(float, *names, default=fraction)
+  kind = rope.get(str, "rope_type", "type", default="default")
+  if kind == "default":
+    return base, share, None
+  if kind not in KINDS:
+    raise UserError(
+      f"{rope.where}: rope_type {kind!r} is not supported; supported are "
+      f"default, {', '.join(KINDS)}"
+    )
+  factor = rope.get(float, "factor")
+  if kind != "llama3":
+    return base, share, Scaling(kind, factor)
+  return (
+    base,
+    share,
+    Scaling(
+      kind,
+      factor,
+      low=rope.get(float, "low_freq_factor"),
+      high=rope.get(float, "high_freq_factor"),
+      original=rope.get(int, "original_max_position_embeddings"),
+    ),
+  )
+
+
+def write(
+  base: float, fraction: float | None, scaling: Scaling | None
+) -> dict[str, Any]:
+  """The settings' fields of `config.json`, for old and new readers."""
+  values: dict[str, Any] = {"rope_type": "default"}
+  if scaling is not None:
+    values = {"rope_type": scaling.kind, "factor": scaling.factor}
+  if scaling is not None and scaling.kind == "llama3":
+    values["low_freq_factor"] = scaling.low
+    values["high_freq_factor"] = scaling.high
+    values["original_max_position_embeddings"] = scaling.original
+  old = {"rope_scaling": values} if scaling is not None else {}
+  new = values | {"rope_theta": base}
+  if fraction is not None:
+    new["partial_rotary_factor"] = fraction
+  return {**old, "rope_parameters": new}

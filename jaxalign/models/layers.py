@@ -1,0 +1,210 @@
+"""The layers every architecture is made of. They live only inside traces.
+
+`Linear` carries the LoRA adapters (Hu et al. 2021): two more leaves of the
+same module, so an adapter is turned on and off by the parameters that are
+passed, never by a flag that an exception could leave set.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+  """Low-rank adapters on linear layers chosen by name (Hu et al. 2021).
+
+  Attributes:
+    rank: r >= 1, inner width of the adapter.
+    alpha: the update is scaled by alpha / rank.
+    dropout: probability in [0, 1) of dropping an adapter's input in training.
+    targets: attribute names of the linears that get one, e.g. ("q_proj",).
+  """
+
+  rank: int
+  alpha: float
+  dropout: float = 0.0
+  targets: tuple[str, ...] = ()
+
+  @property
+  def scale(self) -> float:
+    """Factor of the low-rank update."""
+    return self.alpha / self.rank
+
+
+def adapter(lora: LoraConfig | None, name: str) -> LoraConfig | None:
+  """What `Linear` takes for the layer of this name: its adapter or None."""
+  return lora if lora is not None and name in lora.targets else None
+
+
+def recomputed(fn: Callable[..., Array]) -> Callable[..., Array]:
+  """`fn` of cheap arithmetic: its backward pass keeps nothing but the inputs.
+
+  Computing it again costs less than writing intermediates of every layer to
+  memory and reading them back.
+  """
+  return jax.checkpoint(fn, prevent_cse=False)
+
+
+@jax.custom_vjp
+def matmul(
+  x: Float[Array, "... D"], w: Float[Array, "D O"]
+) -> Float[Array, "... O"]:
+  """x W with rows flattened, and a backward pass that XLA's CPU does well.
+
+  Measured on one core (3840 rows, 256 x 1024): forward and backward 181 ms
+  with three axes and XLA's own gradient, 98 ms flattened, 78 ms like this,
+  which is what three bare products take.
+  """
+  return (_rows(x) @ w).reshape(*x.shape[:-1], w.shape[1])
+
+
+def _matmul_forward(x, w):
+  return matmul(x, w), (x, w)
+
+
+def _matmul_backward(saved, dy):
+  x, w = saved
+  a, b = _rows(x), _rows(dy)
+  dx = (b @ w.T).reshape(x.shape)
+  # The narrower one is turned: the fewer numbers to move.
+  dw = _turned(a) @ b if a.shape[1] <= b.shape[1] else (_turned(b) @ a).T
+  return dx.astype(x.dtype), dw.astype(w.dtype)
+
+
+def _turned(x: Float[Array, "R D"]) -> Float[Array, "D R"]:
+  # XLA's CPU product with a transposed left side runs at half speed.
+  return jax.lax.platform_dependent(
+    x, cpu=lambda x: jax.lax.optimization_barrier(x.T), default=lambda x: x.T
+  )
+
+
+def _rows(x: Float[Array, "... D"]) -> Float[Array, "R D"]:
+  return x.reshape(-1, x.shape[-1])
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Linear(nnx.Module):
+  """y = x W + b, plus (alpha / r) x A B where the layer has an adapter."""
+
+  def __init__(
+    self,
+    din: int,
+    dout: int,
+    *,
+    rngs: nnx.Rngs,
+    bias: bool = True,
+    lora: LoraConfig | None = None,
+  ):
+    self.kernel = nnx.Param(0.02 * jax.random.normal(rngs(), (din, dout)))
+    self.bias = nnx.Param(jnp.zeros(dout)) if bias else None
+    self.lora = lora
+    if lora is not None:
+      init = jax.random.normal(rngs(), (din, lora.rank)) / din**0.5
+      self.lora_a = nnx.Param(init)
+      # B starts at zero, so a fresh adapter leaves the model as it was.
+      self.lora_b = nnx.Param(jnp.zeros((lora.rank, dout)))
+
+  def __call__(
+    self, x: Float[Array, "... D"], dropout_key: Array | None = None
+  ) -> Float[Array, "... O"]:
+    """Applies the layer; a key turns the adapter's dropout on."""
+    y = matmul(x, self.kernel[...])
+    if self.bias is not None:
+      y = y + self.bias[...]
+    if self.lora is None:
+      return y
+    if dropout_key is not None and self.lora.dropout > 0:
+      keep = 1.0 - self.lora.dropout
+      kept = jax.random.bernoulli(dropout_key, keep, x.shape)
+      x = jnp.where(kept, x / keep, 0).astype(x.dtype)
+    return y + self.lora.scale * ((x @ self.lora_a[...]) @ self.lora_b[...])
+
+
+class Embedding(nnx.Module):
+  """Rows of a [V, D] table; `attend` is its transpose, for tied outputs."""
+
+  def __init__(self, size: int, width: int, *, rngs: nnx.Rngs):
+    self.embedding = nnx.Param(0.02 * jax.random.normal(rngs(), (size, width)))
+
+  def __call__(self, ids: Int[Array, "..."]) -> Float[Array, "... D"]:
+    """The rows of these ids."""
+    return self.embedding[...][ids]
+
+  def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Dot products with all rows."""
+    return x @ self.embedding[...].T.astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+  """Layer normalisation over the last axis, computed in float32."""
+
+  def __init__(self, width: int, *, eps: float):
+    self.eps = eps
+    self.scale = nnx.Param(jnp.ones(width))
+    self.bias = nnx.Param(jnp.zeros(width))
+
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Normalises in float32, returns x's dtype."""
+    return _layer_norm(x, self.scale[...], self.bias[...], self.eps)
+
+
+@recomputed
+def _layer_norm(x, scale, bias, eps):
+  y = x.astype(jnp.float32)
+  y = y - y.mean(-1, keepdims=True)
+  y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+  return (y * scale + bias).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+  """Root-mean-square normalisation (Zhang & Sennrich 2019), in float32."""
+
+  def __init__(self, width: int, *, eps: float):
+    self.eps = eps
+    self.scale = nnx.Param(jnp.ones(width))
+
+  def __call__(self, x: Float[Array, "... D"]) -> Float[Array, "... D"]:
+    """Normalises in float32, returns x's dtype."""
+    return _rms_norm(x, self.scale[...], self.eps)
+
+
+@recomputed
+def _rms_norm(x, scale, eps):
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
+  # Scaled after the cast back, as the LLaMA reference does.
+  return scale.astype(x.dtype) * y.astype(x.dtype)
+
+
+def stack(
+  make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs
+) -> nnx.Module:
+  """`count` modules as one whose parameters have a leading layer axis."""
+  return nnx.vmap(make)(rngs.split(count))
+
+
+def layer_params(module: nnx.Module, dtype: str) -> tuple[nnx.GraphDef, dict]:
+  """A stacked module's graph and its parameters, floats cast to `dtype`."""
+  graph, state = nnx.split(module)
+  params = nnx.to_pure_dict(state)
+  return graph, jax.tree.map(lambda p: p.astype(dtype), params)
+
+
+_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+  "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+  "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+  "gelu_fast": lambda x: jax.nn.gelu(x, approximate=True),
+  "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+  "relu": jax.nn.relu,
+  "silu": jax.nn.silu,
+  "swish": jax.nn.silu,
+  "tanh": jnp.tanh,
+}
+ACTIVATIONS = {name: recomputed(fn) for name, fn in _ACTIVATIONS.items()}

@@ -1,0 +1,56 @@
+"""A model outside of traces: its config, its graph and its shapes.
+
+Parameters are plain nested dicts of arrays with layers stacked on a leading
+axis; they travel beside the `Model`, never inside it.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+from flax import nnx
+
+from jaxalign.core.types import Params
+from jaxalign.models.layers import LoraConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """An architecture ready to be bound to parameters inside a trace."""
+
+  config: Any  # NeoXConfig, LlamaConfig, GPTNeoConfig or DebertaConfig
+  graph: nnx.GraphDef
+  shapes: Params  # jax.ShapeDtypeStruct leaves, float32
+  lora: LoraConfig | None = None
+
+  @staticmethod
+  def build(config: Any, lora: LoraConfig | None = None) -> "Model":
+    """Describes the model of `config`; allocates nothing."""
+    make = lambda: config.module(config, lora=lora, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(nnx.eval_shape(make))
+    # Without `Variable` wrappers a leaf is a bare ShapeDtypeStruct.
+    return Model(config, graph, nnx.to_pure_dict(state), lora)
+
+  def bind(self, params: Params) -> Any:
+    """The module with these parameters; call it inside a trace."""
+    return nnx.merge(self.graph, params)
+
+  def init(self, key: jax.Array) -> Params:
+    """Random float32 parameters (normal 0.02, norms 1, biases 0)."""
+
+    def make(key):
+      module = self.config.module(
+        self.config, lora=self.lora, rngs=nnx.Rngs(key)
+      )
+      return nnx.to_pure_dict(nnx.state(module))
+
+    return jax.jit(make)(key)
+
+  def replace(self, **changes: Any) -> "Model":
+    """The same parameters under another dtype, head or remat setting."""
+    config = dataclasses.replace(self.config, **changes)
+    return Model.build(config, self.lora)
+
+  def without_lora(self) -> "Model":
+    """The model whose parameters have no adapters: the reference policy."""
+    return Model.build(self.config)

@@ -1,0 +1,126 @@
+"""GPT-NeoX (Black et al. 2022), the architecture of every Pythia model."""
+
+import dataclasses
+
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from jaxalign.models import rope as rotary
+from jaxalign.models.causal import CausalLM
+from jaxalign.models.layers import ACTIVATIONS, LayerNorm, Linear, adapter
+
+
+@dataclasses.dataclass(frozen=True)
+class NeoXConfig:
+  """Sizes and switches of a GPT-NeoX model.
+
+  Attributes:
+    rotary_fraction: share of each head's features that is rotated.
+    rotary_scaling: stretches the context, see `rope.Scaling`.
+    parallel: attention and MLP read the same input (Pythia) or one after the
+      other.
+    tied: the output matrix is the embedding.
+    eos_id: end-of-text id, read by the `score_eos` head only.
+    dtype: compute dtype; parameters may have another.
+    remat: recompute each block's activations in the backward pass.
+  """
+
+  vocab_size: int
+  hidden_size: int
+  layers: int
+  heads: int
+  intermediate_size: int
+  max_positions: int = 2048
+  rotary_fraction: float = 0.25
+  rotary_base: float = 10000.0
+  rotary_scaling: rotary.Scaling | None = None
+  eps: float = 1e-5
+  activation: str = "gelu"
+  parallel: bool = True
+  attention_bias: bool = True
+  tied: bool = False
+  head: str = "lm"
+  eos_id: int = 0
+  dtype: str = "float32"
+  remat: bool = False
+
+  windows = None  # every layer attends to everything before it
+
+  @property
+  def kv_heads(self) -> int:
+    """Key and value heads: as many as query heads."""
+    return self.heads
+
+  @property
+  def head_dim(self) -> int:
+    """Features of a head."""
+    return self.hidden_size // self.heads
+
+  @property
+  def module(self) -> type[nnx.Module]:
+    """The module that these sizes describe."""
+    return NeoX
+
+  def norm(self) -> nnx.Module:
+    """A fresh normalisation layer."""
+    return LayerNorm(self.hidden_size, eps=self.eps)
+
+
+class NeoXBlock(nnx.Module):
+  """LayerNorm, attention and MLP, in parallel or in sequence."""
+
+  def __init__(self, config: NeoXConfig, *, lora=None, rngs: nnx.Rngs):
+    self.config = config
+    width = config.hidden_size
+
+    def linear(name, din, dout, bias=True):
+      return Linear(din, dout, bias=bias, lora=adapter(lora, name), rngs=rngs)
+
+    self.input_layernorm = config.norm()
+    self.post_attention_layernorm = config.norm()
+    bias = config.attention_bias
+    self.query_key_value = linear("query_key_value", width, 3 * width, bias)
+    self.dense = linear("dense", width, width, bias)
+    inner = config.intermediate_size
+    self.dense_h_to_4h = linear("dense_h_to_4h", width, inner)
+    self.dense_4h_to_h = linear("dense_4h_to_h", inner, width)
+
+  def __call__(self, x: Float[Array, "B T D"], attend, rope, key):
+    """One layer; `attend(q, k, v, scale=...)` knows masks and caches."""
+    attended = self._attention(self.input_layernorm(x), attend, rope, key)
+    if self.config.parallel:
+      return x + attended + self._mlp(self.post_attention_layernorm(x), key)
+    x = x + attended
+    return x + self._mlp(self.post_attention_layernorm(x), key)
+
+  def _attention(self, x, attend, rope, key):
+    config = self.config
+    qkv = self.query_key_value(x, key)
+    # The released weights interleave q, k and v head by head.
+    qkv = qkv.reshape(*x.shape[:2], config.heads, 3, config.head_dim)
+    q, k, v = (qkv[..., i, :] for i in range(3))
+    q, k = rotary.rotate(q, rope), rotary.rotate(k, rope)
+    out = attend(q, k, v, scale=config.head_dim**-0.5)
+    return self.dense(out.reshape(x.shape), key)
+
+  def _mlp(self, x, key):
+    act = ACTIVATIONS[self.config.activation]
+    return self.dense_4h_to_h(act(self.dense_h_to_4h(x, key)), key)
+
+
+class NeoX(CausalLM):
+  """A GPT-NeoX language model or score model."""
+
+  block = NeoXBlock
+
+  def rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+    """Rotary angles of these positions."""
+    config = self.config
+    width = int(config.head_dim * config.rotary_fraction)
+    return rotary.angles(
+      positions,
+      width,
+      config.rotary_base,
+      scaling=config.rotary_scaling,
+      max_positions=config.max_positions,
+    )

@@ -1,0 +1,1 @@
+"""The named mesh and where every array lies on it."""

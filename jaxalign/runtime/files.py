@@ -1,0 +1,136 @@
+"""Files that are either whole or not there, and what a full disk looks like."""
+
+import errno
+import json
+import logging
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from jaxalign.errors import UserError
+
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+_log = logging.getLogger(__name__)
+_FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+  """Whether `error`, or an error it came from, says that the disk is full.
+
+  TensorStore reports it as a `ValueError` with the system's text in it, so the
+  text is looked at as well as `errno`.
+  """
+  seen: set[int] = set()
+  while error is not None and id(error) not in seen:
+    seen.add(id(error))
+    if isinstance(error, OSError) and error.errno in _FULL:
+      return True
+    if any(text in str(error) for text in _FULL_TEXTS):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
+
+
+def disk_full(path: pathlib.Path, doing: str, kept: str) -> UserError:
+  """The line for people: where, what was being done, what is left of the run.
+
+  Args:
+    path: a file or folder on the full disk.
+    doing: what could not be done, as in "saving step 40".
+    kept: what a restart will find.
+
+  Returns:
+    The error to raise.
+  """
+  return UserError(
+    f"{path}: the disk (or the quota) is full while {doing}; {kept}; "
+    "free some space and start the same command again"
+  )
+
+
+class Growing:
+  """A file that only grows; a write is there at once, whole or not at all."""
+
+  def __init__(self, path: pathlib.Path, offset: int = 0):
+    """Opens the file for appending.
+
+    Args:
+      path: the file; made if missing.
+      offset: bytes to keep of what the file holds; the rest is cut off.
+    """
+    self.path = path
+    # Unbuffered: what was written survives `kill -9`.
+    self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+    found = self._file.tell()
+    if found < offset:
+      _log.warning(
+        "%s has %d bytes, the checkpoint says %d: earlier rows are lost",
+        path,
+        found,
+        offset,
+      )
+    self._file.truncate(min(found, offset))
+
+  def append(self, data: bytes) -> None:
+    """Adds `data` at the end.
+
+    Raises:
+      UserError: the disk is full; the file is as before.
+    """
+    before = self._file.seek(0, os.SEEK_END)
+    try:
+      written = 0
+      while written < len(data):  # a raw write may take a part only
+        written += self._file.write(data[written:])
+    except OSError as error:
+      self._file.truncate(before)
+      if is_disk_full(error):
+        kept = "what it held is kept"
+        raise disk_full(self.path, "adding to it", kept) from error
+      raise
+
+  def offset(self) -> int:
+    """Length in bytes, all of it forced to disk."""
+    os.fsync(self._file.fileno())
+    return self._file.seek(0, os.SEEK_END)
+
+  def close(self) -> None:
+    """Closes the file."""
+    self._file.close()
+
+
+def write_atomic(path: pathlib.Path, text: str) -> None:
+  """Writes `text` so that a reader, or a crash, finds the old or the new file.
+
+  Raises:
+    UserError: the disk is full; the old file, if any, is untouched.
+  """
+  draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  try:
+    with open(draft, "w", encoding="utf-8") as file:
+      file.write(text)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(draft, path)
+  except OSError as error:
+    draft.unlink(missing_ok=True)
+    if is_disk_full(error):
+      raise disk_full(path, "writing it", "its old content is kept") from error
+    raise
+
+
+def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+  """`write_atomic` of a JSON object, two-space indent, keys in given order."""
+  write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+  """`{"a": {"b": 1}}` -> `{"a.b": 1}`; an empty mapping is a value itself."""
+  flat: dict[str, Any] = {}
+  for key, value in tree.items():
+    if isinstance(value, Mapping) and value:
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[f"{prefix}{key}"] = value
+  return flat

@@ -1,0 +1,1 @@
+"""Drawing completions from a causal language model, and nothing else."""

@@ -1,0 +1,257 @@
+"""The decoding loop: prefill each distinct prompt once, then token by token.
+
+A prompt's keys and values are kept once and read by all its samples; a
+few-shot prefix common to all prompts is kept once for all of them. Each row
+owns only the keys of its new tokens.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Int
+
+from jaxalign.core.types import Params, Samples, SamplingParams
+from jaxalign.models.model import Model
+from jaxalign.parallel import mesh as meshes
+from jaxalign.sampling.draw import choose
+from jaxalign.sampling.state import (
+  EOS,
+  LENGTH,
+  STOP,
+  Fixed,
+  State,
+  column_of,
+  ends_with_stop,
+  first_state,
+  last_tokens,
+  row_keys,
+)
+
+Prefix = tuple[Int[Array, " F"], Bool[Array, " F"]]  # tokens, True = real
+
+
+def begin(
+  model: Model,
+  params: Params,
+  tokens: Int[Array, "P T"],
+  mask: Bool[Array, "P T"],
+  prompt_ids: Int[Array, " P"],
+  settings: SamplingParams,
+  key: Array,
+  prefix: Prefix | None = None,
+  first_sample: Int[Array, ""] | int = 0,
+  *,
+  samples_per_prompt: int,
+  capacity: int,
+  mesh: Mesh | None = None,
+) -> tuple[Fixed, State]:
+  """Reads the prompts and draws each row's first token; see `sample`."""
+  module = model.bind(_cast(params, model.config.dtype))
+  tokens, mask = _align_right(tokens, mask)
+  past, offset, context = _read_prefix(module, tokens, mask, prefix)
+  positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) + offset
+  hidden, kept = module(
+    tokens, positions, mask.astype(jnp.int32), past=past, keep=True
+  )
+  repeat = functools.partial(jnp.repeat, repeats=samples_per_prompt, axis=0)
+  start = positions[:, -1] + 1
+  room = model.config.max_positions - start
+  limit = jnp.minimum(jnp.minimum(settings.max_new_tokens, capacity), room)
+  sample_ids = jnp.arange(samples_per_prompt) + first_sample
+  fixed = Fixed(
+    past=tuple(kv.unstack() for kv in (*past, kept)),
+    start=repeat(start),
+    limit=repeat(limit),
+    keys=row_keys(key, prompt_ids, sample_ids),
+  )
+  state = first_state(
+    model.config, repeat(context), repeat(~mask.any(axis=1)), settings, capacity
+  )
+  fixed, state = _split_rows((fixed, state), len(fixed.start), mesh)
+  return fixed, _emit(module, fixed, state, repeat(hidden[:, -1]), settings)
+
+
+def unstack(model: Model, params: Params) -> list[Any]:
+  """Each layer's parameters, which `advance` takes besides all of them."""
+  return model.bind(_cast(params, model.config.dtype)).unstack()
+
+
+def advance(
+  model: Model,
+  params: Params,
+  layers: list[Any],
+  fixed: Fixed,
+  state: State,
+  settings: SamplingParams,
+) -> State:
+  """Feeds each row's last token to the model and draws the next one."""
+  module = model.bind(_cast(params, model.config.dtype))
+  return _advance(module, layers, fixed, state, settings)
+
+
+def sample(
+  model: Model,
+  params: Params,
+  tokens: Int[Array, "P T"],
+  mask: Bool[Array, "P T"],
+  prompt_ids: Int[Array, " P"],
+  settings: SamplingParams,
+  key: Array,
+  prefix: Prefix | None = None,
+  first_sample: Int[Array, ""] | int = 0,
+  *,
+  samples_per_prompt: int,
+  capacity: int,
+  mesh: Mesh | None = None,
+) -> Samples:
+  """Draws S completions of each prompt.
+
+  Noise is keyed by (key, prompt id, sample number, token number), so a sample
+  does not depend on the batch that it is drawn in.
+
+  Args:
+    model: a causal language model.
+    params: its parameters, in any float dtype.
+    tokens: prompts, padded on either side.
+    mask: True = a real token; a row without any gives empty samples.
+    prompt_ids: what stands for the prompt in the noise.
+    settings: see `sampling.settings.make`.
+    key: the run's key folded with the step.
+    prefix: tokens read before every prompt, and which of them are real.
+    first_sample: number of the first sample; a second call with
+      first_sample=S draws further ones.
+    samples_per_prompt: S.
+    capacity: N, most new tokens; `settings.max_new_tokens` may be lower.
+    mesh: splits the rows over its batch axes, if their number divides.
+
+  Returns:
+    P·S rows; row p S + s is sample s of prompt p.
+  """
+  module = model.bind(_cast(params, model.config.dtype))
+  fixed, state = begin(
+    model,
+    params,
+    tokens,
+    mask,
+    prompt_ids,
+    settings,
+    key,
+    prefix,
+    first_sample,
+    samples_per_prompt=samples_per_prompt,
+    capacity=capacity,
+    mesh=mesh,
+  )
+  layers = module.unstack()
+  state = jax.lax.while_loop(
+    lambda s: ~s.done.all() & (s.drawn < capacity),
+    lambda s: _advance(module, layers, fixed, s, settings),
+    state,
+  )
+  new = state.history[:, -capacity:]
+  inside = jnp.arange(capacity) < state.lengths[:, None]
+  return Samples(
+    tokens=jnp.where(inside, new, settings.pad_id),
+    lengths=state.lengths,
+    finish=state.finish,
+    model_logps=state.model_logps,
+    sampling_logps=state.sampling_logps,
+  )
+
+
+def _advance(module, layers, fixed, state, settings):
+  hidden, own = module.step(
+    last_tokens(state),
+    fixed.start + state.drawn - 1,
+    fixed.past,
+    state.own,
+    state.drawn - 1,
+    layers,
+  )
+  state = dataclasses.replace(state, own=own)
+  return _emit(module, fixed, state, hidden, settings)
+
+
+def _emit(module, fixed, state, hidden, settings):
+  """Draws a token from each row's hidden state and writes it down."""
+  drawn, column = state.drawn, column_of(state)
+  uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, drawn)))
+  token, model_logp, sampling_logp = choose(
+    module.unembed(hidden),
+    uniform(fixed.keys),
+    settings,
+    state.seen,
+    state.history,
+    column,
+    drawn,
+  )
+  alive = ~state.done
+  token = jnp.where(alive, token, settings.pad_id)
+  history = state.history.at[:, column].set(token)
+  ended = (token[:, None] == settings.eos_ids).any(axis=1)
+  stopped = ends_with_stop(history, column, drawn, settings.stops)
+  finish = jnp.where(ended, EOS, jnp.where(stopped, STOP, LENGTH))
+  full = drawn + 1 >= fixed.limit
+
+  def write(logps, new):
+    return logps.at[:, drawn].set(jnp.where(alive, new, 0))
+
+  rows = jnp.arange(token.shape[0])
+  return dataclasses.replace(
+    state,
+    drawn=drawn + 1,
+    history=history,
+    seen=state.seen.at[rows, token].set(True),
+    done=state.done | ended | stopped | full,
+    lengths=state.lengths + alive,
+    finish=jnp.where(alive, finish, state.finish),
+    model_logps=write(state.model_logps, model_logp),
+    sampling_logps=write(state.sampling_logps, sampling_logp),
+  )
+
+
+def _align_right(tokens, mask):
+  """Moves padding to the left, so that all rows end in the last column."""
+  order = jnp.argsort(mask, axis=1, stable=True)
+  return tuple(jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
+
+
+def _read_prefix(module, tokens, mask, prefix):
+  """The prefix's keys, its length, and all tokens before the first new one."""
+  history = jnp.where(mask, tokens, -1)
+  if prefix is None:
+    return (), 0, history
+  shared, real = _align_right(prefix[0][None], prefix[1][None])
+  positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
+  _, kept = module(shared, positions, real.astype(jnp.int32), keep=True)
+  front = jnp.where(real, shared, -1)
+  front = jnp.broadcast_to(front, (len(tokens), front.shape[1]))
+  history = jnp.concatenate([front, history], axis=1)
+  return (kept,), real.sum(), _align_right(history, history >= 0)[0]
+
+
+def _split_rows(tree, rows: int, mesh: Mesh | None):
+  """Lays every array with a leading row axis out over the mesh."""
+  if mesh is None or rows % meshes.row_count(mesh):
+    return tree
+  split = meshes.rows(mesh)
+
+  def place(x):
+    has_rows = x.ndim > 0 and x.shape[0] == rows
+    return jax.lax.with_sharding_constraint(x, split) if has_rows else x
+
+  return jax.tree.map(place, tree)
+
+
+def _cast(params: Params, dtype: str) -> Params:
+  """Casts once what the loop would cast at every step; norms stay exact."""
+  return {
+    name: part
+    if name == "final_norm"
+    else jax.tree.map(lambda x: x.astype(dtype), part)
+    for name, part in params.items()
+  }

@@ -1,0 +1,88 @@
+"""From plain numbers to the traced settings of the sampler."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxalign.core.types import SamplingParams
+from jaxalign.errors import UserError
+
+EOS_SLOTS = 4
+STOP_SLOTS = 8
+STOP_WIDTH = 16
+
+
+def make(
+  *,
+  temperature: float | int = 1.0,
+  top_p: float | int = 1.0,
+  top_k: int = 0,
+  repetition_penalty: float | int = 1.0,
+  no_repeat_ngram: int = 0,
+  min_new_tokens: int = 0,
+  max_new_tokens: int = 64,
+  eos_ids: Sequence[int] = (),
+  stops: Sequence[Sequence[int]] = (),
+  pad_id: int = 0,
+) -> SamplingParams:
+  """Checks the settings and packs them for the sampler.
+
+  Args:
+    temperature: divides the logits; 0 takes the likeliest token.
+    top_p: draw from the likeliest tokens that hold this much probability.
+    top_k: draw from the k likeliest tokens; 0 = all.
+    repetition_penalty: divides positive and multiplies negative logits of
+      tokens that the prompt or the sample holds already.
+    no_repeat_ngram: no run of this many tokens occurs twice; 0 = off.
+    min_new_tokens: end-of-text is not drawn before this many tokens.
+    max_new_tokens: a sample ends after this many tokens.
+    eos_ids: ids that end a sample; at most `EOS_SLOTS`.
+    stops: token sequences that end a sample; at most `STOP_SLOTS`, each of at
+      most `STOP_WIDTH` tokens. The sequence stays in the sample.
+    pad_id: written after a sample's end.
+
+  Raises:
+    UserError: a value is out of its range.
+  """
+  _check("temperature", temperature, temperature >= 0, ">= 0")
+  _check("top_p", top_p, 0 < top_p <= 1, "in (0, 1]")
+  _check("top_k", top_k, top_k >= 0, ">= 0 (0 = off)")
+  ok = repetition_penalty > 0
+  _check("repetition_penalty", repetition_penalty, ok, "> 0 (1 = off)")
+  _check("no_repeat_ngram", no_repeat_ngram, no_repeat_ngram >= 0, ">= 0")
+  _check("min_new_tokens", min_new_tokens, min_new_tokens >= 0, ">= 0")
+  _check("max_new_tokens", max_new_tokens, max_new_tokens >= 1, ">= 1")
+  ok = len(eos_ids) <= EOS_SLOTS
+  _check("eos_ids", list(eos_ids), ok, f"at most {EOS_SLOTS} ids")
+  ok = len(stops) <= STOP_SLOTS and all(
+    1 <= len(s) <= STOP_WIDTH for s in stops
+  )
+  rule = f"at most {STOP_SLOTS} sequences of 1 to {STOP_WIDTH} tokens"
+  _check("stops", [list(s) for s in stops], ok, rule)
+  table = np.full((STOP_SLOTS, STOP_WIDTH), -1, np.int32)
+  for row, stop in zip(table, stops, strict=False):
+    row[STOP_WIDTH - len(stop) :] = stop
+  ends = np.full(EOS_SLOTS, -1, np.int32)
+  ends[: len(eos_ids)] = eos_ids
+  # numpy scalars, not Python ones: those are weakly typed, which would be
+  # another trace.
+  return SamplingParams(
+    temperature=np.asarray(temperature, np.float32),
+    top_p=np.asarray(top_p, np.float32),
+    top_k=np.asarray(top_k, np.int32),
+    repetition_penalty=np.asarray(repetition_penalty, np.float32),
+    no_repeat_ngram=np.asarray(no_repeat_ngram, np.int32),
+    min_new_tokens=np.asarray(min_new_tokens, np.int32),
+    max_new_tokens=np.asarray(max_new_tokens, np.int32),
+    eos_ids=ends,
+    stops=table,
+    pad_id=np.asarray(pad_id, np.int32),
+  )
+
+
+def _check(name: str, value: object, ok: bool, rule: str) -> None:
+  if not ok:
+    raise UserError(
+      f"sampling.{name} must be {rule}, got {value}; change it in the sampling"
+      " settings"
+    )

@@ -1,0 +1,129 @@
+"""What a decoding run carries from token to token."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxalign.core.types import SamplingParams
+from jaxalign.models.cache import KV
+
+LENGTH, EOS, STOP = 0, 1, 2  # Samples.finish
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+  """What a decoding run knows from its start."""
+
+  past: tuple[KV, ...]  # prefix and prompts
+  start: Int[Array, " B"]  # position of the first new token
+  limit: Int[Array, " B"]  # new tokens a row may have
+  keys: Array  # [B], one random key a row
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class State:
+  """What every drawn token changes."""
+
+  drawn: Int[Array, ""]  # tokens drawn so far, the same for all rows
+  history: Int[Array, "B W"]  # prompt, right-aligned, then N new tokens
+  own: KV  # keys of the new tokens
+  seen: Bool[Array, "B V"]  # True = token in prompt or sample
+  done: Bool[Array, " B"]
+  lengths: Int[Array, " B"]
+  finish: Int[Array, " B"]
+  model_logps: Float[Array, "B N"]
+  sampling_logps: Float[Array, "B N"]
+
+
+def first_state(
+  config: Any,
+  context: Int[Array, "B C"],
+  done: Bool[Array, " B"],
+  settings: SamplingParams,
+  capacity: int,
+) -> State:
+  """The state before the first draw.
+
+  Args:
+    config: the model's.
+    context: tokens before the first new one, right-aligned; -1 = none.
+    done: rows that stay empty.
+    settings: for the width of its stop sequences.
+    capacity: N, most new tokens.
+  """
+  rows, before = context.shape
+  # A stop sequence may look back this far from the first new token.
+  before = max(before, settings.stops.shape[1])
+  history = jnp.full((rows, before + capacity), -1, jnp.int32)
+  history = history.at[:, before - context.shape[1] : before].set(context)
+  ids = jnp.where(context >= 0, context, config.vocab_size)
+  seen = jnp.zeros((rows, config.vocab_size), bool)
+  seen = seen.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
+  shape = (rows, config.kv_heads, capacity, config.head_dim)
+  zeros = (jnp.zeros(shape, config.dtype),) * config.layers
+  own = KV(
+    zeros,
+    zeros,
+    jnp.zeros((rows, capacity), jnp.int32),
+    jnp.zeros((rows, capacity), bool),
+  )
+  logps = jnp.zeros((rows, capacity), jnp.float32)
+  count = jnp.zeros(rows, jnp.int32)
+  return State(
+    jnp.zeros((), jnp.int32),
+    history,
+    own,
+    seen,
+    done,
+    count,
+    count,
+    logps,
+    logps,
+  )
+
+
+def last_tokens(state: State) -> Int[Array, " B"]:
+  """The tokens drawn last."""
+  return jax.lax.dynamic_index_in_dim(
+    state.history, column_of(state) - 1, axis=1, keepdims=False
+  )
+
+
+def column_of(state: State) -> Int[Array, ""]:
+  """Where in `history` the next token goes."""
+  capacity = state.model_logps.shape[1]
+  return state.history.shape[1] - capacity + state.drawn
+
+
+def ends_with_stop(
+  history: Int[Array, "B W"],
+  column: Int[Array, ""],
+  drawn: Int[Array, ""],
+  stops: Int[Array, "M U"],
+) -> Bool[Array, " B"]:
+  """Whether the token at `column` completes a stop sequence.
+
+  The whole sequence has to be new: `drawn` tokens stand before `column`.
+  """
+  width = stops.shape[1]
+  # The prompt part of `history` is at least as wide as a stop sequence.
+  tail = jax.lax.dynamic_slice_in_dim(history, column - width + 1, width, 1)
+  used = stops >= 0
+  fits = used.any(axis=1) & (used.sum(axis=1) <= drawn + 1)
+  equal = (tail[:, None] == stops) | ~used
+  return (equal.all(axis=2) & fits).any(axis=1)
+
+
+def row_keys(
+  key: Array, prompt_ids: Int[Array, " P"], sample_ids: Int[Array, " S"]
+) -> Array:
+  """A random key for each row, by prompt and sample number alone."""
+  fold = jax.random.fold_in
+  per_prompt = jax.vmap(lambda p: fold(key, p))(prompt_ids)
+  both = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))
+  return both(per_prompt, sample_ids).reshape(-1)

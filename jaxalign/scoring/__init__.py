@@ -1,0 +1,1 @@
+"""Reward models: texts in, scores out, few compilations."""

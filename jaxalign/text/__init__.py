@@ -1,0 +1,1 @@
+"""Plain text work: wire strings, cutting extra turns, similarity. No jax."""

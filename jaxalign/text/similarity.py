@@ -1,0 +1,143 @@
+"""How alike a model's answers are: the measure of mode collapse.
+
+Answers of a healthy model to different prompts share few words (mean Jaccard
+overlap 0.03-0.08); a collapsed or reward-hacked one says the same to all.
+"""
+
+import collections
+import functools
+import itertools
+import pathlib
+import random
+from collections.abc import Sequence
+from typing import Any
+
+
+class _NoSynonyms:
+  """Stands in for WordNet where its data is not installed."""
+
+  def synsets(self, word: str) -> list:
+    del word
+    return []
+
+
+class _CachedStemmer:
+  """Porter stems, remembered: all pairs of a set meet the same words."""
+
+  def __init__(self):
+    from nltk.stem.porter import PorterStemmer
+
+    self.stem = functools.lru_cache(maxsize=65536)(PorterStemmer().stem)
+
+
+@functools.cache
+def _meteor_parts() -> tuple[Any, Any, Any]:
+  """METEOR of nltk, stemmer, WordNet or its stand-in; never downloads."""
+  import nltk
+  from nltk.corpus import wordnet
+  from nltk.translate.meteor_score import meteor_score
+
+  # Asking nltk itself would raise a page of advice where there is none.
+  installed = any(
+    (pathlib.Path(folder) / "corpora" / name).exists()
+    for folder in nltk.data.path
+    for name in ("wordnet", "wordnet.zip")
+  )
+  return meteor_score, _CachedStemmer(), wordnet if installed else _NoSynonyms()
+
+
+def has_wordnet() -> bool:
+  """Whether METEOR counts synonyms here; without, scores are a bit lower."""
+  return not isinstance(_meteor_parts()[2], _NoSynonyms)
+
+
+def meteor(reference: str, hypothesis: str) -> float:
+  """METEOR of two texts in [0, 1], on words split at blanks.
+
+  F = 10PR / (R + 9P) over words matched exactly, by Porter stem or by WordNet
+  synonym, lower-cased; score = F · (1 − ½ (chunks / matches)³). Not symmetric.
+  Source: Banerjee and Lavie 2005, with nltk's constants.
+  """
+  score, stemmer, wordnet = _meteor_parts()
+  return float(
+    score(
+      [reference.split()], hypothesis.split(), stemmer=stemmer, wordnet=wordnet
+    )
+  )
+
+
+def mean_meteor(
+  completions: Sequence[str], max_pairs: int | None = None, seed: int = 0
+) -> float | None:
+  """Mean METEOR over the ordered pairs of a set; higher = more collapsed.
+
+  Args:
+    completions: answers without their prompts.
+    max_pairs: score only this many ordered pairs, drawn without repeats.
+    seed: of that draw.
+
+  Returns:
+    The mean in [0, 1], or None for fewer than two completions.
+  """
+  pairs = list(itertools.permutations(completions, 2))
+  if not pairs:
+    return None
+  if max_pairs is not None and len(pairs) > max_pairs:
+    pairs = random.Random(seed).sample(pairs, max_pairs)
+  return sum(meteor(a, b) for a, b in pairs) / len(pairs)
+
+
+def jaccard(first: str, second: str) -> float:
+  """|A ∩ B| / |A ∪ B| of two texts' lower-cased words; 0 if both are empty."""
+  a, b = set(first.lower().split()), set(second.lower().split())
+  return len(a & b) / max(1, len(a | b))
+
+
+def mean_overlap(
+  prompts: Sequence[str],
+  completions: Sequence[str],
+  max_pairs: int = 600,
+  seed: int = 0,
+) -> float | None:
+  """Mean word overlap of answers to two *different* prompts.
+
+  Args:
+    prompts: the prompt of each completion.
+    completions: answers, as many as prompts.
+    max_pairs: random pairs to look at; all pairs where there are fewer.
+    seed: of the draw.
+
+  Returns:
+    The mean in [0, 1], or None where no two prompts differ.
+  """
+  count = len(completions)
+  if count * (count - 1) // 2 <= max_pairs:
+    pairs = itertools.combinations(range(count), 2)
+  else:
+    draw = random.Random(seed)
+    # Twice as many as needed: pairs of one prompt are thrown away below.
+    pairs = (draw.sample(range(count), 2) for _ in range(2 * max_pairs))
+  unlike = ((i, j) for i, j in pairs if prompts[i] != prompts[j])
+  scores = [
+    jaccard(completions[i], completions[j])
+    for i, j in itertools.islice(unlike, max_pairs)
+  ]
+  return sum(scores) / len(scores) if scores else None
+
+
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+  words = text.lower().split()
+  return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
+
+
+def distinct_n(completions: Sequence[str], n: int = 2) -> float | None:
+  """Different n-grams / all n-grams over a set (Li 2016); None without any."""
+  grams = [gram for text in completions for gram in _ngrams(text, n)]
+  return len(set(grams)) / len(grams) if grams else None
+
+
+def repetition(text: str, n: int = 2) -> float:
+  """Share of a text's n-grams that it has said before, in [0, 1)."""
+  counts = collections.Counter(_ngrams(text, n))
+  total = counts.total()
+  return (total - len(counts)) / total if total else 0.0

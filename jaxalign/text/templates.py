@@ -1,0 +1,153 @@
+r"""The wire strings of SuperHF and HH-RLHF dialogues.
+
+A dialogue is one string: every turn opens with a blank line and its role,
+`\n\nHuman: question\n\nAssistant: answer`. A prompt ends right behind the
+last `\n\nAssistant:`, with no trailing space; one space joins it to a
+completion. Models were trained on exactly these bytes.
+"""
+
+import re
+
+HUMAN = "\n\nHuman:"
+ASSISTANT = "\n\nAssistant:"
+
+# Ends in a full stop in SuperHF's runs and in a colon in its PPO baseline.
+SYSTEM_CS224N = (
+  "A human user asks a question or says a statement, and a helpful, polite, "
+  "honest, sophisticated, emotionally aware, and humble-but-knowledgeable AI "
+  "assistant responds."
+)
+SYSTEM_CS224N_RLHF = SYSTEM_CS224N[:-1] + ":"
+SYSTEM_LATER = (
+  "A human user sends a message, and a helpful and harmless AI assistant "
+  "responds."
+)
+
+_TURN = re.compile(r"\n\n(Human|Assistant):")
+_DELIMITER = {"user": HUMAN, "assistant": ASSISTANT}
+_ROLE = {"Human": "user", "Assistant": "assistant"}
+
+Message = dict[str, str]  # {"role": "system"|"user"|"assistant", "content": …}
+
+
+def build_prompt(question: str, system: str = "") -> str:
+  r"""`{system}\n\nHuman: {question}\n\nAssistant:`, as SuperHF writes it."""
+  return f"{system}{HUMAN} {question}{ASSISTANT}"
+
+
+def is_prompt(text: str) -> bool:
+  """Whether `text` is a dialogue that waits for the assistant's words."""
+  return HUMAN in text and text.endswith(ASSISTANT)
+
+
+def join(prompt: str, completion: str) -> str:
+  """Prompt and completion as the one text that is scored and trained on.
+
+  Behind a role delimiter stand one space and the stripped completion. Any
+  other prompt (plain text, a chat template's) keeps the seam it has, and gets
+  a space only where two words would run together.
+
+  Args:
+    prompt: text in front, its system text included.
+    completion: the answer; surrounding blanks do not count after a delimiter.
+
+  Returns:
+    The joined text; it always begins with `prompt`.
+  """
+  if prompt.endswith(ASSISTANT):
+    return f"{prompt} {completion.strip()}"
+  # A chat template's prompt ends in a newline or a special token `<|…|>`.
+  if not prompt or not completion or prompt[-1].isspace() or prompt[-1] == ">":
+    return prompt + completion
+  return prompt + ("" if completion[0].isspace() else " ") + completion
+
+
+def split_first(text: str) -> tuple[str, str] | None:
+  r"""Splits behind the first `\n\nAssistant:`; None where there is none.
+
+  The completion keeps its leading space, so the two parts add up to `text`.
+  """
+  return _split_at(text, text.find(ASSISTANT))
+
+
+def split_last(text: str) -> tuple[str, str] | None:
+  r"""Splits behind the last `\n\nAssistant:`; None where there is none.
+
+  For preference dialogues: only the last answer differs between the two.
+  """
+  return _split_at(text, text.rfind(ASSISTANT))
+
+
+def _split_at(text: str, at: int) -> tuple[str, str] | None:
+  cut = at + len(ASSISTANT)
+  return (text[:cut], text[cut:]) if at >= 0 else None
+
+
+def split_pair(chosen: str, rejected: str) -> tuple[str, str, str] | None:
+  r"""Splits two dialogues at the last `\n\nAssistant:` that both share.
+
+  That is the last one of each, unless an answer plays further turns itself
+  (some 0.2% of HH-RLHF): then those turns belong to the answer.
+
+  Returns:
+    `(prompt, chosen answer, rejected answer)`, or None where no delimiter has
+    the same text in front of it in both.
+  """
+  end = len(chosen)
+  while (at := chosen.rfind(ASSISTANT, 0, end)) >= 0:
+    cut = at + len(ASSISTANT)
+    if rejected.startswith(chosen[:cut]):
+      return chosen[:cut], chosen[cut:], rejected[cut:]
+    end = cut - 1
+  return None
+
+
+def first_question(text: str) -> str | None:
+  """The prompt made of a dialogue's first human turn; None without one."""
+  parts = split_first(text)
+  return parts[0] if parts and HUMAN in parts[0] else None
+
+
+def bare_question(prompt: str) -> str:
+  """What the human says, without delimiters and system text.
+
+  Reward models that take a (question, answer) pair are shown this. A longer
+  dialogue keeps the delimiters between its turns.
+  """
+  at = prompt.find(HUMAN)
+  body = prompt[at + len(HUMAN) :] if at >= 0 else prompt
+  return body.removesuffix(ASSISTANT).strip()
+
+
+def from_messages(messages: list[Message], reply: bool = False) -> str:
+  r"""Role lists to a dialogue: `\n\nHuman: …\n\nAssistant: …`.
+
+  Args:
+    messages: turns in order; `system` text goes in front as it is.
+    reply: append `\n\nAssistant:` so that the model answers next.
+
+  Raises:
+    KeyError: a role other than system, user or assistant.
+  """
+  text = ""
+  for turn in messages:
+    if turn["role"] == "system":
+      text += turn["content"]
+    else:
+      text += f"{_DELIMITER[turn['role']]} {turn['content']}"
+  return text + (ASSISTANT if reply else "")
+
+
+def to_messages(text: str) -> list[Message]:
+  r"""A dialogue to its role list; the inverse of `from_messages`.
+
+  Text in front of the first delimiter becomes a `system` turn; a closing
+  `\n\nAssistant:` that waits for an answer is no turn.
+  """
+  head, *rest = _TURN.split(text)
+  turns = [{"role": "system", "content": head}] if head else []
+  for role, content in zip(rest[::2], rest[1::2], strict=True):
+    turns.append({"role": _ROLE[role], "content": content.strip()})
+  if turns and turns[-1] == {"role": "assistant", "content": ""}:
+    turns.pop()
+  return turns

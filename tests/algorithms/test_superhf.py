@@ -1,0 +1,508 @@
+"""SuperHF's loop with tools written by hand, and its update's numbers."""
+
+import dataclasses
+import functools
+import logging
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.algorithms import superhf
+from jaxalign.config import SuperHFConfig
+from jaxalign.config.sections import OptimizerConfig
+from jaxalign.config.stages import EvaluationConfig, SuperbatchConfig
+from jaxalign.core.types import Answers
+from jaxalign.models import lora
+from jaxalign.models.layers import LoraConfig
+from jaxalign.sampling import settings
+from jaxalign.sampling.sampler import Sampler
+
+PROMPTS = ["ab", "c"]
+TEXTS = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff"]
+SCORES = [0.5, 2.0, -1.0, 3.0, 3.5, 1.0]
+PAIRS = [("ab", "cde"), ("c", "fghijkl"), ("abcd", "a"), ("j", "cc")]
+
+
+def superbatch(mode="prompt_accumulation", prompts=2, each=3, keep=1):
+  return SuperbatchConfig(
+    mode=mode, prompts=prompts, samples_per_prompt=each, keep=keep
+  )
+
+
+def config(**changes):
+  given = {
+    "steps": 1,
+    "superbatch": superbatch(),
+    "optimizer": OptimizerConfig(learning_rate=0.01, schedule="constant"),
+    "kl_coefficient": -1.0,
+  }
+  return SuperHFConfig(**given | changes)
+
+
+def tools(toy, texts=TEXTS, scores=SCORES, prompts=PROMPTS, **changes):
+  """Tools that always give the same answers and scores."""
+
+  def encode(found, kept):
+    pairs = [(found.asked[i], found.texts[i]) for i in kept]
+    return [toy.kept_batch(pairs)]
+
+  given = {
+    "prompts": lambda step: prompts,
+    "sample": lambda params, asked, each, key: toy.answers(asked, texts),
+    "score": lambda asked, found: np.array(scores, np.float32),
+    "held_out": None,
+    "encode": encode,
+    "diversity": lambda asked, found, kept: {"diversity/meteor": 0.25},
+  }
+  return superhf.Tools(**given | changes)
+
+
+def run(toy, cfg, with_tools, model=None, params=None, prior=None):
+  if model is None:
+    model, params = toy.build()
+  ctx, log = toy.context(cfg, model, params, prior)
+  state = superhf.run(ctx, with_tools, toy.optimizer(cfg), toy.rate(cfg))
+  return ctx, log, state
+
+
+@pytest.mark.parametrize(
+  ("batch", "kept"),
+  [
+    # The best of 0.5, 2, −1 and of 3, 3.5, 1.
+    (superbatch(keep=1), [1, 4]),
+    (superbatch(keep=2), [1, 0, 4, 3]),
+    # The best of all six.
+    (superbatch("mixed_prompts", 6, 1, 3), [4, 3, 1]),
+    (superbatch("single_prompt", 1, 6, 2), [4, 3]),
+    (superbatch("single_pass", 0, 2, 1), [1, 3, 4]),
+  ],
+  ids=["accumulation", "accumulation-2", "mixed", "single", "pass"],
+)
+def test_the_best_are_kept(toy, batch, kept):
+  each = batch.samples_per_prompt
+  prompts = ["ab", "c", "d", "e", "f", "g"][: 6 // each]
+  seen = []
+
+  def encode(answers, chosen):
+    seen.append(chosen.tolist())
+    return [toy.kept_batch([("a", answers.texts[i]) for i in chosen])]
+
+  cfg = config(superbatch=batch)
+  _, log, _ = run(toy, cfg, tools(toy, prompts=prompts, encode=encode))
+  assert seen == [kept]
+  rows = log.rows[0]
+  assert [r["kept"] for r in rows] == [i in kept for i in range(6)]
+  assert [r["completion"] for r in rows] == TEXTS
+  assert [r["score"] for r in rows] == SCORES
+  assert [r["prompt"] for r in rows] == [
+    p for p in prompts for _ in range(each)
+  ]
+  assert {r["step"] for r in rows} == {1}
+
+
+def test_metrics_by_hand(toy):
+  """Scores: mean 9/6 = 1.5, kept (2, 3.5) 2.75; held out ×2: 3 and 5.5.
+
+  Σ (x − 1.5)² = 1 + 0.25 + 6.25 + 2.25 + 4 + 0.25 = 14; std √(14/6).
+  Lengths 1 … 6: 21 / 6 = 3.5.
+  """
+  held_out = lambda asked, texts: 2 * np.array(SCORES)
+  cfg = config(validation_interval=1, test_reward_model="watcher")
+  _, log, state = run(toy, cfg, tools(toy, held_out=held_out))
+  found = log.metrics[0]
+  wanted = {
+    "score/mean": 1.5,
+    "score/std": math.sqrt(14 / 6),
+    "score/kept_mean": 2.75,
+    "test_score/mean": 3.0,
+    "test_score/kept_mean": 5.5,
+    "completion/chars_mean": 3.5,
+    "completion/tokens_mean": 3.5,
+    "completion/empty_fraction": 0.0,
+    "completion/ended_fraction": 1.0,
+    "diversity/meteor": 0.25,
+    "exceptions": 0,
+    "skipped_updates": 0,
+    "lr": 0.01,
+    "kl/mean": 0.0,
+  }
+  assert {k: float(found[k]) for k in wanted} == pytest.approx(wanted)
+  assert found["loss/total"] == found["loss/nll"] > 0
+  assert [r["test_score"] for r in log.rows[0]] == [2 * s for s in SCORES]
+  assert int(state.step) == 1
+
+
+def test_empty_and_unscored_answers_are_never_kept(toy):
+  """ "" has the best score, NaN comes next; of the rest 1 and 3 are best.
+
+  Their scores are null in samples.jsonl and outside of the mean (1 + 3 − 2
+  + 0) / 4 = 0.5.
+  """
+  texts = ["", "bb", "cc", "dd", "ee", "ff"]
+  scores = [9.0, 1.0, math.nan, 3.0, -2.0, 0.0]
+  _, log, _ = run(toy, config(), tools(toy, texts, scores))
+  rows = log.rows[0]
+  assert [i for i, r in enumerate(rows) if r["kept"]] == [1, 3]
+  assert [r["score"] for r in rows] == [None, 1.0, None, 3.0, -2.0, 0.0]
+  assert float(log.metrics[0]["score/mean"]) == pytest.approx(0.5)
+  assert float(log.metrics[0]["completion/empty_fraction"]) == pytest.approx(
+    1 / 6
+  )
+
+
+def test_length_penalty_takes_the_logarithm(toy):
+  """Scores 1.0 of e³ ≈ 20 letters and 0.9 of one: 1 − 0.1 · ln 20 = 0.70."""
+  texts, scores = ["a" * 20, "b"], [1.0, 0.9]
+  cfg = config(superbatch=superbatch("single_prompt", 1, 2), length_penalty=0.1)
+  given = tools(
+    toy,
+    texts,
+    scores,
+    ["a"],
+    encode=lambda found, kept: [toy.kept_batch([("a", "bb")])],
+  )
+  _, log, _ = run(toy, cfg, given)
+  rows = log.rows[0]
+  assert [r["kept"] for r in rows] == [False, True]
+  assert rows[0]["score"] == pytest.approx(1 - 0.1 * math.log(20))
+  assert rows[1]["score"] == pytest.approx(0.9)
+
+
+def failing(steps, number):
+  """A score function that fails at these of its calls."""
+  calls = iter(range(steps))
+
+  def score(asked, texts):
+    if next(calls) in number:
+      raise RuntimeError("out of memory")
+    return np.array(SCORES, np.float32)
+
+  return score
+
+
+def test_failures_are_counted_and_tolerated(toy, caplog):
+  cfg = config(steps=4, max_exception_count=2)
+  score = failing(4, {1, 2})
+  with caplog.at_level(logging.ERROR):
+    ctx, log, state = run(toy, cfg, tools(toy, score=score))
+  assert [m["exceptions"] for m in log.metrics] == [0, 1, 2, 2]
+  assert ctx.counters == {"exceptions": 2}
+  assert "superbatch 2 failed" in caplog.text
+  assert "out of memory" in caplog.text
+  # A failed superbatch is over all the same: the schedule goes on.
+  assert [int(s.step) for s in log.states] == [1, 2, 3, 4]
+  assert int(state.step) == 4
+  jax.tree.map(
+    np.testing.assert_array_equal, log.states[0].params, log.states[2].params
+  )
+  assert log.rows[1] == []
+  assert "score/mean" not in log.metrics[1]
+  before, after = (log.states[i].params["final_norm"] for i in (2, 3))
+  assert not np.array_equal(before["scale"], after["scale"])
+
+
+def test_one_failure_too_many_ends_the_run(toy):
+  cfg = config(steps=4, max_exception_count=1)
+  with pytest.raises(RuntimeError, match="out of memory"):
+    run(toy, cfg, tools(toy, score=failing(4, {0, 2})))
+
+
+def test_no_usable_answer_is_such_a_failure(toy):
+  given = tools(toy, [""] * 6)
+  with pytest.raises(ValueError, match="every completion was empty"):
+    run(toy, config(), given)
+  cfg = config(steps=2, max_exception_count=2)
+  assert run(toy, cfg, given)[0].counters == {"exceptions": 2}
+
+
+def test_one_prompt_without_an_answer_does_not_end_a_run(toy):
+  texts = ["", "", "", "dd", "ee", "ff"]
+  _, log, _ = run(toy, config(), tools(toy, texts))
+  assert [i for i, r in enumerate(log.rows[0]) if r["kept"]] == [4]
+
+
+def test_intervals(toy):
+  """Every second of five superbatches, and the last one; 0 = never."""
+  calls = []
+
+  def held_out(asked, texts):
+    calls.append("held out")
+    return np.zeros(6)
+
+  def evaluate(params):
+    calls.append("evaluate")
+    return {"eval_score/mean": 7.0}
+
+  cfg = config(
+    steps=5,
+    validation_interval=2,
+    test_reward_model="watcher",
+    evaluation=EvaluationConfig(interval=3),
+  )
+  given = tools(toy, held_out=held_out, evaluate=evaluate)
+  _, log, _ = run(toy, cfg, given)
+  at = lambda name: [i + 1 for i, m in enumerate(log.metrics) if name in m]
+  assert at("test_score/mean") == [2, 4, 5]
+  assert at("eval_score/mean") == [3, 5]
+  calls.clear()
+  off = dataclasses.replace(
+    cfg, validation_interval=0, evaluation=EvaluationConfig(interval=0)
+  )
+  run(toy, off, given)
+  assert calls == []
+
+
+def test_several_updates_of_a_superbatch_share_its_rate(toy):
+  """Linear from 0.1 over 4 superbatches; two updates each, at one rate."""
+  cfg = config(
+    steps=4,
+    superbatch=superbatch(keep=2),
+    optimizer=OptimizerConfig(learning_rate=0.1, schedule="linear"),
+  )
+
+  def encode(answers, kept):
+    pairs = [(answers.asked[i], answers.texts[i]) for i in kept]
+    return [toy.kept_batch(pairs[:2]), toy.kept_batch(pairs[2:])]
+
+  ctx, log, state = run(toy, cfg, tools(toy, encode=encode))
+  rates = [float(m["lr"]) for m in log.metrics]
+  assert rates == pytest.approx([0.1, 0.075, 0.05, 0.025])
+  counts = [
+    int(leaf)
+    for leaf in jax.tree.leaves(state.opt_state)
+    if jnp.issubdtype(leaf.dtype, jnp.integer)
+  ]
+  assert counts == [8]  # Adam's count of updates
+  # The same two updates of the first superbatch, one after the other.
+  update = jax.jit(superhf.make_update(ctx, toy.optimizer(cfg), toy.rate(cfg)))
+  again, losses = ctx.state, []
+  for batch in encode(toy.answers(PROMPTS, TEXTS), np.array([1, 0, 4, 3])):
+    again, found = update(again, {}, None, batch, ctx.key)
+    losses.append(float(found["nll"]))
+  assert float(log.metrics[0]["loss/nll"]) == pytest.approx(np.mean(losses))
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=1e-6),
+    again.params,
+    log.states[0].params,
+  )
+
+
+def log_softmax(logits):
+  logits = np.asarray(logits, np.float64)
+  logits = logits - logits.max(-1, keepdims=True)
+  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+
+
+def by_hand(toy, model, params, prior, pairs):
+  """NLLs of all completion tokens, and each text's KLs, one text at a time.
+
+  Without padding, without batches: log p of the distributions *before* each
+  completion token, in numpy.
+  """
+  prior_model, prior_params = prior
+  nlls, kls = [], []
+
+  @functools.partial(jax.jit, static_argnums=0)
+  def logits(which, weights, tokens):
+    module = which.bind(weights)
+    places = jnp.arange(tokens.shape[1])[None]
+    hidden, _ = module(tokens, places, jnp.ones_like(tokens))
+    return module.unembed(hidden)[0]
+
+  for prompt, completion in pairs:
+    row = toy.ids(prompt + completion)
+    tokens = jnp.array([row])
+    p = log_softmax(logits(model, params, tokens))
+    p0 = log_softmax(logits(prior_model, prior_params, tokens))
+    before = np.arange(len(prompt) - 1, len(row) - 1)
+    nlls += [-p[t, row[t + 1]] for t in before]
+    kls.append([(np.exp(p0[t]) * (p0[t] - p[t])).sum() for t in before])
+  return nlls, kls
+
+
+@pytest.mark.parametrize("micro", [4, 1])
+@pytest.mark.parametrize(
+  ("kl", "inverse"), [(0.0, 0.0), (0.35, 0.0), (0.35, 0.1)]
+)
+def test_loss_against_numpy(toy, micro, kl, inverse):
+  """total = NLL + C / NLL + β Σ_texts mean_t KL, texts of unequal length."""
+  if inverse and micro == 1:
+    micro = 4  # the config refuses micro-batches here
+  model, params = toy.build(seed=0)
+  prior = (model, toy.build(seed=1)[1])
+  cfg = config(kl_coefficient=kl, inverse_loss_penalty=inverse)
+  ctx, _ = toy.context(cfg, model, params, prior)
+  update = jax.jit(superhf.make_update(ctx, toy.optimizer(cfg), toy.rate(cfg)))
+  batch = toy.kept_batch(PAIRS, micro=micro)
+  _, found = update(ctx.state, {}, prior[1], batch, ctx.key)
+  nlls, kls = by_hand(toy, model, params, prior, PAIRS)
+  assert len(nlls) == 3 + 7 + 1 + 2 == int(found["tokens"])
+  nll = np.mean(nlls)
+  wanted = nll + kl * sum(map(np.mean, kls))
+  if inverse:
+    wanted += inverse / nll
+  np.testing.assert_allclose(found["nll"], nll, rtol=1e-5)
+  np.testing.assert_allclose(found["kl_sum"], sum(map(sum, kls)), rtol=1e-5)
+  np.testing.assert_allclose(found["total"], wanted, rtol=1e-5)
+  assert sum(map(sum, kls)) > 0.1
+
+
+def test_micro_batches_and_filler_rows_change_no_parameter(toy):
+  model, params = toy.build()
+  prior = (model, toy.build(seed=1)[1])
+  # Plain sums of gradients: Adam would blow rounding up to the sign.
+  cfg = config(
+    kl_coefficient=0.35,
+    optimizer=OptimizerConfig(
+      learning_rate=1.0, schedule="constant", eps=1e3, weight_decay=0.0
+    ),
+  )
+  ctx, _ = toy.context(cfg, model, params, prior)
+  update = jax.jit(superhf.make_update(ctx, toy.optimizer(cfg), toy.rate(cfg)))
+  cuts = {
+    "whole": toy.kept_batch(PAIRS),
+    "singles": toy.kept_batch(PAIRS, micro=1),
+    "pairs": toy.kept_batch(PAIRS, width=16, micro=2),
+    "filled": toy.kept_batch([*PAIRS, ("", ""), ("", "")], micro=3),
+  }
+  moved = {}
+  for name, batch in cuts.items():
+    state, _ = update(ctx.state, {}, prior[1], batch, ctx.key)
+    moved[name] = jax.tree.map(
+      lambda a, b: 1e3 * np.asarray(a - b), state.params, params
+    )
+  assert max(np.abs(x).max() for x in jax.tree.leaves(moved["whole"])) > 1e-2
+  for name in ("singles", "pairs", "filled"):
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, atol=1e-3),
+      moved[name],
+      moved["whole"],
+    )
+
+
+def test_kl_is_zero_before_the_first_update(toy):
+  model, params = toy.build()
+  cfg = config(steps=3, kl_coefficient=0.0)
+  _, log, _ = run(toy, cfg, tools(toy), model, params, (model, params))
+  kls = [float(m["kl/mean"]) for m in log.metrics]
+  assert abs(kls[0]) < 1e-6
+  assert kls[2] > kls[1] > 1e-5
+  # 0 only logs: the loss is the NLL.
+  np.testing.assert_allclose(
+    [m["loss/total"] for m in log.metrics],
+    [m["loss/nll"] for m in log.metrics],
+    rtol=1e-6,
+  )
+
+
+def test_kl_holds_the_policy_back(toy):
+  model, params = toy.build()
+  ends = {}
+  for kl in (0.0, 3.0):
+    cfg = config(steps=12, kl_coefficient=kl)
+    _, log, _ = run(toy, cfg, tools(toy), model, params, (model, params))
+    ends[kl] = float(log.metrics[-1]["kl/mean"])
+  assert ends[3.0] < 0.5 * ends[0.0]
+
+
+ADAPTERS = LoraConfig(rank=2, alpha=8.0, targets=("query_key_value", "dense"))
+
+
+def test_adapters_off_is_the_base_policy(toy):
+  """With B = 0 the KL is 0; with drawn adapters it is that of two models."""
+  model, params = toy.build(adapters=ADAPTERS)
+  trained, frozen = lora.split(params)
+  prior = (model.without_lora(), frozen)
+  cfg = config(kl_coefficient=0.35)
+  ctx, _ = toy.context(cfg, model, params, prior)
+  update = jax.jit(superhf.make_update(ctx, toy.optimizer(cfg), toy.rate(cfg)))
+  batch = toy.kept_batch(PAIRS)
+  state, found = update(ctx.state, ctx.frozen, frozen, batch, ctx.key)
+  _, kls = by_hand(toy, model, params, prior, PAIRS)
+  np.testing.assert_allclose(found["kl_sum"], sum(map(sum, kls)), rtol=1e-4)
+  assert sum(map(sum, kls)) > 0.1
+  # Only the adapters are trained.
+  assert jax.tree.structure(state.params) == jax.tree.structure(trained)
+  names = {str(p[-1].key) for p, _ in jax.tree.leaves_with_path(state.params)}
+  assert names == {"lora_a", "lora_b"}
+  fresh = jax.tree_util.tree_map_with_path(
+    lambda p, x: jnp.zeros_like(x) if p[-1].key == "lora_b" else x, trained
+  )
+  before = dataclasses.replace(ctx.state, params=fresh)
+  _, found = update(before, ctx.frozen, frozen, batch, ctx.key)
+  assert abs(float(found["kl_sum"])) < 1e-6
+
+
+def test_sampler_and_trainer_are_compared_on_known_tokens_only(toy):
+  """Log-probs 0 against the trainer's −log p: the largest of the known."""
+  model, params = toy.build()
+  cfg = config()
+  ctx, _ = toy.context(cfg, model, params)
+  update = jax.jit(superhf.make_update(ctx, toy.optimizer(cfg), toy.rate(cfg)))
+  batch = toy.kept_batch(PAIRS)
+  nlls, _ = by_hand(toy, model, params, (model, params), PAIRS)
+  known = np.zeros(batch.sampled.shape, bool)
+  known[0, 0, 2:5] = True  # the completion of the first text
+  batch = dataclasses.replace(batch, sampled=jnp.asarray(known))
+  _, found = update(ctx.state, {}, None, batch, ctx.key)
+  np.testing.assert_allclose(found["logp_diff_max"], max(nlls[:3]), rtol=1e-5)
+
+
+def test_a_superbatch_is_the_same_whenever_it_runs(toy):
+  """Keys come from the step alone, so a resumed run draws the same."""
+  drawn = {}
+
+  def sample(params, asked, each, key):
+    drawn.setdefault(len(drawn), jax.random.key_data(key).tolist())
+    return toy.answers(asked, TEXTS)
+
+  cfg = config(steps=3)
+  model, params = toy.build()
+  run(toy, cfg, tools(toy, sample=sample), model, params)
+  whole = list(drawn.values())
+  assert len({tuple(k) for k in whole}) == 3
+  drawn.clear()
+  ctx, _ = toy.context(cfg, model, params)
+  ctx = dataclasses.replace(
+    ctx, steps=lambda: iter([2]), report=lambda *a: None
+  )
+  superhf.run(ctx, tools(toy, sample=sample), toy.optimizer(cfg), toy.rate(cfg))
+  assert list(drawn.values()) == whole[2:]
+
+
+def test_it_learns_what_is_rewarded(toy):
+  """A random model writes "e" 1 time in 13; rewarded for it, most times."""
+  model, params = toy.build(seed=3)
+  sampler = Sampler(model, prompt_buckets=(4,), new_token_buckets=(8,))
+  # Id 0 would be no letter: it ends a text, and may not come first.
+  wanted = settings.make(
+    max_new_tokens=8, min_new_tokens=1, eos_ids=[0], pad_id=0
+  )
+
+  def sample(params, asked, each, key):
+    rows = [toy.ids(p) for p in asked]
+    drawn = sampler(params, rows, wanted, key, samples_per_prompt=each)
+    texts = [
+      "".join(chr(ord("a") + int(i) - 1) for i in row[:n] if i)
+      for row, n in zip(drawn.tokens, drawn.lengths, strict=True)
+    ]
+    return Answers(asked, texts, drawn, [True] * len(texts))
+
+  def score(asked, texts):
+    return np.array([t.count("e") / 8 for t in texts], np.float32)
+
+  cfg = config(
+    steps=30,
+    superbatch=superbatch(prompts=2, each=16, keep=2),
+    optimizer=OptimizerConfig(learning_rate=0.02, schedule="constant"),
+  )
+  given = tools(toy, sample=sample, score=score)
+  _, log, _ = run(toy, cfg, given, model, params)
+  scores = [float(m["score/mean"]) for m in log.metrics]
+  assert np.mean(scores[:2]) < 0.25
+  assert np.mean(scores[-3:]) > 0.7
+  # Texts are trained on with the very log-probs they were drawn under.
+  assert float(log.metrics[0]["score/kept_mean"]) > np.mean(scores[:2])

@@ -1,0 +1,130 @@
+"""Reward scoring against transformers, both measured in one run.
+
+256 texts of 32 to 512 tokens, random weights in DeBERTa-base's shape with
+three layers, float32. transformers gets batches padded to their longest text,
+in the given order and, as a further figure, sorted by length. The repeats of
+all sides take turns, so that other load on the machine hits them alike, and
+each side's median counts. Prints one JSON line.
+
+    python tests/bench/scoring.py [--repeats 3] [--texts 256]
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import jax
+import numpy as np
+import torch
+import transformers
+
+from jaxalign.models.deberta import DebertaConfig
+from jaxalign.models.model import Model
+from jaxalign.scoring.scorer import Scorer
+
+VOCABULARY, WIDTH, HEADS, INNER, LAYERS = 32000, 768, 12, 3072, 3
+SHORTEST, LONGEST = 32, 512
+
+
+def texts(count):
+  rng = np.random.default_rng(0)
+  lengths = rng.integers(SHORTEST, LONGEST + 1, count)
+  return [(rng.integers(1, VOCABULARY, n).tolist(), [0] * n) for n in lengths]
+
+
+def ours(rows):
+  """Scores the rows with this package."""
+  config = DebertaConfig(VOCABULARY, WIDTH, LAYERS, HEADS, INNER)
+  model = Model.build(config)
+  params = model.init(jax.random.key(0))
+  scorer = Scorer(model, params, encode=lambda prompts, completions: rows)
+  return lambda: scorer([""] * len(rows), [""] * len(rows)), scorer
+
+
+def theirs():
+  """Scores rows in batches of a size, in the order they come."""
+  config = transformers.DebertaV2Config(
+    vocab_size=VOCABULARY,
+    hidden_size=WIDTH,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    intermediate_size=INNER,
+    relative_attention=True,
+    position_biased_input=False,
+    position_buckets=256,
+    pos_att_type=["p2c", "c2p"],
+    share_att_key=True,
+    norm_rel_ebd="layer_norm",
+    num_labels=1,
+  )
+  torch.manual_seed(0)
+  model = transformers.DebertaV2ForSequenceClassification(config).eval()
+
+  @torch.inference_mode()
+  def score(rows, size):
+    out = []
+    for start in range(0, len(rows), size):
+      batch = [ids for ids, _ in rows[start : start + size]]
+      longest = max(map(len, batch))
+      ids = torch.tensor([x + [0] * (longest - len(x)) for x in batch])
+      mask = torch.tensor(
+        [[1] * len(x) + [0] * (longest - len(x)) for x in batch]
+      )
+      out.append(model(input_ids=ids, attention_mask=mask).logits[:, 0])
+    return torch.cat(out).numpy()
+
+  return score
+
+
+def main():
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--repeats", type=int, default=3)
+  parser.add_argument("--texts", type=int, default=256)
+  flags = parser.parse_args()
+  rows = texts(flags.texts)
+  in_order = sorted(rows, key=lambda row: len(row[0]))
+  mine, scorer = ours(rows)
+  torch_score = theirs()
+  sides = {
+    "ours": mine,
+    "torch_16": lambda: torch_score(rows, 16),
+    "torch_32": lambda: torch_score(rows, 32),
+    "torch_16_sorted": lambda: torch_score(in_order, 16),
+  }
+  mine()  # compiles
+  torch_score(rows[:16], 16)
+  wall = {name: [] for name in sides}
+  work = {name: [] for name in sides}
+  for _ in range(flags.repeats):
+    for name, run in sides.items():
+      start, spent = time.perf_counter(), time.process_time()
+      assert np.isfinite(run()).all()
+      wall[name].append(time.perf_counter() - start)
+      work[name].append(time.process_time() - spent)
+  seconds = {name: statistics.median(found) for name, found in wall.items()}
+  cpu = {name: statistics.median(found) for name, found in work.items()}
+  best = min("torch_16", "torch_32", key=seconds.get)
+  print(
+    json.dumps(
+      {
+        "benchmark": "scoring",
+        "shape": f"DeBERTa-base, {LAYERS} layers, {flags.texts} texts of "
+        f"{SHORTEST}-{LONGEST} tokens, float32",
+        "device": jax.devices()[0].device_kind,
+        "tokens": sum(len(ids) for ids, _ in rows),
+        "programs": scorer.traces,
+        "seconds": {name: round(s, 2) for name, s in seconds.items()},
+        "cpu_seconds": {name: round(s, 2) for name, s in cpu.items()},
+        "speedup": round(seconds[best] / seconds["ours"], 2),
+        "speedup_cpu_seconds": round(cpu[best] / cpu["ours"], 2),
+        "speedup_over_sorted": round(
+          seconds["torch_16_sorted"] / seconds["ours"], 2
+        ),
+      }
+    )
+  )
+
+
+if __name__ == "__main__":
+  main()

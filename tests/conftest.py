@@ -1,0 +1,46 @@
+"""Fixtures that tests of several rooms share."""
+
+import pathlib
+
+import hypothesis
+import pytest
+
+SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
+
+# A busy machine is no reason to fail: no time limit per example.
+hypothesis.settings.register_profile("jaxalign", deadline=None)
+hypothesis.settings.load_profile("jaxalign")
+
+
+@pytest.fixture(scope="session")
+def word_tokenizer():
+  """Makes a tokenizer of whole words: a pad, an end and an unknown first."""
+
+  def make(words):
+    import tokenizers
+    import transformers
+
+    from jaxalign.data.tokenizer import wrap_tokenizer
+
+    table = {w: i for i, w in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    level = tokenizers.models.WordLevel(table, unk_token="<unk>")
+    inner = tokenizers.Tokenizer(level)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    return wrap_tokenizer(
+      transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner,
+        pad_token="<pad>",
+        eos_token="<eos>",
+        unk_token="<unk>",
+      )
+    )
+
+  return make
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> pathlib.Path:
+  """The folder of real data beside the repository; its tests skip without."""
+  if not SHARED.is_dir():
+    pytest.skip(f"no data folder {SHARED}")
+  return SHARED

@@ -1,0 +1,109 @@
+import pytest
+
+from jaxalign.data.encode import encode_rows
+from jaxalign.errors import UserError
+
+PROMPT = "\n\nHuman: a\n\nAssistant:"
+
+
+def one(tokenizer, prompt, completion, **options):
+  options = {"max_length": 64} | options
+  (row,) = encode_rows(tokenizer, [prompt], [completion], **options).rows
+  return row
+
+
+def counted(tokenizer, row):
+  return tokenizer.decode(
+    [i for i, on in zip(row.ids, row.loss_mask, strict=True) if on]
+  )
+
+
+def test_completion_counts_from_its_leading_space(tiny):
+  row = one(tiny, PROMPT, "yes\n")
+  assert tiny.decode(row.ids) == PROMPT + " yes"
+  assert counted(tiny, row) == " yes"
+  assert row.prompt_length == len(tiny.encode(PROMPT))
+  assert row.complete
+  assert len(row) == len(PROMPT) + 4
+
+
+def test_whole_text_counts_but_its_first_id(tiny, tiny_bos):
+  row = one(tiny, PROMPT, "yes", loss="all")
+  assert counted(tiny, row) == (PROMPT + " yes")[1:]
+  # Behind a bos every letter of a text without a prompt is predicted.
+  row = one(tiny_bos, "", "story")
+  assert row.ids[0] == 0
+  assert counted(tiny_bos, row) == "story"
+  assert counted(tiny, one(tiny, "", "story")) == "tory"
+
+
+def test_eos_is_trained_only_if_asked_and_not_cut(tiny):
+  assert one(tiny, PROMPT, "yes").ids[-1] != tiny.eos_id
+  row = one(tiny, PROMPT, "yes", train_eos=True)
+  assert row.ids[-1] == tiny.eos_id
+  assert row.loss_mask[-1]
+  exact = len(PROMPT) + 4
+  row = one(tiny, PROMPT, "yes", train_eos=True, max_length=exact)
+  assert row.ids[-1] != tiny.eos_id
+  assert not row.complete
+  assert one(tiny, PROMPT, "yes", train_eos=True, max_length=exact + 1).complete
+
+
+def test_completion_is_cut_on_the_right(tiny):
+  row = one(tiny, PROMPT, "long answer", max_length=len(PROMPT) + 3)
+  assert counted(tiny, row) == " lo"
+  assert not row.complete
+
+
+def test_overlong_prompts(tiny):
+  prompts, answers = ["ab", "abcdefgh", "cd"], ["x", "y", "z"]
+  with pytest.raises(UserError, match="prompt of row 2 has 8 tokens, the con"):
+    encode_rows(tiny, prompts, answers, max_length=8)
+  found = encode_rows(tiny, prompts, answers, max_length=8, overlong="skip")
+  assert found.kept == (0, 2)
+  assert found.skipped == 1
+  assert [tiny.decode(row.ids) for row in found.rows] == ["ab x", "cd z"]
+
+
+def test_prompt_ids_are_the_samplers(real):
+  """With every real tokenizer, also where the seam has no space."""
+  for tokenizer in real.values():
+    for prompt, completion in (
+      (PROMPT, "yes, it is"),
+      ("An unfinished wo", "rd here"),
+      ("newline\n", "\nnewline"),
+      ("<tag>", "and text"),
+    ):
+      row = one(tokenizer, prompt, completion)
+      (start,) = tokenizer.encode_prompts([prompt])
+      assert list(row.ids[: row.prompt_length]) == start
+      assert not any(row.loss_mask[: row.prompt_length])
+      assert all(row.loss_mask[row.prompt_length :])
+
+
+def test_dialogues_are_tokenised_whole(real):
+  for tokenizer in real.values():
+    row = one(tokenizer, PROMPT, "yes, it is")
+    assert (
+      list(row.ids) == tokenizer.encode_prompts([PROMPT + " yes, it is"])[0]
+    )
+
+
+@pytest.mark.parametrize(
+  ("option", "message"),
+  [
+    ({"loss": "none"}, "loss must be one of completion, all, got 'none'"),
+    ({"overlong": "cut"}, "overlong must be one of error, skip, got 'cut'"),
+  ],
+)
+def test_unknown_options(tiny, option, message):
+  with pytest.raises(UserError, match=message):
+    one(tiny, "a", "b", **option)
+
+
+def test_eos_needs_an_eos_token(tiny):
+  import dataclasses
+
+  without = dataclasses.replace(tiny, eos_id=None)
+  with pytest.raises(UserError, match="train_eos needs an eos token, tiny has"):
+    one(without, "a", "b", train_eos=True)

@@ -1,0 +1,306 @@
+import json
+import logging
+
+import pytest
+
+from jaxalign.data import formats
+from jaxalign.data.rows import CompletionRow, PreferenceRow, PromptRow, TextRow
+from jaxalign.errors import UserError
+from jaxalign.text import templates
+
+HEAD = "\n\nHuman: q\n\nAssistant:"
+USER = {"role": "user", "content": "q"}
+
+
+def said(text):
+  return {"role": "assistant", "content": text}
+
+
+def preferences(write, *rows, **options):
+  return formats.load_preferences(write(list(rows)), **options).rows
+
+
+def completions(write, *rows, **options):
+  return formats.load_completions(write(list(rows)), **options).rows
+
+
+def test_explicit_and_implicit_prompts_agree(write):
+  explicit, implicit, turns, all_turns = preferences(
+    write,
+    {"prompt": HEAD, "chosen": " a", "rejected": " b"},
+    {"chosen": HEAD + " a", "rejected": HEAD + " b"},
+    {"prompt": [USER], "chosen": [said("a")], "rejected": [said("b")]},
+    {"chosen": [USER, said("a")], "rejected": [USER, said("b")]},
+  )
+  assert explicit == PreferenceRow(HEAD, " a", " b")
+  assert explicit == implicit == turns == all_turns
+
+
+def test_plain_strings_get_no_template(write):
+  (row,) = preferences(
+    write, {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."}
+  )
+  assert row == PreferenceRow("The sky is", " blue.", " green.")
+
+
+def test_prompt_repeated_inside_the_lists(write):
+  (row,) = preferences(
+    write,
+    {
+      "prompt": "q",
+      "chosen": [USER, said("a")],
+      "rejected": [USER, said("b")],
+    },
+  )
+  assert row == PreferenceRow(HEAD, " a", " b")
+
+
+def test_implicit_lists_share_all_but_the_last_turns(write):
+  more = [USER, said("same"), {"role": "user", "content": "and"}]
+  (row,) = preferences(
+    write, {"chosen": [*more, said("a")], "rejected": [*more, said("b")]}
+  )
+  assert row.prompt == (
+    "\n\nHuman: q\n\nAssistant: same\n\nHuman: and\n\nAssistant:"
+  )
+
+
+def test_margin_and_group(write):
+  rows = preferences(
+    write,
+    {"chosen": HEAD + "a", "rejected": HEAD + "b", "margin": 1.5, "group": "x"},
+    {"chosen": HEAD + "a", "rejected": HEAD + "b", "margin": "2"},
+  )
+  assert [(row.margin, row.group) for row in rows] == [(1.5, "x"), (2.0, "")]
+
+
+def test_equal_pairs_are_dropped_and_counted(write):
+  good = {"chosen": HEAD + " a", "rejected": HEAD + " b"}
+  same = {"chosen": HEAD + " a", "rejected": HEAD + " a\n"}
+  found = formats.load_preferences(write([good, same, same]))
+  assert len(found.rows) == 1
+  assert found.dropped == (("without a preference", 2),)
+  assert str(found) == ("1 rows from 3 (left out: 2 without a preference)")
+  with pytest.raises(UserError, match="chosen equals rejected in all 1 rows"):
+    formats.load_preferences(write([same]))
+
+
+def test_webgpt_comparisons(write):
+  """The better score is chosen, citations go, a tie is no preference."""
+  row = {
+    "question": {"full_text": "Why?", "id": "x"},
+    "answer_0": "So [1]. And so [2, 3].",
+    "answer_1": "No.",
+  }
+  path = write([row | {"score_0": a, "score_1": -a} for a in (0.5, -0.5, 0.0)])
+  found = formats.load_preferences(path)
+  question = "Question: Why? Answer:"
+  assert found.rows == (
+    PreferenceRow(question, "So. And so.", "No."),
+    PreferenceRow(question, "No.", "So. And so."),
+  )
+  assert found.dropped == (("without a preference", 1),)
+  joined = templates.join(question, found.rows[0].rejected)
+  assert joined == "Question: Why? Answer: No."
+
+
+def test_chat_template_writes_role_lists_only(write, tiny_chat):
+  turns, text = preferences(
+    write,
+    {"chosen": [USER, said("a")], "rejected": [USER, said("b")]},
+    {"prompt": "q", "chosen": "a", "rejected": "b"},
+    tokenizer=tiny_chat,
+  )
+  assert turns == PreferenceRow("[user]q</s>[assistant]", "a</s>", "b</s>")
+  assert text == PreferenceRow("q", "a", "b")
+
+
+def test_completions_of_every_format(write):
+  rows = completions(
+    write,
+    {"prompt": HEAD, "completion": " a"},
+    {"prompt": [USER], "completion": [said("a")]},
+    {"messages": [USER, said("a")]},
+    {"chosen": HEAD + " a", "rejected": HEAD + " b"},
+    {"text": HEAD + " a"},
+  )
+  assert rows[0] == CompletionRow(HEAD, " a")
+  assert rows[0] == rows[1] == rows[2] == rows[3]
+  assert rows[4] == CompletionRow("", HEAD + " a")
+
+
+def test_texts_are_prompt_and_answer_joined(write):
+  path = write(
+    [
+      {"prompt": HEAD, "completion": "a"},
+      {"text": "plain"},
+      {"chosen": HEAD + " a", "rejected": HEAD + " b"},
+    ]
+  )
+  texts = formats.load_texts(path).rows
+  assert texts == (
+    TextRow(HEAD + " a"),
+    TextRow("plain"),
+    TextRow(HEAD + " a"),
+  )
+
+
+def test_labels_and_their_spellings(write):
+  values = [True, False, 1, 0, "True", "false", "1"]
+  rows = completions(
+    write,
+    *({"prompt": "p", "completion": "c", "label": v} for v in values),
+    need="label",
+  )
+  assert [row.label for row in rows] == [
+    True, False, True, False, True, False, True,
+  ]  # fmt: skip
+
+
+def test_a_preference_is_two_labelled_rows(write):
+  rows = completions(
+    write, {"chosen": HEAD + " a", "rejected": HEAD + " b"}, need="label"
+  )
+  assert [(row.completion, row.label) for row in rows] == [
+    (" a", True),
+    (" b", False),
+  ]
+
+
+def test_prompt_rows_end_where_the_assistant_speaks(write):
+  path = write(
+    [
+      {"prompt": "as it is", "prompt_set": "s"},
+      {"prompt": [USER]},
+      {"prompt": [USER, said("go on")]},
+    ]
+  )
+  assert formats.load_prompt_rows(path).rows == (
+    PromptRow("as it is", "s"),
+    PromptRow(HEAD),
+    PromptRow(HEAD + " go on"),
+  )
+
+
+def test_empty_answers_are_dropped_and_counted(write):
+  path = write([{"prompt": HEAD, "completion": c} for c in ("a", " ", "")])
+  found = formats.load_completions(path)
+  assert len(found.rows) == 1
+  assert found.dropped == (("empty", 2),)
+  with pytest.raises(UserError, match=r"nothing is left of 1 rows \(1 empty"):
+    formats.load_completions(write([{"prompt": HEAD, "completion": " "}]))
+
+
+GOOD = {"prompt": "p", "completion": "c", "reward": 1, "label": 1}
+
+
+@pytest.mark.parametrize(
+  ("change", "message"),
+  [
+    ({"prompt": None}, "nothing in prompt, need a string or a list"),
+    ({"completion": 3}, "a int in completion, need a string or a list"),
+    ({"prompt": [USER]}, ":2 mixes a string and a list of messages"),
+    ({"prompt": [], "completion": []}, "no messages in prompt"),
+    ({"prompt": [{"role": "u"}], "completion": [USER]}, "needs role and cont"),
+    (
+      {"prompt": [{"role": "tool", "content": "x"}], "completion": [USER]},
+      "role 'tool' in prompt, need system, user, assistant",
+    ),
+    ({"completion": "\ud800"}, "half a Unicode character in completion"),
+    ({"reward": "high"}, "'high' in reward, need a number"),
+    ({"reward": float("nan")}, "nan in reward, need a finite number"),
+    ({"reward": None}, "has no reward"),
+  ],
+)
+def test_bad_values_name_the_line_and_the_rule(write, change, message):
+  path = write([GOOD, GOOD | change])
+  with pytest.raises(UserError, match=message) as told:
+    formats.load_completions(path, need="reward")
+  assert str(told.value).startswith(f"{path}:2 ")
+
+
+def test_bad_labels(write):
+  path = write([GOOD, GOOD | {"label": "maybe"}])
+  with pytest.raises(UserError, match="'maybe' in label, need true or false"):
+    formats.load_completions(path, need="label")
+
+
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [
+    ({"chosen": "a", "rejected": "b"}, r"no \\n\\nAssistant: that chosen and"),
+    ({"chosen": HEAD + "a"}, "has no column rejected"),
+    ({"chosen": [USER], "rejected": "b"}, "mixes a string and a list"),
+    (
+      {"chosen": {"from": "gpt", "value": "a"}, "rejected": "b"},
+      "ShareGPT message",
+    ),
+    ({"chosen": HEAD + "a", "rejected": HEAD + "b", "margin": "x"}, "margin"),
+  ],
+)
+def test_bad_preferences(write, row, message):
+  good = {"chosen": HEAD + " a", "rejected": HEAD + " b"}
+  path = write([good, row])
+  with pytest.raises(UserError, match=message):
+    formats.load_preferences(path)
+
+
+def test_bad_rows_up_to_the_share_are_logged(write, caplog):
+  path = write([GOOD] * 9 + [{"prompt": "p"}])
+  with caplog.at_level(logging.WARNING):
+    found = formats.load_completions(path, max_bad_share=0.1)
+  assert len(found.rows) == 9
+  assert found.bad == (f"{path}:10 has no column completion",)
+  assert f"{path}:10" in caplog.text
+
+
+def test_unreadable_lines_and_bad_rows_share_one_limit(write):
+  lines = [json.dumps(GOOD)] * 8 + ["{", json.dumps({"prompt": "p"})]
+  path = write("\n".join(lines))
+  found = formats.load_completions(path, max_bad_share=0.2)
+  assert len(found.bad) == 2
+  assert found.read == 10
+  with pytest.raises(UserError, match="2 of 10 rows"):
+    formats.load_completions(path, max_bad_share=0.1)
+
+
+def test_halves_are_disjoint_in_every_source(write):
+  def rows(name):
+    return [
+      {"prompt": "p", "chosen": f"{name}{i}", "rejected": ""} for i in range(5)
+    ]
+
+  source = f"{write(rows('a'), 'a.jsonl')},{write(rows('b'), 'b.jsonl')}"
+  first, second = (
+    [r.chosen for r in formats.load_preferences(source, part=part).rows]
+    for part in ("first", "second")
+  )
+  assert first == ["a0", "a1", "b0", "b1"]
+  assert second == ["a2", "a3", "a4", "b2", "b3", "b4"]
+  with pytest.raises(UserError, match="part must be one of all, first, secon"):
+    formats.load_preferences(source, part="third")
+
+
+@pytest.mark.parametrize(
+  ("name", "read", "equal", "played_on"),
+  [
+    ("harmless-base", 1156, 0, 0),
+    ("helpful-base", 1177, 1, 7),
+    ("helpful-online", 1137, 2, 0),
+    ("helpful-rejection-sampled", 2747, 32, 3),
+  ],
+)
+def test_hh_rows(shared_data, name, read, equal, played_on):
+  """Every row parses; prompts end at a delimiter and parts add up."""
+  source = f"{shared_data}/hh:{name}"
+  found = formats.load_preferences(source, split="test", max_bad_share=0.0)
+  assert found.read == read
+  assert found.dropped == (("without a preference", equal),)
+  simulated = 0
+  for row in found.rows:
+    assert row.prompt.startswith(templates.HUMAN)
+    assert row.prompt.endswith(templates.ASSISTANT)
+    simulated += any(
+      templates.ASSISTANT in answer for answer in (row.chosen, row.rejected)
+    )
+  assert simulated == played_on

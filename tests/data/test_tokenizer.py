@@ -1,0 +1,173 @@
+import dataclasses
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxalign.data.tokenizer import check_vocabulary, load_tokenizer
+from jaxalign.errors import UserError
+
+PROMPT = "\n\nHuman: What is it?\n\nAssistant:"
+
+
+@pytest.mark.parametrize(
+  ("name", "text", "ids"),
+  [
+    ("neox", "Hello world", [12092, 1533]),
+    ("deberta", "Hello world!", [5365, 447, 300]),
+    ("llama", "Hello world", [15043, 3186]),
+  ],
+)
+def test_real_tokenizers_give_the_known_ids(real, name, text, ids):
+  tokenizer = real[name]
+  assert tokenizer.encode(text) == ids
+  assert tokenizer.encode_batch([text, text]) == [ids, ids]
+  assert tokenizer.decode(ids) == text
+
+
+def test_real_tokenizers_know_their_special_ids(real):
+  facts = {
+    name: (t.pad_id, t.bos_id, t.eos_id, t.vocab_size, t.prefix, t.suffix)
+    for name, t in real.items()
+  }
+  assert facts == {
+    "neox": (0, None, 0, 50277, (), ()),
+    "deberta": (0, 1, 2, 128001, (1,), (2,)),
+    "llama": (2, 1, 2, 32000, (1,), ()),
+  }
+
+
+@pytest.mark.parametrize("name", ["neox", "deberta", "llama"])
+def test_saved_tokenizers_load_the_same(real, name, tmp_path):
+  real[name].save(tmp_path)
+  again = load_tokenizer(tmp_path)
+  pairs = [(PROMPT, " It's  a “test”.")]
+  for encoding in ("concat", "pair"):
+    assert again.encode_rewards(*zip(*pairs, strict=True), encoding) == (
+      real[name].encode_rewards(*zip(*pairs, strict=True), encoding)
+    )
+  assert dataclasses.replace(again, inner=None, name="") == (
+    dataclasses.replace(real[name], inner=None, name="")
+  )
+
+
+def test_reward_encodings_of_the_real_deberta(real):
+  """`[CLS] text [SEP]` and `[CLS] q [SEP] a [SEP]`, the answer typed 1."""
+  tokenizer = real["deberta"]
+  text = tokenizer.encode(PROMPT + " yes")
+  ids, types = tokenizer.encode_reward(PROMPT, " yes \n")
+  assert ids == [1, *text, 2]
+  assert types == [0] * len(ids)
+  question, answer = tokenizer.encode("What is it?"), tokenizer.encode("yes")
+  ids, types = tokenizer.encode_reward(PROMPT, " yes \n", "pair")
+  assert ids == [1, *question, 2, *answer, 2]
+  assert types == [0] * (len(question) + 2) + [1] * (len(answer) + 1)
+
+
+def test_reward_text_is_cut_on_the_right(real):
+  tokenizer = real["deberta"]
+  full, _ = tokenizer.encode_reward(PROMPT, "yes " * 50)
+  ids, types = tokenizer.encode_reward(PROMPT, "yes " * 50, max_length=20)
+  assert ids == [*full[:19], 2]
+  assert len(types) == 20
+  ids, types = tokenizer.encode_reward(PROMPT, "yes " * 50, "pair", 12)
+  assert ids[:6] == tokenizer.encode_reward(PROMPT, "no", "pair")[0][:6]
+  assert len(ids) == len(types) == 12
+  assert ids[-1] == 2
+
+
+def test_reward_text_may_end_with_the_eos(tiny_bos):
+  ids, types = tiny_bos.encode_reward("ab", " cd", eos=True)
+  assert ids == [0, *tiny_bos.encode("ab cd"), 1]
+  assert types == [0] * len(ids)
+  ids, _ = tiny_bos.encode_reward("ab", " cd", max_length=4, eos=True)
+  assert ids == [0, *tiny_bos.encode("ab"), 1]
+
+
+def test_reward_encoding_must_be_known(tiny):
+  with pytest.raises(UserError, match="one of concat, pair, got 'both'"):
+    tiny.encode_reward("a", "b", "both")
+  assert tiny.encode_rewards([], []) == []
+
+
+def test_prompts_start_with_the_bos_once(tiny_bos, tiny):
+  a = tiny_bos.encode("a")
+  assert tiny_bos.encode_prompts(["a", "<s>a"]) == [[0, *a], [0, *a]]
+  assert tiny.encode_prompts(["a"]) == [a]
+  assert tiny.encode_batch([]) == []
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"])))
+def test_byte_level_round_trip(tiny, text):
+  """Spaces, newlines and any letter come back as they were."""
+  special = any(token in text for token in ("<s>", "</s>"))
+  assert special or tiny.decode(tiny.encode(text)) == text
+
+
+def test_decoding_drops_special_tokens(tiny):
+  ids = [0, *tiny.encode("a ."), 1, 1]
+  assert tiny.decode(ids) == "a ."
+  assert tiny.decode_batch([ids, []]) == ["a .", ""]
+
+
+def test_a_missing_pad_token_is_the_eos(tiny):
+  assert tiny.inner.pad_token is None
+  assert tiny.pad_id == tiny.eos_id == 1
+
+
+def test_chat_rendering(tiny, tiny_chat):
+  messages = [{"role": "user", "content": "a"}]
+  assert tiny_chat.render_chat(messages, reply=True) == "[user]a</s>[assistant]"
+  assert tiny.render_chat(messages, reply=True) == "\n\nHuman: a\n\nAssistant:"
+
+
+def test_a_template_may_refuse(tiny_chat):
+  inner = type("Inner", (), {"chat_template": "x"})()
+
+  def refuse(*args, **kwargs):
+    import jinja2
+
+    raise jinja2.TemplateError("roles must alternate")
+
+  inner.apply_chat_template = refuse
+  broken = dataclasses.replace(tiny_chat, inner=inner)
+  with pytest.raises(UserError, match=r"tiny refuses .*roles must alternate"):
+    broken.render_chat([])
+
+
+def test_missing_and_damaged_folders(tmp_path):
+  with pytest.raises(UserError, match="does not exist; check the path"):
+    load_tokenizer(tmp_path / "nope")
+  with pytest.raises(UserError, match=r"need tokenizer.json, spm.model or"):
+    load_tokenizer(tmp_path)
+  (tmp_path / "tokenizer.json").write_text("{")
+  with pytest.raises(UserError, match="cannot be read") as told:
+    load_tokenizer(tmp_path)
+  assert "\n" not in str(told.value)
+  (tmp_path / "tokenizer.json").unlink()
+  (tmp_path / "spm.model").write_bytes(b"garbage")
+  with pytest.raises(UserError, match="cannot be read"):
+    load_tokenizer(tmp_path)
+
+
+def test_vocabulary_must_fit_the_model(tiny):
+  assert check_vocabulary(tiny, 258, "m") is tiny
+  assert check_vocabulary(tiny, 300, "m") is tiny
+  with pytest.raises(
+    UserError, match="has 158 ids beyond m's vocabulary of 10"
+  ):
+    check_vocabulary(tiny, 100, "m")
+
+
+def test_a_pad_token_alone_may_lie_outside(tiny):
+  import copy
+
+  inner = copy.deepcopy(tiny.inner)
+  inner.add_special_tokens({"pad_token": "<pad>"})
+  from jaxalign.data.tokenizer import wrap_tokenizer
+
+  padded = wrap_tokenizer(inner)
+  assert (padded.pad_id, padded.vocab_size) == (258, 259)
+  assert check_vocabulary(padded, 258, "m").pad_id == 1
+  with pytest.raises(UserError, match="2 ids beyond"):
+    check_vocabulary(padded, 257, "m")

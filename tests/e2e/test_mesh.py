@@ -1,0 +1,75 @@
+"""The same run on eight devices, which a process of its own pretends to have.
+
+How many devices there are is settled when jax starts, so it cannot be done in
+the process of the other tests.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+RUN = """
+import sys
+import jax
+from jaxalign import main
+assert len(jax.devices()) == 8
+for sizes in ("1,1,1", "1,8,1", "2,2,2"):
+  replica, fsdp, tensor = sizes.split(",")
+  status = main.main([
+    *sys.argv[2:],
+    f"--workdir={sys.argv[1]}/{sizes}",
+    f"--config.mesh.replica={replica}",
+    f"--config.mesh.fsdp={fsdp}",
+    f"--config.mesh.tensor={tensor}",
+  ])
+  assert status == 0, (sizes, status)
+"""
+NOT_COMPARED = ("time/", "throughput/", "memory/")
+
+
+@pytest.fixture(scope="module")
+def runs(superhf, tmp_path_factory):
+  folder = tmp_path_factory.mktemp("meshes")
+  command = superhf(
+    folder,
+    steps=2,
+    superbatch__prompts=8,
+    finetune_batch=8,
+    optimizer__warmup_steps=0,
+    checkpoint__every_steps=0,
+  )
+  command = [word for word in command if not word.startswith("--workdir")]
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", RUN, str(folder), *command],
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=1200,
+  )
+  assert done.returncode == 0, done.stderr
+  return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["1,8,1", "2,2,2"])
+def test_metrics_do_not_depend_on_the_mesh(runs, sizes, read):
+  one, many = (read(runs / s / "metrics.jsonl") for s in ("1,1,1", sizes))
+  assert len(one) == len(many) == 2
+  for a, b in zip(one, many, strict=True):
+    assert a.keys() == b.keys()
+    for name in a:
+      if not name.startswith(NOT_COMPARED):
+        assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), name
+  # Neither do the samples: their noise is keyed by prompt, not by device.
+  texts = [
+    [r["completion"] for r in read(runs / s / "samples.jsonl")]
+    for s in ("1,1,1", sizes)
+  ]
+  assert texts[0] == texts[1]

@@ -1,0 +1,79 @@
+"""What a SuperHF run costs after its first steps: nothing is compiled twice."""
+
+import logging
+
+import jax
+import pytest
+
+from jaxalign import main
+from jaxalign.algorithms import superhf as algorithm
+from jaxalign.runtime.context import Recorder
+
+
+@pytest.fixture
+def traced(monkeypatch):
+  """Shapes of the updates that were traced."""
+  shapes = []
+  make_update = algorithm.make_update
+
+  def counting(*args):
+    update = make_update(*args)
+
+    def traced_update(state, frozen, prior, batch, key):
+      shapes.append(batch.text.tokens.shape)
+      return update(state, frozen, prior, batch, key)
+
+    return traced_update
+
+  monkeypatch.setattr(algorithm, "make_update", counting)
+  return shapes
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+  """How many programs had been compiled when each step was reported."""
+  names, counts = [], []
+  report = Recorder.report
+
+  class Listener(logging.Handler):
+    def emit(self, record):
+      if record.getMessage().startswith("Compiling "):
+        names.append(record.getMessage())
+
+  def counting(self, step, metrics, rows=()):
+    report(self, step, metrics, rows)
+    counts.append(len(names))
+
+  monkeypatch.setattr(Recorder, "report", counting)
+  listener = Listener()
+  logger = logging.getLogger("jax._src.interpreters.pxla")
+  logger.addHandler(listener)
+  logger.propagate = False
+  with jax.log_compiles(True):
+    yield counts
+  logger.propagate = True
+  logger.removeHandler(listener)
+
+
+def test_compiled_once(superhf, tmp_path, traced, compiled):
+  """Temperature, rate and texts change; shapes do not, so no more programs."""
+  command = superhf(
+    tmp_path / "run", steps=5, checkpoint__every_steps=0, max_length=32
+  )
+  assert main.main(command) == 0
+  assert len(traced) == len(set(traced)) == 1
+  assert compiled[0] > 0
+  assert compiled[-1] == compiled[1], compiled
+
+
+def test_no_hidden_transfers(superhf, tmp_path, monkeypatch):
+  """Between the steps' first and last line every transfer is asked for."""
+  steps = Recorder.steps
+
+  def guarded(self):
+    for step in steps(self):
+      with jax.transfer_guard("disallow"):
+        yield step
+
+  monkeypatch.setattr(Recorder, "steps", guarded)
+  assert main.main(superhf(tmp_path / "run", steps=2)) == 0

@@ -1,0 +1,40 @@
+"""Tiny models of every causal architecture, every parameter drawn."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.models.gpt_neo import GPTNeoConfig
+from jaxalign.models.llama import LlamaConfig
+from jaxalign.models.model import Model
+from jaxalign.models.neox import NeoXConfig
+from jaxalign.models.rope import Scaling
+
+CONFIGS = {
+  "neox": NeoXConfig(31, 20, 2, 5, 24, rotary_fraction=0.5),
+  "llama": LlamaConfig(
+    31, 18, 2, 6, 3, 4, 20, rotary_scaling=Scaling("linear", 2.0), tied=True
+  ),
+  "gpt-neo": GPTNeoConfig(31, 18, 2, 3, 24, windows=(0, 3), max_positions=32),
+}
+
+
+@pytest.fixture
+def make():
+  """(name, head, lora) -> (model, params); biases and norms drawn as well."""
+
+  def build(name="llama", head="lm", lora=None, **changes):
+    config = CONFIGS[name]
+    model = Model.build(config, lora).replace(head=head, **changes)
+    rng = np.random.default_rng(1)
+    # Drawn by numpy: compiling an initialiser for each test costs seconds.
+    draw = lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
+    return model, jax.tree.map(draw, model.shapes)
+
+  return build
+
+
+@pytest.fixture(params=CONFIGS)
+def any_causal(request, make):
+  return make(request.param)

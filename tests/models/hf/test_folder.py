@@ -1,0 +1,259 @@
+"""Loading: what is placed where, what is refused, in one line each."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign.errors import UserError
+from jaxalign.models.hf import folder, place, safetensors
+from jaxalign.models.layers import LoraConfig
+
+
+@pytest.fixture
+def saved(make, tmp_path):
+  """(folder of a tiny LLaMA, model, params)."""
+  model, params = make("llama")
+  folder.save(model, params, tmp_path / "model")
+  return tmp_path / "model", model, params
+
+
+def change(path, **values):
+  config = json.loads((path / "config.json").read_text())
+  config = {k: v for k, v in (config | values).items() if v is not None}
+  (path / "config.json").write_text(json.dumps(config))
+
+
+def refuse(path, message, **more):
+  with pytest.raises(UserError, match=message) as error:
+    folder.load(path, **more)
+  assert "\n" not in str(error.value)
+
+
+def test_round_trip_is_bit_equal(any_causal, tmp_path):
+  model, params = any_causal
+  folder.save(model, params, tmp_path / "a", shard_bytes=3000)
+  again, back = folder.load(tmp_path / "a")
+  assert again.config == model.config
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+@pytest.mark.parametrize("head", ["score_last", "score_eos", "score_mean"])
+def test_score_heads_survive_the_folder(make, head, tmp_path):
+  model, params = make("gpt-neo", head, eos_id=5)
+  folder.save(model, params, tmp_path / "a")
+  again, back = folder.load(tmp_path / "a")
+  assert again.config == model.config
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+
+
+def test_a_language_model_gets_a_fresh_score_head_when_asked(saved):
+  path, _, params = saved
+  model, back = folder.load(path, head="score_last", seed=1)
+  assert model.config.head == "score_last"
+  other = folder.load(path, head="score_last", seed=2)[1]
+  assert (back["score_head"]["kernel"] != other["score_head"]["kernel"]).any()
+  for name in ("blocks", "embedding", "final_norm"):
+    jax.tree.map(np.testing.assert_array_equal, back[name], params[name])
+
+
+def test_adapters_are_drawn_afresh(saved):
+  path, _, _ = saved
+  config = LoraConfig(2, 4.0, targets=("q_proj",))
+  model, params = folder.load(path, lora=config)
+  assert model.lora == config
+  q = params["blocks"]["q_proj"]
+  assert q["lora_a"].std() > 0.01
+  assert not q["lora_b"].any()
+  refuse(
+    path,
+    "q_prj; the model's linear",
+    lora=LoraConfig(2, 4.0, targets=("q_prj",)),
+  )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layer_by_layer_filling_gives_the_same(saved, dtype):
+  path, _, _ = saved
+  whole = folder.load(path, dtype=dtype)[1]
+  by_layer = folder.load(path, dtype=dtype, stage_bytes=0)[1]
+  assert by_layer["embedding"]["embedding"].dtype == dtype
+  jax.tree.map(np.testing.assert_array_equal, whole, by_layer)
+
+
+def test_missing_pieces(saved, tmp_path):
+  path, _, _ = saved
+  refuse(tmp_path / "nowhere", "does not exist")
+  refuse(path / "config.json", "is a file")
+  weights = (path / "model.safetensors").read_bytes()
+  (path / "model.safetensors").write_bytes(weights[:-100])
+  refuse(path, "model.safetensors is truncated")
+  (path / "model.safetensors").unlink()
+  refuse(path, "has no weights")
+  (path / "config.json").write_text("{")
+  refuse(path, "config.json cannot be read as JSON")
+  (path / "config.json").unlink()
+  refuse(path, "config.json is missing")
+
+
+def test_a_missing_shard(make, tmp_path):
+  folder.save(*make("neox"), tmp_path / "a", shard_bytes=3000)
+  sorted((tmp_path / "a").glob("*.safetensors"))[1].unlink()
+  refuse(tmp_path / "a", "00002-of-.* is missing, though")
+  index = tmp_path / "a" / "model.safetensors.index.json"
+  index.write_text('{"weight_map": {"w": "../../etc/passwd"}}')
+  refuse(tmp_path / "a", "passwd is missing")
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"model_type": "mamba"}, "'mamba' is not supported; .*gpt_neox, llama"),
+    ({"quantization_config": {"bits": 4}}, "quantised"),
+    ({"hidden_size": None}, "hidden_size is missing"),
+    ({"hidden_size": "18"}, "hidden_size must be an integer, got '18'"),
+    ({"num_hidden_layers": 3}, r"layers\.2\..* is missing"),
+    ({"num_hidden_layers": 1}, "9 tensors have no place"),
+    (
+      {"vocab_size": 40},
+      r"has shape \[31, 18\], config.json asks .*\[40, 18\]",
+    ),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported"),
+    ({"hidden_act": "mish"}, "activation 'mish' is not supported"),
+    ({"num_key_value_heads": 4}, "6 must be a multiple of .* 4"),
+    ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
+    (
+      {"architectures": ["LlamaForSequenceClassification"]},
+      "classifier has 2 labels",
+    ),
+  ],
+)
+def test_configs_that_do_not_fit(saved, values, message):
+  path, _, _ = saved
+  change(path, **values)
+  refuse(path, message)
+
+
+def test_quantised_tensors(saved):
+  path, _, _ = saved
+  name = "model.norm.weight"
+  stored = safetensors.open_file(path / "model.safetensors")
+  arrays = {n: s.read() for n, s in stored.items()}
+  arrays[name] = arrays[name].astype(np.int8)
+  plan = safetensors.layout({n: (a.shape, a.dtype) for n, a in arrays.items()})
+  raw = plan.header + b"".join(a.tobytes() for a in arrays.values())
+  (path / "model.safetensors").write_bytes(raw)
+  refuse(path, "model.norm.weight is stored as I8; quantised")
+
+
+def test_wrong_arguments(saved):
+  path, _, _ = saved
+  refuse(path, "dtype must be one of", dtype="int8")
+  refuse(path, "head 'score_context' does not exist", head="score_context")
+
+
+def test_other_files_are_not_replaced(make, tmp_path):
+  (tmp_path / "a").mkdir()
+  (tmp_path / "a" / "thesis.txt").write_text("mine")
+  with pytest.raises(UserError, match="holds files that are no model"):
+    folder.save(*make(), tmp_path / "a")
+  assert (tmp_path / "a" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_failed_save_leaves_the_old_model(saved):
+  path, model, params = saved
+  before = (path / "model.safetensors").read_bytes()
+
+  def full(new):
+    raise OSError(28, "No space left on device")
+
+  with pytest.raises(UserError, match="No space left"):
+    folder.save(model, params, path, also=full)
+  assert (path / "model.safetensors").read_bytes() == before
+  assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def stored(array):
+  array = np.asarray(array, np.float32)
+  read = lambda: array
+  return safetensors.Stored(array.shape, "F32", "memory", read)
+
+
+def test_placing_turns_and_stacks():
+  layers = [stored([[1, 2, 3], [4, 5, 6]]), stored([[7, 8, 9], [10, 11, 12]])]
+  found = place.place(layers, (1, 0), (2, 3, 2), np.dtype(np.float32))
+  expected = [[[1, 4], [2, 5], [3, 6]], [[7, 10], [8, 11], [9, 12]]]
+  np.testing.assert_array_equal(found, expected)
+
+
+SHARDED = """
+import jax, numpy as np, sys
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from jaxalign.models.hf import folder
+mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
+def shardings(shapes):
+  def one(leaf):
+    axes = [n if leaf.shape[i] % 2 == 0 else None
+            for i, n in zip(range(len(leaf.shape)), ("a", "b"))]
+    return NamedSharding(mesh, P(*axes))
+  return jax.tree.map(one, shapes)
+_, plain = folder.load(sys.argv[1])
+for stage in (None, 0):
+  model, params = folder.load(
+    sys.argv[1], shardings=shardings, stage_bytes=stage)
+  jax.tree.map(np.testing.assert_array_equal, params, plain)
+  kernel = params["blocks"]["q_proj"]["kernel"]
+  assert kernel.sharding.spec == P("a", "b"), kernel.sharding
+  assert kernel.addressable_shards[0].data.shape[:2] == (1, 9)
+folder.save(model, params, sys.argv[2])
+_, back = folder.load(sys.argv[2])
+jax.tree.map(np.testing.assert_array_equal, back, plain)
+"""
+
+
+def run(program, *args, devices=1):
+  import os
+
+  flags = f"--xla_force_host_platform_device_count={devices}"
+  out = subprocess.run(
+    [sys.executable, "-c", program, *map(str, args)],
+    capture_output=True,
+    text=True,
+    env=os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
+  )
+  assert out.returncode == 0, out.stderr
+  return out.stdout
+
+
+def test_loading_into_shards_and_saving_from_them(saved, tmp_path):
+  run(SHARDED, saved[0], tmp_path / "out", devices=4)
+
+
+MEMORY = """
+import jax, jax.numpy as jnp, resource, sys
+from jaxalign.models.hf import folder
+jax.block_until_ready(jnp.zeros(4) + 1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+folder.describe(sys.argv[1])
+before = peak()
+model, params = folder.load(sys.argv[1])
+jax.block_until_ready(params)
+print(peak() - before)
+"""
+
+
+def test_peak_memory_is_near_one_copy(make, tmp_path):
+  """On a CPU the parameters themselves count; so this is one copy and a bit."""
+  from jaxalign.models.llama import LlamaConfig
+  from jaxalign.models.model import Model
+
+  config = LlamaConfig(2048, 512, 8, 8, 8, 64, 2048)
+  model = Model.build(config)
+  params = jax.tree.map(lambda s: np.ones(s.shape, np.float32), model.shapes)
+  folder.save(model, params, tmp_path / "a")
+  size = (tmp_path / "a" / "model.safetensors").stat().st_size
+  assert size > 140e6
+  assert int(run(MEMORY, tmp_path / "a")) < 1.3 * size

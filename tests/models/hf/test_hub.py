@@ -1,0 +1,65 @@
+"""Names of models: folders, and hub ids without asking the hub."""
+
+import huggingface_hub
+import pytest
+
+from jaxalign.errors import UserError
+from jaxalign.models.hf import hub
+
+
+@pytest.fixture
+def fetched(monkeypatch, tmp_path):
+  """Calls of the download, which finds what `tmp_path` holds."""
+  calls = []
+
+  def download(repository, *, revision, allow_patterns):
+    calls.append((repository, revision, allow_patterns))
+    return str(tmp_path)
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  return calls
+
+
+def test_a_folder_is_itself_and_asks_nobody(fetched, tmp_path, monkeypatch):
+  assert hub.resolve(tmp_path) == tmp_path
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "owner" / "name").mkdir(parents=True)
+  assert str(hub.resolve("owner/name")) == "owner/name"
+  assert not fetched
+
+
+@pytest.mark.parametrize("name", ["./a/b", "/no/where", "~/no-such-folder"])
+def test_a_path_is_never_asked_for(fetched, name):
+  with pytest.raises(UserError, match="does not exist"):
+    hub.resolve(name)
+  assert not fetched
+
+
+@pytest.mark.parametrize("name", ["a/b/c", "two words", ""])
+def test_what_is_neither(fetched, name):
+  with pytest.raises(UserError):
+    hub.resolve(name)
+  assert not fetched
+
+
+def test_binary_weights_are_fetched_only_where_there_are_no_others(
+  fetched, tmp_path
+):
+  assert hub.resolve("owner/name@v1") == tmp_path
+  assert [call[:2] for call in fetched] == [("owner/name", "v1")] * 2
+  assert "pytorch_model*.bin" not in fetched[0][2]
+  assert "pytorch_model*.bin" in fetched[1][2]
+  fetched.clear()
+  (tmp_path / "model.safetensors").write_text("")
+  hub.resolve("gpt2")
+  assert [call[:2] for call in fetched] == [("gpt2", None)]
+
+
+def test_offline_is_one_line(monkeypatch):
+  def download(*_, **__):
+    raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nhint")
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  with pytest.raises(UserError, match=r"cannot be fetched .* no network") as e:
+    hub.resolve("owner/name")
+  assert "\n" not in str(e.value)

@@ -1,0 +1,173 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh
+from jax.sharding import PartitionSpec as P
+
+from jaxalign.core import optim
+from jaxalign.errors import UserError
+from jaxalign.models.deberta import DebertaConfig
+from jaxalign.models.layers import LoraConfig
+from jaxalign.models.llama import LlamaConfig
+from jaxalign.models.model import Model
+from jaxalign.models.neox import NeoXConfig
+from jaxalign.parallel import mesh as meshes
+
+SIZES = {
+  "vocab_size": 64,
+  "hidden_size": 16,
+  "layers": 2,
+  "heads": 4,
+  "intermediate_size": 32,
+}
+
+
+def abstract(replica=1, fsdp=1, tensor=1):
+  """A mesh's shape without its devices."""
+  return AbstractMesh((replica, fsdp, tensor), meshes.AXES)
+
+
+def shape(*sizes):
+  return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+
+def specs(tree, mesh):
+  return jax.tree.map(lambda s: s.spec, meshes.shardings(tree, mesh))
+
+
+def test_one_device_is_a_mesh_of_three_axes():
+  mesh = meshes.make_mesh()
+  assert dict(mesh.shape) == {"replica": 1, "fsdp": 1, "tensor": 1}
+
+
+def test_an_axis_takes_what_is_left():
+  count = len(jax.devices())
+  assert meshes.make_mesh(fsdp=-1).shape["fsdp"] == count
+  assert meshes.make_mesh(replica=-1).shape["replica"] == count
+
+
+@pytest.mark.parametrize(
+  ("sizes", "shown"),
+  [
+    ((1, 4096, 1), "1 x 4096 x 1 = 4096 devices"),
+    ((2, 2, 2048), "2 x 2 x 2048 = 8192 devices"),
+    ((0, 1, 1), "0 x 1 x 1 = 0 devices"),
+  ],
+)
+def test_sizes_that_do_not_fit(sizes, shown):
+  with pytest.raises(UserError) as caught:
+    meshes.make_mesh(*sizes)
+  message = str(caught.value)
+  assert message.startswith("config.mesh: replica x fsdp x tensor = " + shown)
+  assert f"but {len(jax.devices())} are there" in message
+  assert "lower one of them" in message
+
+
+def test_rows_are_split_over_replica_and_fsdp():
+  mesh = abstract(2, 4, 3)
+  assert meshes.row_count(mesh) == 8
+  assert meshes.rows(mesh).spec == P(("replica", "fsdp"))
+  assert meshes.rows(mesh, 1).spec == P(None, ("replica", "fsdp"))
+  assert meshes.replicated(mesh).spec == P()
+  meshes.check_rows(mesh, 16, "config.batch_size")
+  with pytest.raises(UserError) as caught:
+    meshes.check_rows(mesh, 12, "config.batch_size")
+  assert str(caught.value) == (
+    "config.batch_size gives 12 rows, which cannot be split evenly over "
+    "replica x fsdp = 8 devices; make it a multiple of 8 or change config.mesh"
+  )
+
+
+def test_rules_by_name():
+  """Inputs of the first product of a pair stay whole over `tensor`."""
+  tree = {
+    "embedding": {"embedding": shape(64, 16)},
+    "lm_head": {"kernel": shape(16, 64)},
+    "final_norm": {"scale": shape(16), "bias": shape(16)},
+    "blocks": {
+      "query_key_value": {
+        "kernel": shape(2, 16, 48),
+        "bias": shape(2, 48),
+        "lora_a": shape(2, 16, 4),
+        "lora_b": shape(2, 4, 48),
+      },
+      "dense": {"kernel": shape(2, 16, 16)},
+      "unheard_of": {"kernel": shape(2, 16, 16)},
+    },
+  }
+  found = specs(tree, abstract(1, 2, 2))
+  assert found["embedding"]["embedding"] == P("tensor", "fsdp")
+  assert found["lm_head"]["kernel"] == P("fsdp", "tensor")
+  assert found["final_norm"] == {"scale": P(), "bias": P()}
+  assert found["blocks"]["query_key_value"] == {
+    "kernel": P(None, "fsdp", "tensor"),
+    "bias": P(),
+    "lora_a": P(None, "fsdp", None),
+    "lora_b": P(None, "fsdp", None),
+  }
+  assert found["blocks"]["dense"]["kernel"] == P(None, "tensor", "fsdp")
+  assert found["blocks"]["unheard_of"]["kernel"] == P(None, "fsdp", None)
+
+
+def test_what_does_not_divide_stays_whole():
+  tree = {"embedding": {"embedding": shape(63, 16)}}
+  found = specs(tree, abstract(1, 8, 2))
+  assert found["embedding"]["embedding"] == P(None, "fsdp")
+  tree = {"blocks": {"dense": {"kernel": shape(2, 6, 6)}}}
+  found = specs(tree, abstract(1, 4, 3))
+  assert found["blocks"]["dense"]["kernel"] == P(None, "tensor", None)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_optimizer_states_follow_their_parameters(name):
+  """Adam's moments lie as their kernel does; factored vectors stay whole."""
+  params = {"dense": {"kernel": shape(256, 128), "bias": shape(128)}}
+  optimizer = optim.make_optimizer(
+    name, beta1=0.9, beta2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=1.0
+  )
+  state = jax.eval_shape(lambda p: optim.init_state(p, optimizer), params)
+  placed = meshes.shardings(state, abstract(1, 4, 2))
+  wanted = placed.params["dense"]["kernel"].spec
+  assert wanted == P("tensor", "fsdp")
+  pairs = zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True)
+  for leaf, place in pairs:
+    assert place.spec == (wanted if leaf.shape == (256, 128) else P())
+
+
+MODELS = {
+  "neox": NeoXConfig(**SIZES),
+  "llama": LlamaConfig(
+    vocab_size=64,
+    hidden_size=16,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=4,
+    intermediate_size=32,
+  ),
+  "deberta": DebertaConfig(**SIZES),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_large_leaf_is_split(name):
+  """What is left on every device is small: biases and norms."""
+  config = MODELS[name]
+  targets = ("query_key_value", "q_proj", "query_proj")
+  model = Model.build(config, LoraConfig(4, 4.0, targets=targets))
+  placed = meshes.shardings(model.shapes, abstract(1, 4, 2))
+
+  def check(path, leaf, place):
+    parts = place.shard_shape(leaf.shape)
+    names = [str(p.key) for p in path]
+    if leaf.ndim - (names[0] == "blocks") >= 2 and leaf.shape[-1] > 1:
+      assert parts != leaf.shape, "/".join(names)
+
+  jax.tree_util.tree_map_with_path(check, model.shapes, placed)
+
+
+def test_put_keeps_values():
+  params = {"dense": {"kernel": jnp.arange(6.0).reshape(2, 3)}}
+  out = meshes.put(params, meshes.make_mesh())
+  assert (out["dense"]["kernel"] == params["dense"]["kernel"]).all()
+  assert out["dense"]["kernel"].sharding.mesh.axis_names == meshes.AXES

@@ -1,0 +1,435 @@
+"""Round trips, damage, kills and full disks."""
+
+import errno
+import json
+import logging
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.errors import UserError
+from jaxalign.runtime import arrays, checkpoint, manifest
+from jaxalign.runtime.checkpoint import Checkpointer
+
+
+class Moments(NamedTuple):
+  count: jax.Array
+  mu: dict
+
+
+def make_state(seed=0):
+  """Every kind of leaf a run has; two bit patterns of NaN, one of -0.0."""
+  odd = np.array([0x7FC00001, 0xFFC0BEEF, 0x80000000, 1], np.uint32)
+  key = jax.random.key(seed)
+  params = {
+    "blocks": {"kernel": jax.random.normal(key, (3, 50, 7), jnp.float32)},
+    "half": jax.random.normal(key, (9,)).astype(jnp.bfloat16),
+    "odd": jnp.asarray(odd.view(np.float32)),
+    "zeros": jnp.zeros((4, 4)),
+  }
+  moments = Moments(jnp.int32(seed), {"m": params["blocks"]["kernel"] * 2})
+  return {
+    "params": params,
+    "opt": (moments, (), [jnp.array([True, False])]),
+    "empty": jnp.zeros((0, 3)),
+  }
+
+
+def abstract(state):
+  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), state
+  )
+
+
+def assert_equal_bits(found, wanted):
+  assert jax.tree.structure(found) == jax.tree.structure(wanted)
+  for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+    assert a.dtype == b.dtype
+    assert a.shape == b.shape
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.fixture
+def saver(tmp_path):
+  saver = Checkpointer(tmp_path / "ck", keep=2)
+  yield saver
+  saver.close()
+
+
+def names(saver):
+  return [p.name for p in manifest.places(saver.folder)]
+
+
+def test_round_trip_is_bit_exact(saver):
+  state = make_state()
+  saver.save(7, state, {"files": {"metrics.jsonl": 12}, "note": "ü"})
+  found = saver.restore_latest(abstract(state))
+  assert_equal_bits(found.state, state)
+  assert found.step == 7
+  assert found.extra == {"files": {"metrics.jsonl": 12}, "note": "ü"}
+
+
+def test_empty_folder_restores_nothing(saver):
+  assert saver.restore_latest(abstract(make_state())) is None
+  assert checkpoint.load(saver.folder) is None
+
+
+def test_load_reads_a_part_as_nested_dicts(saver):
+  state = make_state()
+  saver.save(1, state, {"a": 1})
+  saver.wait()
+  params, extra, step = checkpoint.load(saver.folder, "params")
+  assert_equal_bits(params, jax.tree.map(np.asarray, state["params"]))
+  assert (extra, step) == ({"a": 1}, 1)
+
+
+def test_keeps_the_newest(saver):
+  for step in (1, 2, 3, 4):
+    saver.save(step, {"x": jnp.full((2,), step)}, {})
+  saver.wait()
+  assert names(saver) == ["00000003", "00000004"]
+
+
+def test_keeps_the_best_too(tmp_path):
+  saver = Checkpointer(tmp_path, keep=1, keep_best=True)
+  for step, score in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7)):
+    saver.save(step, {"x": jnp.zeros(2)}, {}, score=score)
+  saver.close()
+  assert names(saver) == ["00000002", "00000004"]
+
+
+def test_due_by_steps_and_by_minutes(tmp_path, monkeypatch):
+  clock = [1000.0]
+  monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+  by_steps = Checkpointer(tmp_path / "a", every_steps=10)
+  assert [s for s in range(1, 31) if by_steps.due(s)] == [10, 20, 30]
+  by_minutes = Checkpointer(tmp_path / "b", every_minutes=2)
+  assert not by_minutes.due(1)
+  clock[0] += 121
+  assert by_minutes.due(2)
+  by_minutes.save(2, {"x": jnp.zeros(1)}, {})
+  by_minutes.wait()
+  assert not by_minutes.due(3)
+  never = Checkpointer(tmp_path / "c")
+  clock[0] += 1e9
+  assert not any(never.due(s) for s in range(1, 100))
+  for each in (by_steps, by_minutes, never):
+    each.close()
+
+
+@pytest.mark.parametrize(
+  ("field", "value"), [("keep", 0), ("every_steps", -1), ("every_minutes", -2)]
+)
+def test_bad_settings_name_the_field(tmp_path, field, value):
+  with pytest.raises(
+    UserError, match=rf"config\.checkpoint\.{field} .*{value}"
+  ):
+    Checkpointer(tmp_path, **{field: value})
+
+
+def biggest_file(place):
+  found = (place / "arrays").rglob("d/*")
+  return max(found, key=lambda p: p.stat().st_size)
+
+
+def flip_a_byte(path):
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 0x10
+  path.write_bytes(data)
+
+
+def truncate(path):
+  os.truncate(path, path.stat().st_size - 1)
+
+
+DAMAGES = {
+  "flipped byte": lambda place: flip_a_byte(biggest_file(place)),
+  "truncated": lambda place: truncate(biggest_file(place)),
+  "missing": lambda place: biggest_file(place).unlink(),
+  "no manifest": manifest.unseal,
+  "flipped manifest": lambda place: flip_a_byte(place / manifest.NAME),
+  "half a manifest": lambda place: os.truncate(place / manifest.NAME, 99),
+  "manifest of another": lambda place: (place / manifest.NAME).write_text("[]"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
+def test_damaged_checkpoint_is_passed_over(saver, caplog, damage):
+  """The one before is used, the run goes on, the damaged one is replaced."""
+  older, newer = make_state(1), make_state(2)
+  saver.save(1, older, {"n": 1})
+  saver.save(2, newer, {"n": 2})
+  saver.wait()
+  damage(saver.folder / "00000002")
+  with caplog.at_level(logging.WARNING):
+    found = saver.restore_latest(abstract(older))
+  assert (found.step, found.extra) == (1, {"n": 1})
+  assert_equal_bits(found.state, older)
+  assert "00000002 is passed over" in caplog.text
+  saver.save(2, newer, {"n": 2})
+  found = saver.restore_latest(abstract(older))
+  assert_equal_bits(found.state, newer)
+
+
+def test_all_damaged_restores_nothing(saver):
+  saver.save(1, make_state(), {})
+  saver.wait()
+  truncate(biggest_file(saver.folder / "00000001"))
+  assert saver.restore_latest(abstract(make_state())) is None
+
+
+def test_damaged_ones_do_not_count_as_kept(saver):
+  """Keep 2: the good step 1 outlives the damaged steps 2 and 3."""
+  for step in (1, 2):
+    saver.save(step, {"x": jnp.zeros(8)}, {})
+  saver.wait()
+  flip_a_byte(biggest_file(saver.folder / "00000002"))
+  saver.restore_latest(abstract({"x": jnp.zeros(8)}))
+  saver.save(3, {"x": jnp.zeros(8)}, {})
+  saver.wait()
+  assert names(saver) == ["00000001", "00000003"]
+
+
+def test_a_course_given_up_is_dropped(saver):
+  """Back at step 4 after 9 was damaged: the new 5 is the newest."""
+  for step in (4, 9):
+    saver.save(step, {"x": jnp.zeros(8)}, {})
+  saver.wait()
+  flip_a_byte(biggest_file(saver.folder / "00000009"))
+  saver.restore_latest(abstract({"x": jnp.zeros(8)}))
+  saver.save(5, {"x": jnp.ones(8)}, {})
+  assert saver.restore_latest(abstract({"x": jnp.zeros(8)})).step == 5
+  assert names(saver) == ["00000004", "00000005"]
+
+
+def test_another_state_is_refused_by_name(saver):
+  saver.save(1, {"params": {"w": jnp.zeros((2, 3)), "b": jnp.zeros(3)}}, {})
+  other = {"params": {"w": jnp.zeros((2, 4)), "c": jnp.zeros(3)}}
+  with pytest.raises(UserError) as caught:
+    saver.restore_latest(abstract(other))
+  message = str(caught.value)
+  assert "params.w is float32[2, 3], the run needs float32[2, 4]" in message
+  assert "params.b is float32[3], the run needs absent" in message
+  assert "params.c is absent, the run needs float32[3]" in message
+
+
+def test_donated_arrays_are_saved_as_they_were(saver):
+  """The next step overwrites the buffers while the save is being written."""
+  step = jax.jit(
+    lambda s: jax.tree.map(lambda x: x * 0 - 1, s), donate_argnums=0
+  )
+  state = {"w": jnp.arange(1 << 22, dtype=jnp.float32)}
+  wanted = np.arange(1 << 22, dtype=np.float32)
+  for _ in range(3):
+    state = {"w": jnp.array(wanted)}
+    saver.save(1, state, {})
+    for _ in range(3):
+      state = step(state)
+    jax.block_until_ready(state)
+    found = saver.restore_latest(abstract(state))
+    assert np.array_equal(np.asarray(found.state["w"]), wanted)
+    assert float(state["w"][5]) == -1
+
+
+def test_saves_under_a_transfer_guard(saver):
+  state = make_state()
+  target = abstract(state)
+  with jax.transfer_guard("disallow"):
+    saver.save(1, state, {})
+    found = saver.restore_latest(target)
+  assert_equal_bits(found.state, state)
+
+
+def no_space(*args, **kwargs):
+  raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_full_disk_in_the_background(saver, monkeypatch):
+  """Told at the next `check`; the last good checkpoint stays, no debris."""
+  state = make_state()
+  saver.save(1, state, {})
+  saver.wait()
+  with monkeypatch.context() as patch:
+    patch.setattr(manifest, "seal", no_space)
+    saver.save(2, state, {})
+    with pytest.raises(
+      UserError, match=r"full while saving step 2.*00000001 is"
+    ):
+      saver.wait()
+  saver.check()  # told once
+  assert names(saver) == ["00000001"]
+  saver.save(3, state, {})
+  assert saver.restore_latest(abstract(state)).step == 3
+
+
+def test_full_disk_at_the_start_of_a_save(saver, monkeypatch):
+  monkeypatch.setattr(pathlib.Path, "mkdir", no_space)
+  with pytest.raises(UserError, match="there is no earlier checkpoint"):
+    saver.save(2, make_state(), {})
+
+
+def test_other_failures_are_not_hidden(saver, monkeypatch):
+  def broken(*args):
+    raise ZeroDivisionError("bug")
+
+  monkeypatch.setattr(manifest, "seal", broken)
+  saver.save(2, make_state(), {})
+  with pytest.raises(RuntimeError, match="saving step 2") as caught:
+    saver.wait()
+  assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+  """A file system of 4 MB; only root can make one."""
+  place = tmp_path / "disk"
+  place.mkdir()
+  mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+  if subprocess.run(mount, capture_output=True, check=False).returncode:
+    pytest.skip("mounting a small file system needs root")
+  yield place
+  subprocess.run(["umount", str(place)], check=True)
+
+
+def test_really_full_disk(small_disk, caplog):
+  """Orbax itself runs into it; its pages of log do not reach people."""
+  saver = Checkpointer(small_disk / "ck")
+  small = {"w": jax.random.normal(jax.random.key(0), (1 << 17,))}
+  large = {"w": jax.random.normal(jax.random.key(0), (1 << 21,))}
+  saver.save(1, small, {})
+  saver.save(2, large, {})
+  with pytest.raises(UserError, match="full while saving step 2"):
+    saver.wait()
+  assert names(saver) == ["00000001"]
+  assert not caplog.records
+  assert_equal_bits(saver.restore_latest(abstract(small)).state, small)
+  saver.close()
+
+
+def run_python(code, *args, devices=1):
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+  }
+  return subprocess.Popen(
+    [sys.executable, "-c", textwrap.dedent(code), *map(str, args)],
+    env=env,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+KILLED = """
+  import os, shutil, signal, sys
+  import jax, jax.numpy as jnp
+  import orbax.checkpoint as ocp
+  from jaxalign.runtime import checkpoint, files, manifest
+
+  def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+  def die_half_way(path, value):
+    path.write_text(str(value)[:50])
+    die()
+
+  def die_deleting(path, **kwargs):
+    for part in path.rglob("manifest.ocdbt"):
+      part.unlink()
+      die()
+
+  saver = checkpoint.Checkpointer(sys.argv[1], keep=1)
+  saver.save(1, {"w": jnp.full((1 << 22,), 1.0)}, {"n": 1})
+  saver.wait()
+  point = sys.argv[2]
+  if point == "writing arrays":
+    ocp.AsyncCheckpointer.wait_until_finished = die
+  elif point == "before the manifest":
+    manifest.seal = die
+  elif point == "inside the manifest":
+    files.write_json = die_half_way
+  else:
+    shutil.rmtree = die_deleting
+  saver.save(2, {"w": jnp.full((1 << 22,), 2.0)}, {"n": 2})
+  saver.wait()
+"""
+KILL_POINTS = {  # -> the step that is found afterwards
+  "writing arrays": 1,
+  "before the manifest": 1,
+  "inside the manifest": 1,
+  "deleting the old": 2,
+}
+
+
+def test_killed_inside_a_save(tmp_path):
+  """SIGKILL at four points; what is left restores and can be added to."""
+  running = {
+    point: run_python(KILLED, tmp_path / point, point) for point in KILL_POINTS
+  }
+  for point, wanted in KILL_POINTS.items():
+    _, errors = running[point].communicate(timeout=120)
+    assert running[point].returncode == -signal.SIGKILL, errors
+    saver = Checkpointer(tmp_path / point, keep=1)
+    target = abstract({"w": jnp.zeros((1 << 22,))})
+    found = saver.restore_latest(target)
+    assert (found.step, found.extra) == (wanted, {"n": wanted})
+    assert np.all(np.asarray(found.state["w"]) == wanted)
+    saver.save(3, found.state, {"n": 3})
+    assert saver.restore_latest(target).step == 3
+    assert names(saver) == ["00000003"]
+    saver.close()
+
+
+FOUR_DEVICES = """
+  import sys
+  import jax, jax.numpy as jnp, numpy as np
+  from jax.sharding import NamedSharding, PartitionSpec
+  from jaxalign.runtime.checkpoint import Checkpointer
+
+  mesh = jax.make_mesh((4,), ("fsdp",))
+  split = NamedSharding(mesh, PartitionSpec("fsdp"))
+  target = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=split)}
+  saver = Checkpointer(sys.argv[1])
+  found = saver.restore_latest(target)
+  assert found.state["w"].sharding == split
+  assert len(found.state["w"].addressable_shards) == 4
+  assert np.array_equal(found.state["w"], np.arange(48.0).reshape(8, 6))
+  with jax.set_mesh(mesh):
+    saver.save(2, {"w": found.state["w"] + 1}, {})
+    assert saver.restore_latest(target).step == 2
+  saver.close()
+"""
+
+
+def test_from_one_device_to_four_and_back(saver):
+  wanted = np.arange(48, dtype=np.float32).reshape(8, 6)
+  saver.save(1, {"w": jnp.asarray(wanted)}, {})
+  saver.wait()
+  process = run_python(FOUR_DEVICES, saver.folder, devices=4)
+  _, errors = process.communicate(timeout=120)
+  assert process.returncode == 0, errors
+  found = saver.restore_latest(abstract({"w": jnp.zeros((8, 6))}))
+  assert found.step == 2
+  assert np.array_equal(np.asarray(found.state["w"]), wanted + 1)
+
+
+def test_manifest_lists_every_file(saver):
+  saver.save(1, make_state(), {})
+  saver.wait()
+  place = saver.folder / "00000001"
+  found = {
+    str(p.relative_to(place)) for p in place.rglob("*") if p.is_file()
+  } - {manifest.NAME}
+  body = json.loads((place / manifest.NAME).read_text())["body"]
+  assert body["files"].keys() == found
+  assert body["arrays"].keys() == arrays.named(make_state()).keys()

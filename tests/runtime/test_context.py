@@ -1,0 +1,126 @@
+"""When a step's numbers are read, what a save covers, when checks are due."""
+
+import contextlib
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.core.types import TrainState
+from jaxalign.runtime.context import Recorder, due, throughput
+
+
+class Calls(list):
+  """What was called, in order; every method is recorded with its arguments."""
+
+  def __init__(self, saves=()):
+    self.saves = saves
+
+  def write(self, step, values):
+    self.append(("write", step, values["n"]))
+
+  def write_samples(self, rows):
+    self.extend(("row", row) for row in rows)
+
+  def offsets(self):
+    return {"metrics.jsonl": len(self)}
+
+  def update(self, step, values, rows):
+    self.append(("show", step))
+
+  def check(self):
+    self.append(("check",))
+
+  def due(self, step):
+    return step in self.saves
+
+  def save(self, step, state, extra):
+    counters = dict(extra["counters"])
+    self.append(("save", step, int(state.step), extra["files"], counters))
+
+
+def record(steps, done=0, saves=(), stop_after=None, every=1, more=()):
+  """Drives a recorder through its steps; returns what it called."""
+  calls = Calls(saves)
+  stop = types.SimpleNamespace(requested=False)
+  profiler = types.SimpleNamespace(step=lambda n: contextlib.nullcontext())
+  recorder = Recorder(
+    log=calls,
+    screen=calls,
+    saver=calls,
+    stop=stop,
+    profiler=profiler,
+    done=done,
+    steps=steps,
+    counters={"exceptions": 1},
+    every=every,
+  )
+  for step in recorder.steps():
+    calls.append(("step", step))
+    stop.requested = step == stop_after
+    extra = {"eval_score/mean": 0.0} if step in more else {}
+    recorder.report(step, {"n": np.float32(step)} | extra, [{"of": step}])
+    done = jnp.int32(step + 1)
+    recorder.save(step, TrainState({}, None, done, jnp.int32(0)))
+  return calls
+
+
+def test_a_step_is_read_when_the_next_one_is_out():
+  calls = record(2)
+  order = [c for c in calls if c[0] in ("step", "write")]
+  assert order == [
+    ("step", 0),
+    ("step", 1),
+    ("write", 1, 0.0),
+    ("write", 2, 1.0),
+  ]
+
+
+def test_a_save_covers_exactly_the_steps_it_has_seen():
+  """Its own step is written before the files' lengths are taken."""
+  calls = record(4, saves=(2,))
+  at = next(i for i, c in enumerate(calls) if c[0] == "save")
+  assert calls[at] == (
+    *("save", 2, 2),
+    *({"metrics.jsonl": at}, {"exceptions": 1}),
+  )
+  assert [c[1] for c in calls[:at] if c[0] == "write"] == [1, 2]
+  assert ("row", {"of": 1}) in calls[:at]
+
+
+def test_thinned_lines_keep_the_last_step_and_every_evaluation():
+  calls = record(7, every=3, more=(3,))
+  assert [c[1] for c in calls if c[0] == "write"] == [3, 4, 6, 7]
+  assert len([c for c in calls if c[0] == "row"]) == 7
+
+
+def test_the_last_step_is_saved():
+  assert [c[1] for c in record(3, done=1) if c[0] == "save"] == [3]
+
+
+def test_a_request_to_stop_ends_the_run_with_a_save():
+  calls = record(9, stop_after=1)
+  assert [c[1] for c in calls if c[0] == "step"] == [0, 1]
+  assert [c[1] for c in calls if c[0] == "save"] == [2]
+
+
+@pytest.mark.parametrize(
+  ("interval", "expected"), [(0, []), (1, [0, 1, 2, 3, 4]), (2, [1, 3, 4])]
+)
+def test_due(interval, expected):
+  assert [s for s in range(5) if due(s, interval, 5)] == expected
+
+
+def test_throughput_is_of_what_was_counted():
+  values = {
+    "num_tokens": 300,
+    "num_sampled_tokens": 100,
+    "time/step_s": 2.0,
+    "time/sample_s": 0.5,
+  }
+  assert throughput(values) == {
+    "throughput/tokens_per_s": 150.0,
+    "throughput/sampled_tokens_per_s": 200.0,
+  }
+  assert throughput({"num_tokens": 3, "time/step_s": 0.0}) == {}

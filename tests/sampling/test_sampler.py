@@ -1,0 +1,248 @@
+"""Invariances of the sampler on tiny models with random weights."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.errors import UserError
+from jaxalign.models.model import Model
+from jaxalign.models.neox import NeoXConfig
+from jaxalign.sampling import decode, settings
+from jaxalign.sampling.sampler import Sampler
+
+VOCAB = 131
+PROMPTS = [[3, 14, 15], [92, 65, 35, 89, 79], [7]]
+PAPER = {"top_p": 0.9, "repetition_penalty": 1.05, "temperature": 0.8}
+
+
+@pytest.fixture(scope="module")
+def model():
+  return Model.build(
+    NeoXConfig(
+      vocab_size=VOCAB,
+      hidden_size=24,
+      layers=2,
+      heads=3,
+      intermediate_size=32,
+      max_positions=64,
+    )
+  )
+
+
+@pytest.fixture(scope="module")
+def params(model):
+  # Wider than at initialisation, so that the distributions are peaked.
+  return jax.tree.map(lambda x: 6 * x, model.init(jax.random.key(1)))
+
+
+@pytest.fixture(scope="module")
+def sampler(model):
+  return Sampler(model, prompt_buckets=(8, 16), new_token_buckets=(8, 16))
+
+
+KEY = jax.random.key(5)
+
+
+def test_model_logps_are_those_of_the_full_forward(sampler, params, model):
+  drawn = settings.make(max_new_tokens=12, **PAPER)
+  out = sampler(params, PROMPTS, drawn, KEY, samples_per_prompt=2)
+
+  @jax.jit
+  def logps(params, tokens):
+    module = model.bind(params)
+    positions = jnp.arange(tokens.shape[1])[None]
+    hidden, _ = module(tokens, positions, jnp.ones_like(tokens))
+    return jax.nn.log_softmax(module.unembed(hidden))
+
+  for row in range(6):
+    prompt = PROMPTS[row // 2]
+    text = np.array([[*prompt, *out.tokens[row]]], np.int32)
+    full = np.asarray(logps(params, text))[0, len(prompt) - 1 : -1]
+    full = full[np.arange(12), out.tokens[row]]
+    np.testing.assert_allclose(out.model_logps[row], full, atol=1e-4)
+
+
+def test_a_sample_does_not_depend_on_its_batch(sampler, params):
+  drawn = settings.make(max_new_tokens=10, eos_ids=(1,), **PAPER)
+  every = sampler(params, PROMPTS, drawn, KEY, samples_per_prompt=4)
+  turned = sampler(
+    params,
+    PROMPTS[::-1],
+    drawn,
+    KEY,
+    samples_per_prompt=4,
+    prompt_ids=[2, 1, 0],
+  )
+  alone = sampler(
+    params, PROMPTS[1:2], drawn, KEY, samples_per_prompt=2, prompt_ids=[1]
+  )
+  later = sampler(
+    params,
+    PROMPTS[1:2],
+    drawn,
+    KEY,
+    samples_per_prompt=2,
+    prompt_ids=[1],
+    first_sample=2,
+  )
+  tokens = every.tokens.reshape(3, 4, 10)
+  back = turned.tokens.reshape(3, 4, 10)[::-1]
+  np.testing.assert_array_equal(tokens, back)
+  both = np.concatenate([alone.tokens, later.tokens])
+  np.testing.assert_array_equal(tokens[1], both)
+  # The same shapes in another order are equal to the last bit.
+  logps = turned.sampling_logps.reshape(3, 4, 10)[::-1]
+  np.testing.assert_array_equal(every.sampling_logps.reshape(3, 4, 10), logps)
+  assert len({row.tobytes() for row in every.tokens}) == 12
+
+
+def test_noise_differs_by_key_and_prompt_id(sampler, params):
+  drawn = settings.make(max_new_tokens=10)
+  run = lambda key, ids: sampler(
+    params, PROMPTS[:1], drawn, key, prompt_ids=ids
+  ).tokens.tolist()
+  first = run(KEY, [0])
+  assert first == run(KEY, [0])
+  assert first != run(KEY, [1])
+  assert first != run(jax.random.fold_in(KEY, 1), [0])
+
+
+@pytest.mark.parametrize(
+  "chosen",
+  [
+    PAPER,
+    {"temperature": 0.0, "no_repeat_ngram": 2, "repetition_penalty": 1.3},
+  ],
+)
+def test_a_shared_prefix_changes_nothing(sampler, params, chosen):
+  drawn = settings.make(max_new_tokens=8, **chosen)
+  prefix = [11, 12, 13, 11, 12]
+  joined = [prefix + prompt for prompt in PROMPTS]
+  apart = sampler(
+    params, PROMPTS, drawn, KEY, samples_per_prompt=2, prefix=prefix
+  )
+  whole = sampler(params, joined, drawn, KEY, samples_per_prompt=2)
+  np.testing.assert_array_equal(apart.tokens, whole.tokens)
+  np.testing.assert_allclose(apart.model_logps, whole.model_logps, atol=1e-4)
+
+
+def test_padding_side_changes_nothing(model, params):
+  drawn = jax.device_put(settings.make(max_new_tokens=6, **PAPER))
+  left = np.zeros((2, 7), np.int32)
+  right = left.copy()
+  left_mask, right_mask = np.zeros((2, 7), bool), np.zeros((2, 7), bool)
+  for row, prompt in enumerate(PROMPTS[:2]):
+    left[row, 7 - len(prompt) :] = right[row, : len(prompt)] = prompt
+    left_mask[row, 7 - len(prompt) :] = right_mask[row, : len(prompt)] = True
+  draw = jax.jit(
+    lambda tokens, mask: decode.sample(
+      model,
+      params,
+      tokens,
+      mask,
+      jnp.arange(2),
+      drawn,
+      KEY,
+      samples_per_prompt=3,
+      capacity=6,
+    )
+  )
+  a, b = draw(left, left_mask), draw(right, right_mask)
+  np.testing.assert_array_equal(a.tokens, b.tokens)
+  np.testing.assert_array_equal(a.model_logps, b.model_logps)
+
+
+def test_settings_never_compile_again(model, params):
+  sampler = Sampler(model, prompt_buckets=(8, 16), new_token_buckets=(8, 16))
+  changed = [
+    {},
+    PAPER,
+    {"temperature": 0},
+    {"top_k": 5, "eos_ids": (3, 4), "stops": [[1, 2]]},
+    {"no_repeat_ngram": 3, "min_new_tokens": 2, "pad_id": 9},
+  ]
+  for number, chosen in enumerate(changed):
+    drawn = settings.make(max_new_tokens=5 + number % 3, **chosen)
+    for prompts in (PROMPTS, [[1] * 8] * 4):
+      key = jax.random.fold_in(KEY, number)
+      sampler(params, prompts, drawn, key, samples_per_prompt=2)
+  assert sampler._jitted.sample._cache_size() == 1
+  sampler(params, [[1] * 9] * 4, drawn, KEY, samples_per_prompt=2)
+  assert sampler._jitted.sample._cache_size() == 2
+
+
+def greedy(sampler, params, prompt, **chosen):
+  drawn = settings.make(temperature=0, max_new_tokens=16, **chosen)
+  return sampler(params, [prompt], drawn, KEY)
+
+
+def test_end_of_text_and_stop_sequences_end_a_sample(sampler, params):
+  free = greedy(sampler, params, PROMPTS[0])
+  assert free.finish.tolist() == [decode.LENGTH]
+  assert free.lengths.tolist() == [16]
+  line = free.tokens[0].tolist()
+  at = next(i for i in range(2, 16) if line[i] not in line[:i])
+  ended = greedy(sampler, params, PROMPTS[0], eos_ids=(line[at],), pad_id=77)
+  assert ended.finish.tolist() == [decode.EOS]
+  assert ended.lengths.tolist() == [at + 1]
+  assert ended.tokens[0].tolist() == line[: at + 1] + [77] * (15 - at)
+  assert (ended.model_logps[0, at + 1 :] == 0).all()
+  stop = [[VOCAB - 1], line[at - 1 : at + 1]]
+  stopped = greedy(sampler, params, PROMPTS[0], stops=stop)
+  assert stopped.finish.tolist() == [decode.STOP]
+  assert stopped.lengths.tolist() == [at + 1]
+  first = greedy(sampler, params, PROMPTS[0], stops=[line[:1]])
+  assert first.lengths.tolist() == [1]
+
+
+def test_a_stop_sequence_does_not_begin_in_the_prompt(sampler, params):
+  first = int(greedy(sampler, params, PROMPTS[0]).tokens[0, 0])
+  out = greedy(sampler, params, PROMPTS[0], stops=[[PROMPTS[0][-1], first]])
+  assert out.lengths.tolist() == [16]
+
+
+def test_the_loop_ends_with_the_last_row(model, params, monkeypatch):
+  line = greedy(Sampler(model), params, PROMPTS[0]).tokens[0].tolist()
+  at = next(i for i in range(2, 16) if line[i] not in line[:i])
+  calls = []
+
+  def counting(*args):
+    jax.debug.callback(lambda: calls.append(1))
+    return choose(*args)
+
+  choose = decode.choose
+  monkeypatch.setattr(decode, "choose", counting)
+  greedy(Sampler(model), params, PROMPTS[0], eos_ids=(line[at],))
+  jax.effects_barrier()
+  assert len(calls) == at + 1
+
+
+def test_streaming_yields_the_same_tokens(sampler, params):
+  drawn = settings.make(max_new_tokens=9, eos_ids=(2,), **PAPER)
+  whole = sampler(params, PROMPTS[:1], drawn, KEY)
+  streamed = list(sampler.stream(params, PROMPTS[0], drawn, KEY))
+  assert streamed == whole.tokens[0, : whole.lengths[0]].tolist()
+
+
+def test_samples_stop_at_the_context(model, params):
+  sampler = Sampler(model, prompt_buckets=(64,), new_token_buckets=(16,))
+  out = sampler(params, [[1] * 60], settings.make(max_new_tokens=16), KEY)
+  assert out.lengths.tolist() == [4]
+  with pytest.raises(UserError, match=r"prompt 1 has 64 tokens.*of 64"):
+    sampler(params, [[1], [1] * 64], settings.make(), KEY)
+  with pytest.raises(UserError, match="prompt 0 is empty"):
+    sampler(params, [[]], settings.make(), KEY)
+
+
+def test_bfloat16_runs_close_to_float32(model, params, sampler):
+  half = Sampler(
+    model.replace(dtype="bfloat16"), (8, 16), new_token_buckets=(8, 16)
+  )
+  drawn = settings.make(max_new_tokens=1)
+  a = sampler(params, PROMPTS, drawn, KEY)
+  b = half(params, PROMPTS, drawn, KEY)
+  assert b.model_logps.dtype == np.float32
+  same = a.tokens == b.tokens
+  assert same.any()
+  np.testing.assert_allclose(a.model_logps[same], b.model_logps[same], atol=0.2)

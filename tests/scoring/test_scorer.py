@@ -1,0 +1,168 @@
+import dataclasses
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxalign.errors import UserError
+from jaxalign.models.deberta import DebertaConfig
+from jaxalign.models.model import Model
+from jaxalign.models.neox import NeoXConfig
+from jaxalign.parallel import mesh as meshes
+from jaxalign.scoring.scorer import Scorer, non_finite, weighted
+
+SIZES = {
+  "vocab_size": 40,
+  "hidden_size": 16,
+  "layers": 2,
+  "heads": 2,
+  "intermediate_size": 24,
+}
+CONFIGS = {
+  "deberta": DebertaConfig(**SIZES, buckets=4, max_distance=16),
+  "neox": NeoXConfig(**SIZES, max_positions=64, head="score_last"),
+}
+
+
+def encode(prompts, completions):
+  """One id a letter, the completion as second segment."""
+  rows = []
+  for prompt, completion in zip(prompts, completions, strict=True):
+    text = prompt + completion
+    types = [0] * len(prompt) + [1] * len(completion)
+    rows.append(([ord(c) - ord("a") + 1 for c in text], types))
+  return rows
+
+
+def lively(model, seed=0):
+  """Parameters large enough that every token matters."""
+  params = model.init(jax.random.key(seed))
+  return jax.tree.map(lambda p: p * 8 if p.ndim > 1 else p, params)
+
+
+def make(kind="deberta", **changes):
+  model = Model.build(CONFIGS[kind])
+  settings = {"lengths": (8, 16, 32), "tokens": 64, "rows": 8}
+  return Scorer(model, lively(model), encode, **settings | changes)
+
+
+def letters(count, seed=0, longest=30):
+  rng = np.random.default_rng(seed)
+  words = lambda n: "".join(rng.choice(list("abcdefgh"), n))
+  return (
+    [words(rng.integers(1, 3)) for _ in range(count)],
+    [words(rng.integers(0, longest - 2)) for _ in range(count)],
+  )
+
+
+@pytest.fixture(params=CONFIGS, scope="module")
+def scorer(request):
+  return make(request.param)
+
+
+def test_scores_are_the_models_own_in_input_order(scorer):
+  prompts, completions = letters(11)
+  scores = scorer(prompts, completions)
+  assert scores.dtype == np.float32
+  for index in (0, 10):
+    ((ids, types),) = encode(
+      prompts[index : index + 1], completions[index:][:1]
+    )
+    alone = jax.jit(lambda params, *a: scorer.model.bind(params).score(*a))(
+      scorer.params,
+      jnp.array([ids]),
+      jnp.ones((1, len(ids)), bool),
+      jnp.array([types]),
+    )
+    np.testing.assert_allclose(scores[index], alone[0], atol=1e-6, rtol=1e-6)
+  assert np.std(scores) > 1e-3
+
+
+def test_score_ignores_order_and_company(scorer):
+  prompts, completions = letters(13)
+  scores = scorer(prompts, completions)
+  order = np.random.default_rng(1).permutation(13)
+  again = scorer([prompts[i] for i in order], [completions[i] for i in order])
+  np.testing.assert_allclose(again, scores[order], atol=1e-6, rtol=1e-6)
+  few = scorer(prompts[5:7], completions[5:7])
+  np.testing.assert_allclose(few, scores[5:7], atol=1e-6, rtol=1e-6)
+
+
+def test_score_ignores_the_padded_length(scorer):
+  prompts, completions = letters(5)
+  wide = dataclasses.replace(scorer, lengths=(32,))
+  np.testing.assert_allclose(
+    wide(prompts, completions),
+    scorer(prompts, completions),
+    atol=1e-6,
+    rtol=1e-6,
+  )
+
+
+def test_programs_are_compiled_once():
+  scorer = make("neox")
+  for seed in range(6):
+    scorer(*letters(20 + seed, seed))
+  assert 0 < scorer.traces <= 6  # two row counts for each of three lengths
+  before = scorer.traces
+  scorer(*letters(23, 99))
+  assert scorer.traces == before
+
+
+def test_long_texts_are_cut_on_the_right():
+  scorer = make("neox", max_length=10)
+  long, short = scorer(["abcdefgh"] * 2, ["abcdefgh", "ab"])
+  assert long == short
+  assert make("neox", max_length=100).limit == 64  # the model's context
+  assert make("deberta", max_length=100).limit == 100  # relative positions
+
+
+def test_nonfinite_scores_are_reported_by_index(caplog):
+  scorer = make("neox")
+  with caplog.at_level(logging.WARNING):
+    scores = scorer(["ab", "", "a", ""], ["c", "", "b", ""])
+  assert non_finite(scores) == [1, 3]
+  assert "2 of 4 scores are not finite; texts 1, 3" in caplog.text
+  assert scorer([], []).shape == (0,)
+
+
+def test_foreign_token_is_named():
+  scorer = make("neox", name="judge")
+  with pytest.raises(UserError, match="judge: text 1 has token 41, beyond"):
+    scorer.score_ids([([1], [0]), ([2, 41], [0, 0])])
+
+
+def test_weights_sum_reward_models():
+  scorers = [make("neox"), make("deberta")]
+  prompts, completions = letters(3)
+  a, b = (s(prompts, completions) for s in scorers)
+  both = weighted(scorers, (0.5, -2.0))(prompts, completions)
+  np.testing.assert_allclose(both, 0.5 * a - 2 * b, rtol=1e-6)
+  with pytest.raises(UserError, match="2 reward models need as many weights"):
+    weighted(scorers, (1.0,))
+
+
+def test_bfloat16_is_close():
+  scorer = make()
+  half = dataclasses.replace(
+    scorer, model=scorer.model.replace(dtype="bfloat16")
+  )
+  prompts, completions = letters(6)
+  exact = scorer(prompts, completions)
+  near = half(prompts, completions)
+  assert near.dtype == np.float32
+  assert 0 < np.abs(near - exact).max() < 0.1 * np.std(exact) + 0.05
+
+
+def test_mesh_of_one_device_and_no_implicit_transfer():
+  scorer = make("neox")
+  mesh = meshes.make_mesh()
+  laid = dataclasses.replace(
+    scorer, params=meshes.put(scorer.params, mesh), mesh=mesh
+  )
+  prompts, completions = letters(5)
+  with jax.transfer_guard("disallow"):
+    scores = laid(prompts, completions)
+  np.testing.assert_array_equal(scores, scorer(prompts, completions))

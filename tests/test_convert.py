@@ -1,0 +1,145 @@
+"""`python -m jaxalign.convert`: runs, checkpoints and folders."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from jaxalign import config as config_lib
+from jaxalign import convert
+from jaxalign.models import lora
+from jaxalign.models.hf import folder
+from jaxalign.models.layers import LoraConfig
+from jaxalign.models.llama import LlamaConfig
+from jaxalign.models.model import Model
+from jaxalign.runtime.checkpoint import Checkpointer
+
+
+@pytest.fixture
+def base(tmp_path, word_tokenizer):
+  """A tiny model folder with its tokenizer, the model and its parameters."""
+  model = Model.build(LlamaConfig(19, 16, 2, 2, 2, 8, 16))
+  rng = np.random.default_rng(0)
+  draw = lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32)
+  params = jax.tree.map(draw, model.shapes)
+  tokenizer = word_tokenizer("abcdefghijklmnop")
+  ids = tokenizer.special_ids()
+  folder.save(model, params, tmp_path / "base", config=ids, also=tokenizer.save)
+  return tmp_path / "base", model, params
+
+
+def make_run(path, base, **settings):
+  """A run's folder as `main` leaves it in the middle."""
+  mapping = {"algorithm": "sft", "policy": str(base)} | settings
+  config = config_lib.from_mapping(mapping)
+  path.mkdir()
+  text = json.dumps(config_lib.to_mapping(config))
+  (path / "config.json").write_text(text)
+  return path
+
+
+def save_checkpoints(run, *states):
+  saver = Checkpointer(run / "checkpoints", keep=9)
+  for step, params in enumerate(states):
+    saver.save(step, {"params": params}, {})
+  saver.close()
+
+
+def test_a_folder_keeps_its_numbers(base, tmp_path):
+  path, model, params = base
+  folder.save(model, params, tmp_path / "half", dtype="bfloat16")
+  out = tmp_path / "out"
+  assert convert.main([str(tmp_path / "half"), str(out)]) == 0
+  a, b = (p / "model.safetensors" for p in (tmp_path / "half", out))
+  assert a.read_bytes() == b.read_bytes()
+  assert (out / "README.md").is_file()
+  assert convert.main([str(path), str(out), "--dtype=float16"]) == 0
+  assert folder.stored_dtype(out) == "float16"
+
+
+def test_a_finished_run_gives_its_model(base, tmp_path):
+  path, _, params = base
+  run = make_run(tmp_path / "run", tmp_path / "gone")
+  path.rename(run / "model")
+  (run / "metrics.jsonl").write_text('{"step": 1, "loss/total": 0.5}\n')
+  convert.convert(run, tmp_path / "out", license="mit")
+  back = folder.load(tmp_path / "out")[1]
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  card = (tmp_path / "out" / "README.md").read_text()
+  assert 'license: "mit"' in card
+  assert "| loss/total | 0.5 |" in card
+
+
+def test_checkpoints_of_an_unfinished_run(base, tmp_path):
+  path, _, params = base
+  later = jax.tree.map(lambda x: x + 1, params)
+  run = make_run(tmp_path / "run", path)
+  save_checkpoints(run, params, later)
+  for source, expected in (
+    (run, later),
+    (run / "checkpoints" / "00000000", params),
+  ):
+    convert.convert(source, tmp_path / "out")
+    back = folder.load(tmp_path / "out")[1]
+    jax.tree.map(np.testing.assert_array_equal, back, expected)
+
+
+def test_adapters_of_a_checkpoint_are_merged(base, tmp_path):
+  path, _, _ = base
+  settings = {"rank": 2, "alpha": 4.0, "targets": ("q_proj",)}
+  run = make_run(tmp_path / "run", path, lora=settings)
+  adapters = LoraConfig(2, 4.0, targets=("q_proj",))
+  model, params = folder.load(path, lora=adapters)
+  trained = jax.tree.map(lambda x: x + 0.5, lora.split(params)[0])
+  save_checkpoints(run, trained)
+  convert.convert(run, tmp_path / "out")
+  whole = lora.join(trained, lora.split(params)[1])
+  _, expected = lora.merge(model, whole)
+  back = folder.load(tmp_path / "out")[1]
+  jax.tree.map(np.testing.assert_array_equal, back, expected)
+
+
+def test_mistakes_are_one_line_and_status_2(base, tmp_path, capsys):
+  path, _, _ = base
+  run = make_run(tmp_path / "run", path)
+  (run / "checkpoints").mkdir()
+  (tmp_path / "full").mkdir()
+  (tmp_path / "full" / "x").write_text("")
+  for arguments, message in (
+    ((tmp_path / "none", tmp_path / "out"), "does not exist"),
+    ((run, tmp_path / "out"), "neither a finished model/ nor a whole"),
+    ((path, tmp_path / "full"), "holds files that are no model"),
+  ):
+    assert convert.main([str(a) for a in arguments]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+  assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parity
+def test_check_compares_with_transformers(base):
+  pytest.importorskip("torch")
+  path, _, _ = base
+  line = convert.check(path)
+  assert "checked against transformers: max abs difference" in line
+  assert "KL" in line
+  assert float(line.split("difference ")[1].split(",")[0]) < 1e-4
+
+
+@pytest.mark.parity
+def test_check_finds_a_difference(base, monkeypatch):
+  pytest.importorskip("torch")
+  right = convert._their_logits
+  wrong = lambda *args: right(*args) + np.eye(19)[3]
+  monkeypatch.setattr(convert, "_their_logits", wrong)
+  with pytest.raises(convert.UserError, match="differs from transformers"):
+    convert.check(base[0])
+
+
+def test_check_says_what_it_cannot_do(base, monkeypatch):
+  path, _, _ = base
+  monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+  assert convert.check(path).startswith("not checked: torch is not installed")

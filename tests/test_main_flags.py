@@ -1,0 +1,196 @@
+"""The command line, up to the moment where a run would start."""
+
+import pathlib
+import subprocess
+import sys
+import types
+
+import pytest
+
+from jaxalign import main
+from jaxalign.errors import UserError
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = str(ROOT / "configs" / "superhf.py")
+
+
+def fail(capsys, *argv: str) -> str:
+  """The one line that a wrong command line gives on stderr; status 2."""
+  assert main.main(argv) == 2
+  out, err = capsys.readouterr()
+  assert not out
+  assert err.startswith("error: ")
+  assert err.count("\n") == 1
+  return err.removeprefix("error: ").rstrip("\n")
+
+
+def start_with(monkeypatch, run) -> None:
+  """Puts `run` in the place of the real one, without importing jax."""
+  runs = types.ModuleType("jaxalign.build.runs")
+  runs.run = run
+  monkeypatch.setitem(sys.modules, runs.__name__, runs)
+
+
+@pytest.fixture
+def started(monkeypatch):
+  """What `run` was called with, in place of running it."""
+  calls = []
+  start_with(
+    monkeypatch, lambda config, workdir: calls.append((config, workdir)) or 0
+  )
+  return calls
+
+
+def test_presets_overrides_and_workdir_reach_the_run(started):
+  argv = [
+    f"--config={CONFIG}:pythia-1b",
+    *("--config.steps", "3"),
+    "--config.optimizer.learning_rate=3e-5",
+    "--profile_steps=10:13",
+  ]
+  assert main.main(argv) == 0
+  assert main.main([*argv, "--workdir", "elsewhere"]) == 0
+  (config, workdir), (_, elsewhere) = started
+  assert config.policy == "theblackcat102/pythia-1b-deduped-sft"
+  assert config.steps == 3
+  assert config.optimizer.learning_rate == 3e-5
+  assert config.profile_steps == "10:13"
+  assert workdir == pathlib.Path("runs/superhf-pythia-1b")
+  assert elsewhere == pathlib.Path("elsewhere")
+
+
+def test_the_default_preset_names_the_workdir(started):
+  assert main.main(["--config", CONFIG]) == 0
+  assert started[0][1] == pathlib.Path("runs/superhf-lab")
+
+
+def test_the_exit_status_is_that_of_the_run(monkeypatch):
+  start_with(monkeypatch, lambda config, workdir: 130)
+  assert main.main(["--config", CONFIG]) == 130
+
+
+def test_an_error_of_the_run_is_one_line_too(monkeypatch, capsys):
+  def run(config, workdir):
+    raise UserError("the disk is full\nhere")
+
+  start_with(monkeypatch, run)
+  assert fail(capsys, "--config", CONFIG) == "the disk is full here"
+
+
+@pytest.mark.parametrize(
+  ("argv", "message"),
+  [
+    (
+      ["--config.stps=3", "--config", CONFIG],
+      "config.stps is not a field; did you mean config.steps?",
+    ),
+    (
+      ["--config", CONFIG, "--wrkdir=x"],
+      "unknown flag --wrkdir; did you mean --workdir?",
+    ),
+    (
+      ["--config", CONFIG, "--steps=3"],
+      "unknown flag --steps; fields of the config are written "
+      "--config.steps, see --help",
+    ),
+    (
+      ["--config", CONFIG, "--config.steps"],
+      "--config.steps lacks its value; write --config.steps=VALUE",
+    ),
+    (
+      ["--config", CONFIG, "more"],
+      "unexpected argument 'more'; flags are written --name=value, see --help",
+    ),
+    (
+      [],
+      "--config must be FILE.py or FILE.py:PRESET, got ''; try --config "
+      "configs/superhf.py",
+    ),
+    (
+      ["--config", CONFIG, "--profile_steps=13"],
+      "config.profile_steps must be empty or A:B with A < B, got '13'; write "
+      "10:13 for steps 10, 11 and 12",
+    ),
+  ],
+)
+def test_a_wrong_flag_is_one_line(capsys, argv, message):
+  assert fail(capsys, *argv) == message
+
+
+def test_a_wrong_preset_or_file_names_the_nearest(capsys):
+  message = fail(capsys, "--config", f"{CONFIG}:pythia-1")
+  assert "has no preset 'pythia-1'; did you mean pythia-1b" in message
+  message = fail(capsys, "--config", CONFIG.replace("superhf", "superfh"))
+  assert message.endswith(f"did you mean {CONFIG}?")
+
+
+def write(tmp_path, text: str) -> str:
+  path = tmp_path / "mine.py"
+  path.write_text(text)
+  return str(path)
+
+
+def test_a_typo_inside_a_config_file_is_caught(capsys, tmp_path):
+  text = (ROOT / "configs" / "superhf.py").read_text()
+  path = write(
+    tmp_path, text.replace("config.finetune_batch", "config.finetun")
+  )
+  assert "config.finetun is not a field; did you mean" in fail(
+    capsys, "--config", path
+  )
+
+
+@pytest.mark.parametrize(
+  ("text", "message"),
+  [
+    ("x = (\n", "line 1: SyntaxError"),
+    ("x = 1\ny = z\n", "line 2: NameError: name 'z' is not defined"),
+    ("def get_config():\n  return 1 / 0\n", "line 2: ZeroDivisionError"),
+    ("import nothing_like_it\n", "line 1: ModuleNotFoundError"),
+    ("x = 1\n", "has no function get_config"),
+    ("def get_config():\n  return 3\n", "config must be a mapping, got int"),
+  ],
+)
+def test_a_broken_config_file_is_told_with_its_line(
+  capsys, tmp_path, text, message
+):
+  assert message in fail(capsys, "--config", write(tmp_path, text))
+
+
+def test_a_file_without_presets(capsys, tmp_path, started):
+  path = write(tmp_path, "def get_config():\n  return {'algorithm': 'sft'}\n")
+  assert main.main(["--config", path]) == 0
+  assert started[0][1] == pathlib.Path("runs/mine")
+  assert fail(capsys, "--config", f"{path}:big") == (
+    f"{path} has no presets, got 'big'; leave :big off"
+  )
+
+
+def test_help_lists_flags_and_the_fields_of_a_config(capsys):
+  assert main.main(["--help"]) == 0
+  assert "--workdir" in capsys.readouterr().out
+  argv = ["--config", f"{CONFIG}:llama-7b", "--config.steps=9", "--help"]
+  assert main.main(argv) == 0
+  out = capsys.readouterr().out
+  assert "--config.steps=9\n" in out
+  assert "--config.lora.targets=q_proj,v_proj\n" in out
+  assert "allowed: (0, 1]\n" in out
+
+
+def test_an_error_comes_before_jax_is_imported():
+  code = (
+    "import sys; from jaxalign import main; "
+    "status = main.main(['--config', sys.argv[1], '--config.stps=1']); "
+    "sys.exit(status + ('jax' in sys.modules))"
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code, CONFIG],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    timeout=60,
+  )
+  assert done.returncode == 2
+  assert done.stderr == (
+    "error: config.stps is not a field; did you mean config.steps?\n"
+  )

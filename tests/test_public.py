@@ -1,0 +1,98 @@
+"""The five functions for notebooks, on a tiny model with its tokenizer."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+import jaxalign
+from jaxalign.models.hf import folder
+from jaxalign.models.llama import LlamaConfig
+from jaxalign.models.model import Model
+
+SIZE = 16  # three special tokens and 13 letters
+
+
+def tiny(path, head, tokenizer):
+  """A folder with a random model and a tokenizer of single letters."""
+  config = LlamaConfig(
+    SIZE, 16, 2, 2, 1, 8, 16, max_positions=64, head=head, eos_id=1
+  )
+  model = Model.build(config)
+  rng = np.random.default_rng(0)
+  draw = lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32)
+  params = jax.tree.map(draw, model.shapes)
+  folder.save(
+    model, params, path, config=tokenizer.special_ids(), also=tokenizer.save
+  )
+  return path
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory, word_tokenizer):
+  path = tmp_path_factory.mktemp("policy") / "model"
+  return tiny(path, "lm", word_tokenizer("abcdefghijklm"))
+
+
+@pytest.fixture(scope="module")
+def reward_model(tmp_path_factory, word_tokenizer):
+  path = tmp_path_factory.mktemp("reward") / "model"
+  return tiny(path, "score_last", word_tokenizer("abcdefghijklm"))
+
+
+def test_logits_of_a_language_model_and_a_classifier(policy, reward_model):
+  ids = [[3, 4, 5], [6, 7, 0]]
+  mask = [[True, True, True], [True, True, False]]
+  logits = jaxalign.logits(jaxalign.load(policy), ids, mask)
+  assert logits.shape == (2, 3, SIZE)
+  classifier = jaxalign.load(reward_model)
+  scores = np.asarray(jaxalign.logits(classifier, ids, mask))
+  alone = np.asarray(jaxalign.logits(classifier, [[6, 7]]))
+  assert scores.shape == (2,)
+  np.testing.assert_allclose(scores[1], alone[0], atol=1e-5)
+
+
+def test_generate_is_the_models_own_greedy_text(policy):
+  model = jaxalign.load(policy)
+  found = jaxalign.generate(
+    model, ["a b", "c"], samples_per_prompt=2, max_new_tokens=4, temperature=0
+  )
+  assert [len(texts) for texts in found] == [2, 2]
+  assert found[0][0] == found[0][1]
+  ids = model.tokenizer.encode("a b")
+  for _ in range(4):
+    ids.append(int(jaxalign.logits(model, [ids])[0, -1].argmax()))
+  assert found[0][0] == model.tokenizer.decode(ids[2:])
+  assert jaxalign.generate(model, []) == []
+
+
+def test_score_does_not_depend_on_the_others(reward_model):
+  model = jaxalign.load(reward_model)
+  scores = jaxalign.score(model, ["a b", "c d"], ["e f g", "h"])
+  alone = jaxalign.score(model, ["c d"], ["h"])
+  assert scores.shape == (2,)
+  np.testing.assert_allclose(scores[1], alone[0], atol=1e-5)
+  assert scores[0] != scores[1]
+
+
+def test_the_wrong_kind_of_model_is_refused(policy, reward_model):
+  with pytest.raises(jaxalign.UserError, match="needs a language model"):
+    jaxalign.generate(jaxalign.load(reward_model), ["a"])
+  with pytest.raises(jaxalign.UserError, match="needs a sequence classifier"):
+    jaxalign.score(jaxalign.load(policy), ["a"], ["b"])
+  with pytest.raises(jaxalign.UserError, match="as many prompts"):
+    jaxalign.score(jaxalign.load(reward_model), ["a"], ["b", "c"])
+
+
+def test_save_writes_tokenizer_and_card(policy, tmp_path):
+  model = jaxalign.load(policy)
+  jaxalign.save(model, tmp_path / "out", license="mit", dtype="bfloat16")
+  names = {p.name for p in (tmp_path / "out").iterdir()}
+  assert {"config.json", "model.safetensors", "README.md"} <= names
+  assert "tokenizer.json" in names
+  config = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert config["dtype"] == "bfloat16"
+  assert config["pad_token_id"] == 0
+  again = jaxalign.load(tmp_path / "out")
+  assert again.tokenizer.encode("a b") == model.tokenizer.encode("a b")
