@@ -305,18 +305,21 @@ def by_hand(toy, model, params, prior, pairs):
   prior_model, prior_params = prior
   nlls, kls = [], []
 
-  @functools.partial(jax.jit, static_argnums=0)
-  def logits(which, weights, tokens):
-    module = which.bind(weights)
-    places = jnp.arange(tokens.shape[1])[None]
-    hidden, _ = module(tokens, places, jnp.ones_like(tokens))
-    return module.unembed(hidden)[0]
+  def logits_of(which):
+    def logits(weights, tokens):
+      module = which.bind(weights)
+      places = jnp.arange(tokens.shape[1])[None]
+      hidden, _ = module(tokens, places, jnp.ones_like(tokens))
+      return module.unembed(hidden)[0]
 
+    return jax.jit(logits)
+
+  policy_logits, prior_logits = logits_of(model), logits_of(prior_model)
   for prompt, completion in pairs:
     row = toy.ids(prompt + completion)
     tokens = jnp.array([row])
-    p = log_softmax(logits(model, params, tokens))
-    p0 = log_softmax(logits(prior_model, prior_params, tokens))
+    p = log_softmax(policy_logits(params, tokens))
+    p0 = log_softmax(prior_logits(prior_params, tokens))
     before = np.arange(len(prompt) - 1, len(row) - 1)
     nlls += [-p[t, row[t + 1]] for t in before]
     kls.append([(np.exp(p0[t]) * (p0[t] - p[t])).sum() for t in before])
