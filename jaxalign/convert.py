@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def run() -> None:
     args = told(_parser()).parse_args(argv)
-    convert(args.source, args.target, args.dtype, args.license)
+    convert(args.source, args.target, args.dtype, args.license, args.note)
     print(f"wrote {args.target}")
     if args.check:
       print(check(args.target))
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
   parser.add_argument(
     "--license", default="other", help="for the model card, e.g. apache-2.0"
   )
+  parser.add_argument("--note", default="", help="a paragraph of the card")
   parser.add_argument(
     "--check", action="store_true", help="compare logits with transformers"
   )
@@ -63,6 +64,7 @@ def convert(
   target: str | pathlib.Path,
   dtype: str | None = None,
   license: str = "other",
+  note: str = "",
 ) -> None:
   """Writes `source` as a Hugging Face folder.
 
@@ -72,6 +74,7 @@ def convert(
     target: replaced if it holds a model, refused if it holds other files.
     dtype: "float32", "bfloat16", "float16", or None = as in the source.
     license: for the model card.
+    note: a paragraph of the card.
 
   Raises:
     UserError: neither of these, or it cannot be read or written.
@@ -94,7 +97,9 @@ def convert(
     if tokenizer is not None:
       tokenizer.save(new)
     metrics = _last_metrics(run) if run is not None else {}
-    card.write(new, config=settings, metrics=metrics, license=license)
+    card.write(
+      new, config=settings, metrics=metrics, license=license, note=note
+    )
 
   write.save(
     loaded.model,

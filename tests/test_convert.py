@@ -63,11 +63,12 @@ def test_a_finished_run_gives_its_model(base, tmp_path):
   run = make_run(tmp_path / "run", tmp_path / "gone")
   path.rename(run / "model")
   (run / "metrics.jsonl").write_text('{"step": 1, "loss/total": 0.5}\n')
-  convert.convert(run, tmp_path / "out", license="mit")
+  convert.convert(run, tmp_path / "out", license="mit", note="Be careful.")
   back = folder.load(tmp_path / "out")[1]
   jax.tree.map(np.testing.assert_array_equal, back, params)
   card = (tmp_path / "out" / "README.md").read_text()
   assert 'license: "mit"' in card
+  assert "\nBe careful.\n" in card
   assert "| loss/total | 0.5 |" in card
 
 

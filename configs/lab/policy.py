@@ -34,7 +34,7 @@ def get_config(preset: str = "default") -> ConfigDict:
       "packing": True,
       "max_length": 160,
       "batch_size": 24,
-      "steps": 2400,
+      "steps": 1700,
       "optimizer": {
         "learning_rate": 2e-3,
         "schedule": "cosine",

@@ -31,7 +31,7 @@ from jaxalign.runtime.context import Context, fit
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ScoredBatch:
-  """Answers with the rewards they should get."""
+  """Answers with the rewards they should get, the shorter ones first."""
 
   tokens: Int[Array, "*M B T"]
   mask: Bool[Array, "*M B T"]  # True = a real token
@@ -41,6 +41,9 @@ class ScoredBatch:
   group: Int[Array, "*M B"]  # answers to one prompt carry one number
   chars: Int[Array, "*M B"]  # length of the answer in characters
   real: Bool[Array, "*M B"]  # True = a row, False = filler
+  # Rows that end before column `half`; only so much of them is computed.
+  short: int = dataclasses.field(default=0, metadata={"static": True})
+  half: int = dataclasses.field(default=0, metadata={"static": True})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +67,16 @@ def pair_loss(
   return jnp.where(pairs, loss, 0), pairs
 
 
+def score_rows(module, batch: ScoredBatch) -> Float[Array, " B"]:
+  """Scores of a batch without its micro axis, the short rows computed apart."""
+  texts = (batch.tokens, batch.mask, batch.types)
+  if not batch.short:
+    return module.score(*texts)
+  near = [x[: batch.short, : batch.half] for x in texts]
+  far = [x[batch.short :] for x in texts]
+  return jnp.concatenate([module.score(*near), module.score(*far)])
+
+
 def make_update(
   ctx: Context,
   optimizer: optax.GradientTransformation,
@@ -81,7 +94,7 @@ def make_update(
 
     def loss(params, micro, key):
       module = ctx.model.bind(lora.join(params, frozen))
-      scores = module.score(micro.tokens, micro.mask, micro.types)
+      scores = score_rows(module, micro)
       nll, pairs = pair_loss(scores, micro)
       gap = scores[:, None] - scores[None, :]
       square = jnp.where(micro.real, (scores - micro.reward) ** 2, 0)
@@ -147,7 +160,7 @@ def make_validate(
   @jax.jit
   def score(params, frozen, batch):
     module = ctx.model.bind(lora.join(params, frozen))
-    return module.score(batch.tokens[0], batch.mask[0], batch.types[0])
+    return score_rows(module, jax.tree.map(lambda x: x[0], batch))
 
   def validate(state: TrainState) -> Metrics:
     scores = [score(state.params, ctx.frozen, ctx.put(b, 1)) for b in batches]

@@ -32,7 +32,8 @@ from jaxalign.core import filters, gradients, keys, losses, masked, optim
 from jaxalign.core.logprobs import logprobs_and_kl, target_logprobs
 from jaxalign.core.types import Answers, KeptBatch, Metrics, Params, TrainState
 from jaxalign.models import lora
-from jaxalign.runtime.context import Context, Rows, due
+from jaxalign.runtime import answers as reports
+from jaxalign.runtime.context import Context, due
 
 _log = logging.getLogger(__name__)
 
@@ -71,6 +72,7 @@ def run(
   """Algorithm 1."""
   config, state = ctx.config, ctx.state
   update = ctx.compile(make_update(ctx, optimizer, rate))
+  prior = ctx.prior[1] if ctx.prior else None
   for step in ctx.steps():
     key = keys.fold(ctx.key, step)
     metrics, rows = {}, []
@@ -89,7 +91,7 @@ def run(
         found = []
         for i, batch in enumerate(tools.encode(answers, kept)):
           part = keys.fold(key, i)
-          state, measured = update(state, ctx.frozen, _prior(ctx), batch, part)
+          state, measured = update(state, ctx.frozen, prior, batch, part)
           found.append(measured)
         # The next samples need these parameters anyway; waiting here costs
         # no overlap and keeps the stages' times honest.
@@ -98,8 +100,10 @@ def run(
         test = due(step, config.validation_interval, config.steps)
         tested = _held_out_scores(tools, answers) if test else None
       metrics = _update_metrics(found)
-      metrics |= _answer_metrics(tools, answers, scores, tested, kept)
-      rows = _rows(step, answers, scores, tested, kept)
+      metrics |= reports.measure(answers, scores, tested, kept)
+      texts = [answers.texts[i] for i in kept]
+      metrics |= tools.diversity(answers.asked, answers.texts, texts)
+      rows = reports.rows(step, answers, scores, tested, kept)
     if tools.evaluate and due(step, config.evaluation.interval, config.steps):
       with ctx.stage("evaluate"):
         metrics |= tools.evaluate(lora.join(state.params, ctx.frozen))
@@ -224,10 +228,6 @@ def _held_out_scores(tools: Tools, answers: Answers):
   return np.asarray(tools.held_out(answers.asked, answers.texts))
 
 
-def _prior(ctx: Context) -> Params | None:
-  return None if ctx.prior is None else ctx.prior[1]
-
-
 @jax.jit
 def _next(step: Array) -> Array:
   return step + 1
@@ -247,42 +247,3 @@ def _update_metrics(found: list[Metrics]) -> Metrics:
     "lr": found[-1]["lr"],
     "skipped_updates": found[-1]["skipped"],
   }
-
-
-def _answer_metrics(tools, answers, scores, tested, kept) -> Metrics:
-  flat, chars = scores.reshape(-1), [len(t) for t in answers.texts]
-  real = np.isfinite(flat)
-  found = {
-    "score/mean": flat[real].mean(),
-    "score/std": flat[real].std(),
-    "score/kept_mean": flat[kept].mean(),
-    "completion/chars_mean": np.mean(chars),
-    "completion/tokens_mean": np.mean(answers.samples.lengths),
-    "completion/empty_fraction": np.mean(np.array(chars) == 0),
-    "completion/ended_fraction": np.mean(answers.ended),
-    "num_prompts": len(answers.prompts),
-    "num_sampled_tokens": int(np.sum(answers.samples.lengths)),
-  }
-  if tested is not None:
-    found["test_score/mean"] = tested[real].mean()
-    found["test_score/kept_mean"] = tested[kept].mean()
-  texts = [answers.texts[i] for i in kept]
-  return found | tools.diversity(answers.asked, answers.texts, texts)
-
-
-def _rows(step, answers, scores, tested, kept) -> Rows:
-  """What samples.jsonl gets: every answer of the superbatch."""
-  flat, chosen = scores.reshape(-1), set(kept.tolist())
-  return [
-    {
-      "step": step + 1,
-      "prompt": prompt,
-      "completion": text,
-      "score": float(flat[i]) if np.isfinite(flat[i]) else None,
-      "test_score": None if tested is None else float(tested[i]),
-      "kept": i in chosen,
-    }
-    for i, (prompt, text) in enumerate(
-      zip(answers.asked, answers.texts, strict=True)
-    )
-  ]

@@ -149,6 +149,7 @@ def open_session(
         steps=config.steps,
         counters=dict(start.extra["counters"]),
         every=config.metrics.every_steps,
+        best_by=config.checkpoint.keep_best,
       )
       context = Context(
         config=config,
@@ -177,6 +178,7 @@ def _open_checkpoints(
     every_steps=config.checkpoint.every_steps,
     every_minutes=config.checkpoint.every_minutes,
     keep=config.checkpoint.keep,
+    keep_best=bool(config.checkpoint.keep_best),
   )
 
 

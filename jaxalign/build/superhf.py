@@ -81,7 +81,13 @@ def make_tools(
   evaluate = None
   if questions.aside:
     evaluate = functools.partial(
-      _evaluate, config, sample, score, held_out, list(questions.aside)
+      _evaluate,
+      config.evaluation.best_of_n,
+      jax.random.fold_in(jax.random.key(config.seed), EVALUATION_KEY),
+      sample,
+      score,
+      held_out,
+      list(questions.aside),
     )
   return Tools(
     prompts=of_step,
@@ -291,7 +297,8 @@ def _diversity(asked: list[str], texts: list[str], kept: list[str]) -> Metrics:
 
 
 def _evaluate(
-  config: SuperHFConfig,
+  n: int,
+  key: jax.Array,
   sample: Callable[..., Answers],
   score: Score,
   held_out: Score | None,
@@ -299,8 +306,6 @@ def _evaluate(
   params: Params,
 ) -> Metrics:
   """Best-of-N on prompts kept aside, the same noise every time."""
-  n = config.evaluation.best_of_n
-  key = jax.random.fold_in(jax.random.key(config.seed), EVALUATION_KEY)
   answers = sample(params, questions, n, key)
   scores = np.reshape(score(answers.asked, answers.texts), (-1, n))
   best = scores.argmax(axis=1)

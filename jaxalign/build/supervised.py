@@ -240,12 +240,25 @@ def _scored_batch(
   micros: int,
   fill: int = 0,
 ) -> ScoredBatch:
-  """Rows as arrays `[M, B, T]`, filled up to `fill` rows."""
-  real = len(chosen)
-  size = max(real, fill)
-  index = np.r_[chosen, np.full(size - real, chosen[0])]
+  """Rows as arrays `[M, B, T]`, filled up to `fill` rows.
+
+  Answers to one prompt differ much in length, so a batch has two widths: as
+  many quarters of its rows as fit are read at half the width.
+  """
+  real = np.arange(max(len(chosen), fill)) < len(chosen)
+  index = np.where(real, np.resize(chosen, len(real)), chosen[0])
+  count = np.array([len(rows["ids"][i]) for i in index]).reshape(micros, -1)
+  order = np.argsort(count, axis=1, kind="stable")
+  order = (order + np.arange(micros)[:, None] * count.shape[1]).reshape(-1)
+  index, real = index[order], real[order]
+  width = min(length, batches.bucket_length(int(count.max())))
+  half = batches.bucket_length(width // 2)
+  quarter = count.shape[1] // 4
+  fitting = int((count <= half).sum(axis=1).min())
+  short = (
+    min(fitting // quarter, 3) * quarter if quarter and half < width else 0
+  )
   ids = [rows["ids"][i] for i in index]
-  width = _bucket([ids], length)
   tokens, mask = batches.pad_rows(ids, width)
   types, _ = batches.pad_rows([rows["types"][i] for i in index], width)
   column = lambda name, kind: np.array([rows[name][i] for i in index], kind)
@@ -258,5 +271,7 @@ def _scored_batch(
     margin=cut(column("margin", np.float32)),
     group=cut(column("group", np.int32)),
     chars=cut(column("chars", np.int32)),
-    real=cut(np.arange(size) < real),
+    real=cut(real),
+    short=short,
+    half=half,
   )

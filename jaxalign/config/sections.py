@@ -98,6 +98,12 @@ class CheckpointConfig:
   keep: int = field(
     2, "newest checkpoints to keep", rule=">= 1", also=("save_total_limit",)
   )
+  keep_best: str = field(
+    "",
+    "metric whose highest value keeps its checkpoint too, as "
+    "test_score/mean; empty = off",
+    also=("metric_for_best_model",),
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -150,6 +150,16 @@ def prompt_completion_of(
   )
 
 
+def instruction_of(row: Row) -> tuple[str, str]:
+  r"""Dolly's row as SuperHF reads it: `[\n\nContext: c]\n\nHuman: i…`."""
+  given, asked, answer = (
+    check_text(row.get(name) or "", name)
+    for name in ("context", "instruction", "response")
+  )
+  system = f"\n\nContext: {given}" if given.strip() else ""
+  return templates.build_prompt(asked, system), f" {answer.strip()}"
+
+
 def preference_of(
   row: Row, tokenizer: Tokenizer | None
 ) -> tuple[str, str, str]:

@@ -4,7 +4,8 @@
 |----------------|------------------------------------------------------------|
 | PromptRow      | `prompt`; see `prompts.py` for other sources of questions  |
 | CompletionRow  | `prompt, completion` [`label`, `reward`]; `messages`;      |
-|                | `text`; a preference (its chosen answer)                   |
+|                | `instruction, response` [`context`], Dolly's; `text`; a    |
+|                | preference (its chosen answer)                             |
 | PreferenceRow  | `prompt, chosen, rejected`; `chosen, rejected`; WebGPT's    |
 | TextRow        | `text`, or anything above as one whole text                |
 
@@ -22,6 +23,7 @@ from jaxalign.data.columns import lacking_columns
 from jaxalign.data.fields import (
   BadRow,
   collect,
+  instruction_of,
   number_of,
   preference_of,
   prompt_completion_of,
@@ -68,7 +70,9 @@ def load_completions(
   """
 
   def build(row: sources.Row) -> list[CompletionRow]:
-    group = str(row.get("group") or "")
+    group = str(row.get("group") or row.get("category") or "")
+    if "instruction" in row and "response" in row and not need:
+      return [CompletionRow(*instruction_of(row), group=group)]
     if "chosen" in row and not need:
       prompt, chosen, _ = preference_of(row, tokenizer)
       return [CompletionRow(prompt, chosen, group=group)]
@@ -84,7 +88,13 @@ def load_completions(
     return [CompletionRow(prompt, completion, reward, label, group)]
 
   wanted = {
-    "": ("prompt, completion", "messages", "text", "chosen, rejected"),
+    "": (
+      "prompt, completion",
+      "messages",
+      "instruction, response",
+      "text",
+      "chosen, rejected",
+    ),
     "label": ("prompt, completion, label", "chosen, rejected"),
     "reward": ("prompt, completion, reward",),
   }[need]

@@ -111,12 +111,24 @@ class Recorder:
   """
 
   def __init__(
-    self, *, log, screen, saver, stop, profiler, done, steps, counters, every=1
+    self,
+    *,
+    log,
+    screen,
+    saver,
+    stop,
+    profiler,
+    done,
+    steps,
+    counters,
+    every=1,
+    best_by="",
   ):
     self._log, self._screen, self._saver = log, screen, saver
     self._stop, self._profiler = stop, profiler
     self._done, self._steps, self._every = done, steps, every
     self.counters = counters
+    self._best_by, self._score = best_by, None
     self._seconds: dict[str, float] = {}
     self._last = time.perf_counter()
     self._pending: tuple[int, Metrics, Rows] | None = None
@@ -150,7 +162,7 @@ class Recorder:
     if last or self._stop.requested or self._saver.due(step + 1):
       self._flush()
       extra = {"files": self._log.offsets(), "counters": self.counters}
-      self._saver.save(step + 1, state, extra)
+      self._saver.save(step + 1, state, extra, score=self._score)
 
   def _flush(self) -> None:
     if self._pending is None:
@@ -159,6 +171,7 @@ class Recorder:
     self._pending = None
     values = {k: _number(v) for k, v in jax.device_get(metrics).items()}
     values |= throughput(values)
+    self._score = values.get(self._best_by, self._score)
     # An evaluation's line is never thinned out.
     evaluated = any(name.startswith("eval_") for name in values)
     if evaluated or due(step, self._every, self._steps):

@@ -35,8 +35,8 @@ _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
   ("Length", "tokens", {"completion/tokens_mean": "mean of completions"}),
   (
     "Likeness of answers to different prompts",
-    "METEOR",
-    {"diversity/meteor": "overlap"},
+    "0 = nothing in common, 1 = the same",
+    {"diversity/overlap": "word overlap", "diversity/meteor": "METEOR, kept"},
   ),
   ("Loss", "", {"loss/total": "total", "loss/nll": "negative log-likelihood"}),
   (
@@ -60,7 +60,7 @@ _TILES = {
   "score/mean": ("Train reward", True),
   "test_score/mean": ("Held-out reward", True),
   "kl/mean": ("KL, nats a token", None),
-  "diversity/meteor": ("Likeness of answers", False),
+  "diversity/overlap": ("Word overlap of answers", False),
   "completion/tokens_mean": ("Tokens a completion", None),
   "rewards/accuracies": ("Accuracy on pairs", True),
   "rewards/margins": ("Margin", True),

@@ -272,3 +272,17 @@ def test_run_learns_to_prefer(toy):
   assert log.metrics[-1]["eval_accuracy"] > 0.9
   assert float(log.metrics[-1]["accuracy"]) > 0.9
   assert float(log.metrics[-1]["loss/total"]) < 0.3
+
+
+def test_short_rows_at_half_the_width_get_the_same_update(toy):
+  rows = [("ab", 1.0, 0), ("ba", 0.0, 0), ("abca", 2.0, 1), ("aacbac", 1.0, 1)]
+  whole = scored(toy, rows)
+  parted = dataclasses.replace(whole, short=2, half=3)
+  (a, found), (b, again) = updated(toy, config(loss="both"), whole, parted)
+  for name, value in found.items():
+    np.testing.assert_allclose(value, again[name], rtol=1e-5, err_msg=name)
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5),
+    a.params,
+    b.params,
+  )

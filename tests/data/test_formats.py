@@ -304,3 +304,13 @@ def test_hh_rows(shared_data, name, read, equal, played_on):
       templates.ASSISTANT in answer for answer in (row.chosen, row.rejected)
     )
   assert simulated == played_on
+
+
+def test_instructions_with_and_without_context(write):
+  bare, given = completions(
+    write,
+    {"instruction": "q", "context": "", "response": "a", "category": "qa"},
+    {"instruction": "q", "context": "c", "response": "a "},
+  )
+  assert bare == CompletionRow(HEAD, " a", group="qa")
+  assert given == CompletionRow("\n\nContext: c" + HEAD, " a")

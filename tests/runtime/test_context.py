@@ -16,6 +16,7 @@ class Calls(list):
 
   def __init__(self, saves=()):
     self.saves = saves
+    self.scores = []
 
   def write(self, step, values):
     self.append(("write", step, values["n"]))
@@ -35,7 +36,8 @@ class Calls(list):
   def due(self, step):
     return step in self.saves
 
-  def save(self, step, state, extra):
+  def save(self, step, state, extra, score):
+    self.scores.append(score)
     counters = dict(extra["counters"])
     self.append(("save", step, int(state.step), extra["files"], counters))
 
@@ -55,6 +57,7 @@ def record(steps, done=0, saves=(), stop_after=None, every=1, more=()):
     steps=steps,
     counters={"exceptions": 1},
     every=every,
+    best_by="n",
   )
   for step in recorder.steps():
     calls.append(("step", step))
@@ -124,3 +127,7 @@ def test_throughput_is_of_what_was_counted():
     "throughput/sampled_tokens_per_s": 200.0,
   }
   assert throughput({"num_tokens": 3, "time/step_s": 0.0}) == {}
+
+
+def test_a_save_is_judged_by_its_own_step():
+  assert record(6, saves=(2, 4)).scores == [1.0, 3.0, 5.0]

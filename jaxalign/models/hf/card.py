@@ -26,6 +26,7 @@ def write(
   license: str = "other",
   base_model: str | None = None,
   datasets: tuple[str, ...] = (),
+  note: str = "",
 ) -> None:
   """Writes the card of a model folder.
 
@@ -38,6 +39,7 @@ def write(
       their base model and data, so it is the user's to say.
     base_model: hub id or folder; None = the config's `policy`.
     datasets: hub ids; empty = those of the config.
+    note: what readers should know first: data, command, time, limits.
   """
   config, metrics = config or {}, metrics or {}
   model = read_json(folder / "config.json")
@@ -55,7 +57,7 @@ def write(
     **({"datasets": list(datasets)} if datasets else {}),
   }
   head = {"score_mean": _READS_MEAN, "score_eos": _READS_EOS}
-  note = head.get(model.get("jaxalign_head", ""), "")
+  notes = filter(None, [head.get(model.get("jaxalign_head", "")), note])
   text = "\n".join(
     [
       "---",
@@ -67,7 +69,7 @@ def write(
       "",
       f"Made with [jaxalign](https://pypi.org/project/jaxalign/) from "
       f"{base_model or 'a model that was not named'}.",
-      *(["", note] if note else []),
+      *(line for text in notes for line in ("", text)),
       *_section("Data", _data_lines(config)),
       *_section("Metrics", _metric_lines(metrics)),
       *_section("Config", _config_lines(config)),

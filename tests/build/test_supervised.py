@@ -1,0 +1,52 @@
+import numpy as np
+import pytest
+
+from jaxalign.build import supervised
+
+
+def columns(lengths):
+  """Rows whose ids are their own number, so that they can be told apart."""
+  count = len(lengths)
+  return {
+    "ids": [[i + 1] * n for i, n in enumerate(lengths)],
+    "types": [[0] * n for n in lengths],
+    "reward": list(range(count)),
+    "margin": [0.0] * count,
+    "group": [i // 2 for i in range(count)],
+    "chars": lengths,
+  }
+
+
+@pytest.mark.parametrize(
+  ("lengths", "short", "width"),
+  [
+    ([120, 20, 64, 30, 100, 60, 50, 10], 6, 128),  # 64 still fits
+    ([120, 120, 65, 30, 100, 60, 66, 70], 2, 128),
+    ([30, 30, 30, 30, 30, 30, 30, 30], 0, 32),  # no smaller bucket
+    ([60, 1, 1, 1, 1, 1, 1, 1], 6, 64),  # never all rows
+    ([120, 1], 0, 128),  # too few rows to cut
+  ],
+)
+def test_short_answers_go_in_quarters_of_the_batch(lengths, short, width):
+  batch = supervised._scored_batch(
+    columns(lengths), np.arange(len(lengths)), 128, 1
+  )
+  assert (batch.short, batch.tokens.shape[-1]) == (short, width)
+  assert not batch.mask[0, :short, batch.half :].any()
+  # Sorted by length, every column with its row.
+  rows = batch.tokens[0, :, 0] - 1
+  np.testing.assert_array_equal(batch.mask[0].sum(1), np.sort(lengths))
+  np.testing.assert_array_equal(batch.reward[0], rows)
+  np.testing.assert_array_equal(batch.group[0], rows // 2)
+
+
+def test_micro_batches_keep_their_rows_and_filler_counts_in_nothing():
+  lengths = [120, 20, 64, 30, 100, 60, 50, 10]
+  batch = supervised._scored_batch(columns(lengths), np.arange(8), 128, 2)
+  assert [set(row) for row in batch.group] == [{0, 1}, {2, 3}]
+  assert batch.short == 2  # two of the second micro-batch do not fit
+  filled = supervised._scored_batch(
+    columns(lengths), np.arange(3), 128, 1, fill=8
+  )
+  assert filled.tokens.shape == (1, 8, 128)
+  assert sorted(filled.reward[filled.real]) == [0, 1, 2]
