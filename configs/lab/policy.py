@@ -1,18 +1,22 @@
-"""Trains the lab's policy: a small GPT-NeoX on dialogues, from nothing.
+r"""Trains the lab's policy: a small GPT-NeoX on dialogues, from nothing.
 
   python configs/lab/prepare.py --source DIALOGUES --out .cache/lab
-  python -m jaxalign.main --config configs/lab/policy.py
+  python -m jaxalign.main --config configs/lab/policy.py --workdir FIRST
+  python -m jaxalign.main --config configs/lab/policy.py:second \
+    --config.policy=FIRST/model
 
-Whole dialogues count in the loss: a model this small learns English from the
-questions too.
+Only answers count in the loss: questions recur up to 64 times, and a model
+this small learns them by heart. The second run goes on with the corpus that
+holds few refusals (see prepare.py).
 """
 
 from ml_collections import ConfigDict
 
+from jaxalign.config import choose_preset
 
-def get_config(preset: str = "default") -> ConfigDict:
-  """Fields that are not given here have the defaults of `SFTConfig`."""
-  del preset
+
+def first() -> ConfigDict:
+  """From nothing; fields that are not given have `SFTConfig`'s defaults."""
   return ConfigDict(
     {
       "algorithm": "sft",
@@ -47,3 +51,25 @@ def get_config(preset: str = "default") -> ConfigDict:
       "checkpoint": {"every_steps": 100},
     }
   )
+
+
+def second() -> ConfigDict:
+  """From the first run's result; `policy` is given on the command line."""
+  config = first()
+  config.seed = 1
+  config.policy = "runs/policy-first/model"
+  del config.init
+  config.data = ".cache/lab/policy.second.jsonl.gz"
+  config.validation_interval = 350
+  config.steps = 700
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.warmup_steps = 30
+  return config
+
+
+PRESETS = {"first": first, "second": second}
+
+
+def get_config(preset: str = "first") -> ConfigDict:
+  """One of the two runs."""
+  return choose_preset(PRESETS, preset, "configs/lab/policy.py")()

@@ -12,7 +12,9 @@ Choices, and why:
   * Policy: only answers of checkpoints that answer different prompts
     differently, whole sentences only, the first paragraph only, few copies of
     one answer or of one opening. A small model otherwise memorises
-    "I'm sorry, I don't understand" and never learns to end.
+    "I'm sorry, I don't understand" and never learns to end. A second corpus
+    leaves most answers out that decline: a model this small says those better
+    than anything else, so that SuperHF would soon say nothing else.
   * Rewards keep the teachers' raw scale (the affine map is r -> 1 * r + 0).
     Where an answer stands under many prompts, what it earned above the median
     is quartered: collapsed checkpoints got up to three points more with such
@@ -48,6 +50,7 @@ PROMPT_TOKENS = 96
 COPIES = 3  # of one answer in the policy's corpus
 OPENINGS = 40  # answers with the same first five words
 SHARED = 20  # an opening under this many prompts is an answer to none of them
+REFUSALS = 8  # of so many answers that decline, one is kept
 HARMFUL = -6.0  # below this under both teachers the policy does not see it
 VALIDATION = 1000
 NEGATIVES = 0.28  # degenerate rows per real row: 22 % of all
@@ -55,6 +58,12 @@ NEGATIVES = 0.28  # degenerate rows per real row: 22 % of all
 ROLE = re.compile(r"(?:Human|Assistant|User|AI|Q|A|Comment) ?:")
 QUOTES = str.maketrans("‘’“”–—", "''\"\"--")
 ODD = re.compile(r"[^\x20-\x7eéèñüöäçáíó°£€]|[\\{}<>|=_#\[\]~^]|https?:|www\.")
+REFUSAL = re.compile(
+  r"\b(sorry|afraid|unable|not sure|don't (know|understand)|"
+  r"(cannot|can't|not able to) (help|answer|provide|assist|do)|"
+  r"polic(y|ies)|terms of|customer (service|support)|contact us)\b",
+  re.IGNORECASE,
+)
 # A sentence ends in . ! ? (quotes may follow), and not after "1." or "Dr.".
 SENTENCE = re.compile(
   r".+?(?<!\b\d)(?<!\bDr)(?<!\bMr)(?<!\bSt)(?<!\b[A-Z])(?<!e\.g)(?<!i\.e)"
@@ -168,6 +177,17 @@ def fit(rows: list[dict], tokenizer: PreTrainedTokenizerFast) -> list[dict]:
   return short
 
 
+def without_refusals(rows: list[dict]) -> list[dict]:
+  """All rows but most of those that decline to answer."""
+  declines = [bool(REFUSAL.search(row["completion"])) for row in rows]
+  number = itertools.accumulate(declines)
+  return [
+    row
+    for row, decline, n in zip(rows, declines, number, strict=True)
+    if not decline or n % REFUSALS == 0
+  ]
+
+
 def hold_out(rows: list[dict]) -> tuple[list[dict], list[dict]]:
   """Splits off the rows of the prompts with the smallest hashes."""
   by_prompt = collections.defaultdict(list)
@@ -247,6 +267,7 @@ def main() -> None:
   tokenizer.save_pretrained(out / "policy-tokenizer")
   train, held = hold_out(fit(clean, tokenizer))
   show(out, "policy", train, tokenizer)
+  show(out, "policy.second", without_refusals(train), tokenizer)
   show(out, "policy.validation", held, tokenizer)
 
   stride = len(scored) // 20000 + 1

@@ -11,13 +11,17 @@ not share their mistakes.
 
 from ml_collections import ConfigDict
 
+from jaxalign.config import choose_preset
+
+SEEDS = {"train": 1, "test": 2}
+
 
 def get_config(preset: str = "train") -> ConfigDict:
   """Fields that are not given here have `RewardModelConfig`'s defaults."""
   return ConfigDict(
     {
       "algorithm": "reward_model",
-      "seed": {"train": 1, "test": 2}[preset],
+      "seed": choose_preset(SEEDS, preset, "configs/lab/reward_model.py"),
       "policy": "init",
       "init": {
         "tokenizer": ".cache/lab/reward-tokenizer",
@@ -32,13 +36,14 @@ def get_config(preset: str = "train") -> ConfigDict:
       "encoding": "pair",
       "data": f".cache/lab/reward-{preset}.jsonl.gz",
       "validation_data": f".cache/lab/reward-{preset}.validation.jsonl.gz",
-      "validation_interval": 1200,
+      "validation_interval": 600,
       "loss": "both",
-      "distill_weight": 0.25,
+      "distill_weight": 0.1,
+      "soft_labels": True,
       "answers_per_prompt": 8,
       "max_length": 128,
       "batch_size": 64,
-      "steps": 3600,
+      "steps": 1800,
       "optimizer": {
         "learning_rate": 1e-3,
         "schedule": "cosine",

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.core import gradients, losses, optim
@@ -55,19 +56,26 @@ class Task:
 
 
 def pair_loss(
-  scores: Float[Array, " B"], batch: ScoredBatch
+  scores: Float[Array, " B"], batch: ScoredBatch, soft: bool = False
 ) -> tuple[Array, Bool[Array, "B B"]]:
-  """−log σ(sᵢ − sⱼ − mᵢ) for every pair of a group with rewardᵢ > rewardⱼ."""
+  """−log σ(sᵢ − sⱼ − mᵢ) for every pair of a group with rewardᵢ > rewardⱼ.
+
+  With `soft`, the rewards are another model's logits, and its σ(rᵢ − rⱼ) is
+  the pair's label in place of 1: a near tie then teaches little.
+  """
   pairs = batch.reward[:, None] > batch.reward[None, :]
   pairs &= batch.group[:, None] == batch.group[None, :]
   pairs &= batch.real[:, None] & batch.real[None, :]
   loss = losses.pairwise(
-    scores[:, None], scores[None, :], batch.margin[:, None]
+    scores[:, None],
+    scores[None, :],
+    batch.margin[:, None],
+    jax.nn.sigmoid(batch.reward[:, None] - batch.reward) if soft else 1.0,
   )
   return jnp.where(pairs, loss, 0), pairs
 
 
-def score_rows(module, batch: ScoredBatch) -> Float[Array, " B"]:
+def score_rows(module: nnx.Module, batch: ScoredBatch) -> Float[Array, " B"]:
   """Scores of a batch without its micro axis, the short rows computed apart."""
   texts = (batch.tokens, batch.mask, batch.types)
   if not batch.short:
@@ -95,7 +103,7 @@ def make_update(
     def loss(params, micro, key):
       module = ctx.model.bind(lora.join(params, frozen))
       scores = score_rows(module, micro)
-      nll, pairs = pair_loss(scores, micro)
+      nll, pairs = pair_loss(scores, micro, config.soft_labels)
       gap = scores[:, None] - scores[None, :]
       square = jnp.where(micro.real, (scores - micro.reward) ** 2, 0)
       together = jnp.where(

@@ -105,6 +105,11 @@ class RewardModelConfig(SupervisedConfig):
   distill_weight: float = field(
     1.0, "weight of the squared error to the given reward", rule=">= 0"
   )
+  soft_labels: bool = field(
+    False,
+    "pairs of scored answers are learned with sigmoid(reward - reward) as "
+    "label, not as certain",
+  )
   reward_column: str = field(
     "reward", "column of the given reward in rows to distill from"
   )
@@ -155,6 +160,12 @@ class RewardModelConfig(SupervisedConfig):
       self.policy != "init" or self.head != "auto",
       "must be named while policy='init'",
       "score_context for deberta-v2, score_last or score_mean for others",
+    )
+    yield Rule(
+      "soft_labels",
+      not self.soft_labels or self.loss == "both",
+      "needs loss='both'",
+      "chosen and rejected rows have no scores to go by",
     )
     yield Rule(
       "reward_column",

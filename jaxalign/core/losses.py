@@ -9,15 +9,20 @@ def pairwise(
   chosen: Float[Array, "*#B"],
   rejected: Float[Array, "*#B"],
   margin: Float[Array, "*#B"] | float = 0.0,
+  label: Float[Array, "*#B"] | float = 1.0,
 ) -> Float[Array, "..."]:
-  """−log σ(s_w − s_l − m), Bradley-Terry (Stiennon 2020, eq. 1).
+  """−p log σ(d) − (1 − p) log σ(−d), d = s_w − s_l − m: Bradley-Terry.
+
+  With p = 1 the loss of Stiennon 2020 (eq. 1).
 
   Args:
     chosen: score s_w of the better text, raw logit.
     rejected: score s_l of the worse text, raw logit.
     margin: m >= 0, by how much the better one should win (Touvron 2023).
+    label: p in [0, 1], how sure it is that the better one is better.
   """
-  return -jax.nn.log_sigmoid(chosen - rejected - margin)
+  gap = chosen - rejected - margin
+  return -jax.nn.log_sigmoid(gap) + (1 - label) * gap
 
 
 def centring(

@@ -160,7 +160,7 @@ def remarks(tiles: Sequence[Mapping[str, Any]]) -> list[str]:
       "The train reward rose while the held-out reward fell: the policy may be "
       "learning the reward model's mistakes."
     )
-  alike = by_name.get("diversity/meteor")
+  alike = by_name.get("diversity/overlap")
   if alike and alike["first"] > 0 and alike["last"] >= 1.5 * alike["first"]:
     found.append(
       f"Answers to different prompts have become "

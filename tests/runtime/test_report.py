@@ -59,9 +59,9 @@ def test_summary_compares_the_quarters():
 
 def test_summary_survives_nan_and_tells_collapse():
   rows = [
-    {"step": 1, "diversity/meteor": "NaN", "score/mean": "Infinity"},
-    {"step": 2, "diversity/meteor": 0.1, "score/mean": None},
-    {"step": 3, "diversity/meteor": 0.3},
+    {"step": 1, "diversity/overlap": "NaN", "score/mean": "Infinity"},
+    {"step": 2, "diversity/overlap": 0.1, "score/mean": None},
+    {"step": 3, "diversity/overlap": 0.3},
   ]
   (tile,) = report.summary(report.metric_series(rows))
   assert (tile["first"], tile["last"]) == (0.1, 0.3)
