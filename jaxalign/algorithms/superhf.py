@@ -198,10 +198,10 @@ def _text_losses(
     )
   gap = jnp.abs(logp - batch.sampled_logps[:, 1:])
   known = mask & batch.sampled[:, 1:]
-  measured = {
-    "kl_sum": kl.sum(),
-    "logp_diff_max": jnp.where(known, gap, 0).max(),
-  }
+  measured = {"kl_sum": kl.sum()}
+  # Under dropout the two differ for a reason.
+  if ctx.model.lora is None or ctx.model.lora.dropout == 0:
+    measured["logp_diff_max"] = jnp.where(known, gap, 0).max()
   return -logp.sum(), masked.row_means(kl, mask).sum(), measured
 
 
@@ -236,14 +236,16 @@ def _next(step: Array) -> Array:
 @jax.jit
 def _update_metrics(found: list[Metrics]) -> Metrics:
   mean = lambda name: sum(m[name] for m in found) / len(found)
-  return {
+  metrics = {
     "loss/total": mean("total"),
     "loss/nll": mean("nll"),
     "kl/mean": sum(m["kl_sum"] for m in found)
     / sum(m["tokens"] for m in found),
-    # Later updates of a superbatch no longer have the sampler's parameters.
-    "sampling/logp_diff_max": found[0]["logp_diff_max"],
     "grad_norm": mean("grad_norm"),
     "lr": found[-1]["lr"],
     "skipped_updates": found[-1]["skipped"],
   }
+  # Later updates of a superbatch no longer have the sampler's parameters.
+  if "logp_diff_max" in found[0]:
+    metrics["sampling/logp_diff_max"] = found[0]["logp_diff_max"]
+  return metrics

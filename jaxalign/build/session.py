@@ -204,6 +204,9 @@ def _begin(
     new = jax.jit(init, donate_argnums=0, out_shardings=places)
     extra = {"files": None, "counters": {}}
     found = checkpoint.Restored(new(policy.trained), extra, 0)
+  else:
+    for leaf in jax.tree.leaves(policy.trained):
+      leaf.delete()  # nor here
   return found, places
 
 

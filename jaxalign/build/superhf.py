@@ -64,7 +64,8 @@ def make_tools(
   scorers: Scorers,
 ) -> Tools:
   """Everything that `algorithms.superhf` asks for."""
-  sample = functools.partial(_sample, config, policy, _sampler(config, policy))
+  sampler = _sampler(config, policy, mesh)
+  sample = functools.partial(_sample, config, policy, sampler)
   score = _scorers(config, config.reward_models, scorers.chooses, mesh)
   held_out = None
   if scorers.watches:
@@ -100,12 +101,15 @@ def make_tools(
   )
 
 
-def _sampler(config: SuperHFConfig, policy: models.Loaded) -> Sampler:
+def _sampler(
+  config: SuperHFConfig, policy: models.Loaded, mesh: Mesh
+) -> Sampler:
   new = config.sampling.max_new_tokens
   return Sampler(
     policy.model,
     prompt_buckets=config.sampling.length_buckets,
     new_token_buckets=(new,),
+    mesh=mesh if mesh.size > 1 else None,
   )
 
 
@@ -135,7 +139,8 @@ def _sample(
     stops=[] if s.truncation == "none" else tokenizer.encode_batch(marks),
     pad_id=tokenizer.pad_id,
   )
-  group = s.batch_prompts or len(questions)
+  # At an evaluation there may be many more prompts than in a superbatch.
+  group = s.batch_prompts or config.superbatch.prompts or len(questions)
   ids = tokenizer.encode_prompts(questions)
   parts = [
     sampler(
@@ -232,7 +237,12 @@ def _encode(
     put_rows(
       mesh,
       _kept_batch(
-        rows[i : i + size], kept[i : i + size], answers.samples, size, micro
+        rows[i : i + size],
+        kept[i : i + size],
+        answers.samples,
+        size,
+        micro,
+        limit,
       ),
       1,
     )
@@ -254,8 +264,9 @@ def _kept_batch(
   samples: Samples,
   size: int,
   micro: int,
+  limit: int,
 ) -> KeptBatch:
-  width = batches.bucket_length(max(len(row) for row in rows))
+  width = min(limit, batches.bucket_length(max(len(row) for row in rows)))
   packed = packing.pad(rows, width)
   logps = np.zeros((size, width), np.float32)
   known = np.zeros((size, width), bool)

@@ -3,6 +3,7 @@
 import functools
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -29,7 +30,7 @@ def sft_task(
     context: tokens the model can read.
   """
   length = min(config.max_length, context)
-  rows = _encode(config, config.data, tokenizer, length)
+  rows = _encode(config, config.data, tokenizer, length, "train")
   if config.packing:
     plan = packing.plan_packing([len(row) for row in rows], length)
   else:
@@ -46,10 +47,16 @@ def sft_task(
 
   held = ()
   if config.validation_data:
-    found = _encode(config, config.validation_data, tokenizer, length)
+    found = _encode(config, config.validation_data, tokenizer, length, "test")
     found = sorted(found[: config.validation_rows or None], key=len)
+    # The last part is filled up with empty rows, so that a mesh can split it.
     held = tuple(
-      _text_batch([[row] for row in part], _bucket([part], length), 0, 1)
+      _text_batch(
+        [[row] for row in part] + [[]] * (micro - len(part)),
+        _bucket([part], length),
+        tokenizer.pad_id,
+        1,
+      )
       for part in _parts(found, micro)
     )
   return sft.Task(batch, held), steps
@@ -60,7 +67,7 @@ def reward_task(
 ) -> tuple[reward_model.Task, int]:
   """The rows of a reward-model run, and how many steps it has."""
   length = min(config.max_length, context)
-  rows = _scored_rows(config, config.data, tokenizer, length, config.half)
+  rows = _scored_rows(config, tokenizer, length)
   size = config.batch_size
   micro = config.micro_batch or size
   a_pass = len(rows["ids"]) // size
@@ -81,9 +88,7 @@ def reward_task(
 
   held = ()
   if config.validation_data:
-    found = _scored_rows(
-      config, config.validation_data, tokenizer, length, "all"
-    )
+    found = _scored_rows(config, tokenizer, length, validation=True)
     count = min(config.validation_rows or len(found["ids"]), len(found["ids"]))
     by_length = sorted(range(count), key=lambda i: len(found["ids"][i]))
     held = tuple(
@@ -93,11 +98,16 @@ def reward_task(
   return reward_model.Task(batch, held), steps
 
 
-def _encode(config: SFTConfig, source: str, tokenizer, length: int) -> list:
+def _encode(
+  config: SFTConfig, source: str, tokenizer, length: int, split: str
+) -> list:
   """Encoded rows of a source; rows without room for an answer are left out."""
   place = models.locate(source, "demonstrations.jsonl")
   found = formats.load_completions(
-    place, tokenizer=tokenizer, max_bad_share=config.max_bad_share
+    place,
+    tokenizer=tokenizer,
+    split=split,
+    max_bad_share=config.max_bad_share,
   )
   print(f"{source}: {found}")
   limit = config.max_example_chars or math.inf
@@ -151,35 +161,47 @@ def _parts(rows: Sequence, size: int) -> list:
 
 
 def _scored_rows(
-  config: RewardModelConfig, source: str, tokenizer, length: int, half: str
+  config: RewardModelConfig, tokenizer, length: int, validation: bool = False
 ) -> dict[str, list]:
   """Columns of answers: ids, types, reward, margin, group, chars."""
   answers: list[tuple[str, str, float | None, float]] = []
-  source = models.locate(source, "comparisons.jsonl")
+  source = config.validation_data if validation else config.data
+  place = models.locate(source, "comparisons.jsonl")
+  options: dict[str, Any] = {
+    "tokenizer": tokenizer,
+    "split": "test" if validation else "train",
+    "max_bad_share": config.max_bad_share,
+    "part": "all" if validation else config.half,
+  }
+  limit = config.max_example_chars or math.inf
   if config.loss == "pairwise":
-    found = formats.load_preferences(
-      source,
-      tokenizer=tokenizer,
-      max_bad_share=config.max_bad_share,
-      part=half,
-    )
+    found = formats.load_preferences(place, **options)
     for row in found.rows:
+      answer = max(row.chosen, row.rejected, key=len)
+      if len(row.prompt) + len(answer) > limit:
+        continue
       margin = row.margin if config.margin else 0.0
       answers.append((row.prompt, row.chosen, 1.0, margin))
       answers.append((row.prompt, row.rejected, 0.0, 0.0))
     groups = [i // 2 for i in range(len(answers))]
   else:
+    columns = {"reward": config.reward_column}
     found = formats.load_completions(
-      source,
-      need="reward",
-      tokenizer=tokenizer,
-      max_bad_share=config.max_bad_share,
-      part=half,
+      place, need="reward", columns=columns, **options
     )
-    answers = [(r.prompt, r.completion, r.reward, 0.0) for r in found.rows]
+    answers = [
+      (r.prompt, r.completion, r.reward, 0.0)
+      for r in found.rows
+      if len(r.prompt) + len(r.completion) <= limit
+    ]
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(a[0], len(numbers)) for a in answers]
   print(f"{source}: {found}")
+  if not answers:
+    raise UserError(
+      f"{source}: none of {len(found.rows)} rows is within "
+      f"config.max_example_chars={config.max_example_chars}; raise it"
+    )
   encoded = tokenizer.encode_rewards(
     [a[0] for a in answers],
     [a[1] for a in answers],
@@ -204,7 +226,8 @@ def _grouped_order(
 
   Each prompt's answers are shuffled and cut into groups; the groups are
   shuffled; within a window of batches they are sorted by length, so that a
-  batch holds little padding; the batches are shuffled again.
+  batch holds little padding; the batches are shuffled again. A group of fewer
+  answers than the others may end in the next pass, which costs its pairs.
   """
   count = len(rows["ids"])
   most = 2 if config.loss == "pairwise" else config.answers_per_prompt

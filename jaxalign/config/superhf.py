@@ -141,6 +141,13 @@ class SuperHFConfig(TrainingConfig):
       "must be >= 0, or -1 for no KL at all",
       "0 computes and logs it without adding it to the loss",
     )
+    warmup = self.optimizer.warmup_steps
+    yield Rule(
+      "optimizer.warmup_steps",
+      warmup < self.steps or warmup == 0,
+      f"must be below steps={self.steps}",
+      "the rate would never reach its peak",
+    )
     group = self.sampling.batch_prompts
     yield Rule(
       "sampling.batch_prompts",

@@ -156,6 +156,12 @@ class RewardModelConfig(SupervisedConfig):
       "answers of one prompt are compared in one pass",
     )
     yield Rule(
+      "micro_batch" if self.micro_batch else "batch_size",
+      self.loss != "pairwise" or rows % 2 == 0,
+      "must be even while loss='pairwise'",
+      "a comparison is two rows of one pass",
+    )
+    yield Rule(
       "head",
       self.policy != "init" or self.head != "auto",
       "must be named while policy='init'",

@@ -107,12 +107,14 @@ def apply_gradients(
   updates, opt_state = optimizer.update(
     gradients, state.opt_state, state.params
   )
-  params = jax.tree.map(lambda p, u: p - rate * u, state.params, updates)
+  # What is bfloat16 stays so: the next update is the same program.
+  params = jax.tree.map(
+    lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates
+  )
   ema = state.ema
   if ema is not None:
-    ema = jax.tree.map(
-      lambda e, p: ema_decay * e + (1 - ema_decay) * p, ema, params
-    )
+    mean = lambda e, p: (ema_decay * e + (1 - ema_decay) * p).astype(e.dtype)
+    ema = jax.tree.map(mean, ema, params)
   pick = lambda new, old: jax.tree.map(
     lambda a, b: jnp.where(good, a, b), new, old
   )

@@ -4,16 +4,14 @@ Which rows a step sees is a pure function of (seed, step): a resumed run needs
 no iterator state, and hosts agree without talking to each other.
 """
 
-import dataclasses
 import functools
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int32, Int64, Shaped
-
-from jaxalign.errors import UserError
+from jaxtyping import Bool, Int32, Int64
 
 DEFAULT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
+BEYOND = 1024  # longer texts go up to the next multiple
 
 
 @functools.lru_cache(maxsize=8)
@@ -62,18 +60,9 @@ def rows_of_step(
 
 
 def bucket_length(n: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> int:
-  """The smallest bucket that holds `n` tokens.
-
-  Raises:
-    UserError: `n` exceeds every bucket.
-  """
+  """The smallest bucket that holds `n` tokens, or a multiple of `BEYOND`."""
   fitting = [bucket for bucket in buckets if bucket >= n]
-  if not fitting:
-    raise UserError(
-      f"a text of {n} tokens exceeds the largest length bucket "
-      f"{max(buckets)}; shorten it or add a larger bucket"
-    )
-  return min(fitting)
+  return min(fitting, default=-(-n // BEYOND) * BEYOND)
 
 
 def pad_rows(
@@ -103,65 +92,3 @@ def pad_rows(
     tokens[index, start : start + len(row)] = row
     mask[index, start : start + len(row)] = True
   return tokens, mask
-
-
-@dataclasses.dataclass(frozen=True)
-class Group:
-  """Rows that are padded to one length and computed together."""
-
-  rows: Int64[np.ndarray, " R"]  # their indices in the caller's order
-  length: int  # the bucket, tokens
-
-
-def group_by_length(
-  lengths: Sequence[int],
-  buckets: Sequence[int] = DEFAULT_BUCKETS,
-  *,
-  max_rows: int,
-  max_tokens: int | None = None,
-) -> list[Group]:
-  """Cuts rows of mixed length into groups of like length.
-
-  Args:
-    lengths: tokens of each row.
-    buckets: the lengths that programs are compiled for.
-    max_rows: rows a group at most.
-    max_tokens: rows x bucket a group at most (one row is always allowed).
-
-  Returns:
-    Groups, longest first (so memory trouble shows at once); every row is in
-    exactly one. The order is deterministic.
-
-  Raises:
-    UserError: a row exceeds every bucket.
-  """
-  of_bucket: dict[int, list[int]] = {}
-  for index, n in enumerate(lengths):
-    of_bucket.setdefault(bucket_length(n, buckets), []).append(index)
-  groups = []
-  for length, members in sorted(of_bucket.items(), reverse=True):
-    size = max_rows
-    if max_tokens is not None:
-      size = max(1, min(max_rows, max_tokens // length))
-    for start in range(0, len(members), size):
-      rows = np.array(members[start : start + size], dtype=np.int64)
-      groups.append(Group(rows, length))
-  return groups
-
-
-def restore_order(
-  groups: Sequence[Group], values: Sequence[Shaped[np.ndarray, "_ ..."]]
-) -> Shaped[np.ndarray, "B ..."]:
-  """Puts the results of groups back into the caller's order.
-
-  Args:
-    groups: as `group_by_length` made them.
-    values: a result for each group; rows past the group's own (filling up to
-      a fixed size) are dropped.
-  """
-  order = np.concatenate([group.rows for group in groups])
-  kept = [v[: len(g.rows)] for g, v in zip(groups, values, strict=True)]
-  stacked = np.concatenate([np.asarray(v) for v in kept])
-  out = np.empty_like(stacked)
-  out[order] = stacked
-  return out

@@ -2,12 +2,10 @@
 
 | row            | columns it is made from                                    |
 |----------------|------------------------------------------------------------|
-| PromptRow      | `prompt`; see `prompts.py` for other sources of questions  |
 | CompletionRow  | `prompt, completion` [`label`, `reward`]; `messages`;      |
 |                | `instruction, response` [`context`], Dolly's; `text`; a    |
 |                | preference (its chosen answer)                             |
 | PreferenceRow  | `prompt, chosen, rejected`; `chosen, rejected`; WebGPT's    |
-| TextRow        | `text`, or anything above as one whole text                |
 
 Values are strings or lists of `{"role", "content"}`. Optional everywhere:
 `group` (annotators, subsets); on preferences `margin`. What a row is, is
@@ -21,26 +19,21 @@ from typing import Any
 from jaxalign.data import sources
 from jaxalign.data.columns import lacking_columns
 from jaxalign.data.fields import (
-  BadRow,
   collect,
   instruction_of,
   number_of,
   preference_of,
   prompt_completion_of,
-  text_of,
   truth_of,
 )
 from jaxalign.data.rows import (
   CompletionRow,
   Loaded,
   PreferenceRow,
-  PromptRow,
   Row,
-  TextRow,
 )
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
-from jaxalign.text import templates
 
 
 def load_completions(
@@ -150,58 +143,6 @@ def load_preferences(
     )
   equal = ("without a preference", len(found.rows) - len(rows))
   return dataclasses.replace(found, rows=rows, dropped=(equal,))
-
-
-def load_texts(
-  source: str,
-  *,
-  tokenizer: Tokenizer | None = None,
-  split: str = "train",
-  max_bad_share: float = 0.01,
-  columns: Mapping[str, str] | None = None,
-) -> Loaded[TextRow]:
-  """Whole texts, for language modelling on all tokens.
-
-  Completions and preferences come as prompt and (chosen) answer joined.
-
-  Args and raises: as `load_completions`.
-  """
-  found = load_completions(
-    source,
-    tokenizer=tokenizer,
-    split=split,
-    max_bad_share=max_bad_share,
-    columns=columns,
-  )
-  rows = tuple(
-    TextRow(templates.join(row.prompt, row.completion), row.group)
-    for row in found.rows
-  )
-  return Loaded(rows, found.read, found.bad, found.dropped)
-
-
-def load_prompt_rows(
-  source: str,
-  *,
-  tokenizer: Tokenizer | None = None,
-  split: str = "train",
-  max_bad_share: float = 0.01,
-) -> Loaded[PromptRow]:
-  """The `prompt` column as it stands; `prompts.load_prompts` makes questions.
-
-  Args and raises: as `load_completions`.
-  """
-
-  def build(row: sources.Row) -> list[PromptRow]:
-    group = str(row.get("group") or row.get("prompt_set") or "")
-    if "prompt" not in row:
-      raise BadRow("has no column prompt")
-    return [PromptRow(text_of(row["prompt"], "prompt", tokenizer, True), group)]
-
-  tables = sources.read(source, split=split, max_bad_share=max_bad_share)
-  return _load(
-    tables, build, ("prompt",), max_bad_share, lambda row: row.prompt.strip()
-  )
 
 
 def half(rows: tuple, part: str) -> tuple:

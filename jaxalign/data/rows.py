@@ -34,15 +34,7 @@ class PreferenceRow:
   group: str = ""
 
 
-@dataclasses.dataclass(frozen=True)
-class TextRow:
-  """A text to model as it is."""
-
-  text: str
-  group: str = ""
-
-
-Row = TypeVar("Row", PromptRow, CompletionRow, PreferenceRow, TextRow)
+Row = TypeVar("Row", PromptRow, CompletionRow, PreferenceRow)
 
 
 @dataclasses.dataclass(frozen=True)

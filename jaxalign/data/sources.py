@@ -22,11 +22,13 @@ from jaxalign.errors import UserError, explained
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+INSTEAD = {"test": ("validation", "train")}  # where there is no such split
 LAB_PROMPTS = pathlib.Path(__file__).parent.parent / "lab" / "prompts.jsonl"
 
 # The hub's own copy of sets whose loading script the library no longer runs
 # (WebGPT, Self-Instruct); their single configuration is called default there.
 CONVERTED = "refs/convert/parquet"
+ELSEWHERE = ("scripts are no longer supported", "Unknown split")
 
 Row = dict[str, Any]
 
@@ -51,7 +53,8 @@ def read(
       `.csv`, each also `.gz`, or `.parquet`), a folder, a glob; several joined
       by commas.
     split: the part of a hub data set; of a folder, the files whose names begin
-      with it, if there are any. Single files and globs have no splits.
+      with it, if there are any. Where there is no `test`, `validation` is
+      taken, then `train`. Single files and globs have no splits.
     max_bad_share: unreadable rows are skipped and logged up to this share of
       each part, in [0, 1].
 
@@ -143,12 +146,14 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
     path = pathlib.Path(head).expanduser() / subset
   if path.is_dir():
     found = sorted(p for p in path.iterdir() if _suffix(p) and p.is_file())
-    of_split = [p for p in found if p.name.startswith(split)]
     if not found:
       raise UserError(
         f"folder {path} holds no data files; need one of {', '.join(SUFFIXES)}"
       )
-    return of_split or found
+    parts = (
+      [p for p in found if p.name.startswith(name)] for name in _splits(split)
+    )
+    return next(filter(None, parts), found)
   if path.is_file():
     return [path]
   matches = sorted(pathlib.Path(p) for p in glob.glob(str(path)))
@@ -156,6 +161,10 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
     what = "glob matches no file" if glob.has_magic(name) else "no such file"
     raise UserError(f"data source {name}: {what}; check the path")
   return matches
+
+
+def _splits(wanted: str) -> tuple[str, ...]:
+  return (wanted, *INSTEAD.get(wanted, ()))
 
 
 def _suffix(path: pathlib.Path) -> str:
@@ -265,12 +274,12 @@ def _read_hub(name: str, split: str) -> Table:
   """A hub data set through the `datasets` library (the one network call)."""
   repo, _, subset = name.partition(":")
   failure = ""
-  for revision in (None, CONVERTED):
+  for revision, part in itertools.product((None, CONVERTED), _splits(split)):
     try:
-      rows = _load_hub(repo, subset, split, revision)
+      rows = _load_hub(repo, subset, part, revision)
     except Exception as err:  # the library and its network layers raise all
       failure = (str(err).splitlines() or [type(err).__name__])[0]
-      if "scripts are no longer supported" in failure:
+      if any(reason in failure for reason in ELSEWHERE):
         continue
       break
     places = tuple(f"{name}:row {i}" for i in range(1, len(rows) + 1))

@@ -178,13 +178,11 @@ class CausalLM(nnx.Module):
   def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Float32 logits over the vocabulary."""
     if self.config.tied:
-      logits = self.embedding.attend(hidden)
-    else:
-      kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-      if hidden.dtype == jnp.float32:
-        return matmul(hidden, kernel)
-      logits = jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
-    return logits.astype(jnp.float32)
+      return self.embedding.attend(hidden)
+    kernel = self.lm_head.kernel[...].astype(hidden.dtype)
+    if hidden.dtype == jnp.float32:
+      return matmul(hidden, kernel)
+    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
 
   def score(
     self,

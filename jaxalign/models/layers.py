@@ -138,8 +138,9 @@ class Embedding(nnx.Module):
     return self.embedding[...][ids]
 
   def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Dot products with all rows."""
-    return x @ self.embedding[...].T.astype(x.dtype)
+    """Float32 dot products with all rows."""
+    table = self.embedding[...].T.astype(x.dtype)
+    return jnp.matmul(x, table, preferred_element_type=jnp.float32)
 
 
 class LayerNorm(nnx.Module):

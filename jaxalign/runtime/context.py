@@ -171,7 +171,7 @@ class Recorder:
     self._pending = None
     values = {k: _number(v) for k, v in jax.device_get(metrics).items()}
     values |= throughput(values)
-    self._score = values.get(self._best_by, self._score)
+    self._score = values.get(self._best_by)
     # An evaluation's line is never thinned out.
     evaluated = any(name.startswith("eval_") for name in values)
     if evaluated or due(step, self._every, self._steps):

@@ -79,12 +79,18 @@ def mean_meteor(
   Returns:
     The mean in [0, 1], or None for fewer than two completions.
   """
-  pairs = list(itertools.permutations(completions, 2))
+  count = len(completions)
+  pairs = range(count * (count - 1))  # numbers of ordered pairs
   if not pairs:
     return None
   if max_pairs is not None and len(pairs) > max_pairs:
     pairs = random.Random(seed).sample(pairs, max_pairs)
-  return sum(meteor(a, b) for a, b in pairs) / len(pairs)
+  total = 0.0
+  for first, second in (divmod(number, count - 1) for number in pairs):
+    # An answer is not compared with itself.
+    second += second >= first
+    total += meteor(completions[first], completions[second])
+  return total / len(pairs)
 
 
 def jaccard(first: str, second: str) -> float:

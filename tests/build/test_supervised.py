@@ -1,7 +1,14 @@
+"""Rows to batches for SFT and reward models."""
+
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 
 from jaxalign.build import supervised
+from jaxalign.config import RewardModelConfig, SFTConfig
+from jaxalign.errors import UserError
 
 
 def columns(lengths):
@@ -50,3 +57,51 @@ def test_micro_batches_keep_their_rows_and_filler_counts_in_nothing():
   )
   assert filled.tokens.shape == (1, 8, 128)
   assert sorted(filled.reward[filled.real]) == [0, 1, 2]
+
+
+@pytest.fixture
+def tokenizer(word_tokenizer):
+  return word_tokenizer(["a", "b", "c", "d"])
+
+
+def written(path, rows):
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  return str(path)
+
+
+def test_the_last_validation_batch_is_filled_up(tokenizer, tmp_path):
+  """A mesh splits every batch alike; empty rows count in nothing."""
+  rows = [{"prompt": "a", "completion": " b c"[: 2 * n]} for n in (1, 2, 1)]
+  data = written(tmp_path / "rows.jsonl", rows)
+  config = SFTConfig(
+    data=data, validation_data=data, batch_size=2, max_length=32
+  )
+  task, _ = supervised.sft_task(config, tokenizer, 32)
+  assert [batch.tokens.shape[:2] for batch in task.validation] == [(1, 2)] * 2
+  last = task.validation[1]
+  assert last.loss_mask[0, 0].any()
+  assert not last.loss_mask[0, 1].any()
+  assert not last.segments[0, 1].any()
+
+
+def test_scores_in_a_column_of_another_name_and_long_rows(tokenizer, tmp_path):
+  rows = [
+    {"prompt": "a", "completion": answer, "score": score}
+    for answer, score in ((" b", 1.5), (" c", 0.5), (" b c d a b", 9.0))
+  ]
+  config = RewardModelConfig(
+    policy="x",
+    data=written(tmp_path / "rows.jsonl", rows),
+    loss="distill",
+    reward_column="score",
+    max_example_chars=6,
+    batch_size=2,
+  )
+  task, steps = supervised.reward_task(config, tokenizer, 32)
+  assert steps == 1
+  assert sorted(task.batch(0).reward.reshape(-1)) == [0.5, 1.5]
+  config = dataclasses.replace(config, max_example_chars=2)
+  with pytest.raises(
+    UserError, match=r"none of 3 rows is within config\.max_ex"
+  ):
+    supervised.reward_task(config, tokenizer, 32)

@@ -197,6 +197,24 @@ def test_a_bad_update_is_left_out_and_counted(loss):
   jax.tree.map(np.testing.assert_array_equal, again.params, wanted.params)
 
 
+@pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])
+def test_updates_keep_every_dtype(name):
+  """Else a bfloat16 run compiles anew at each step and cannot be resumed."""
+  params = {"w": jnp.ones((4, 8), jnp.bfloat16), "b": jnp.ones(8)}
+  state = start(params, name=name, ema_decay=0.5)
+  kinds = lambda s: jax.tree.map(lambda x: x.dtype, s)
+  before = kinds(state)
+  grads = jax.tree.map(jnp.ones_like, params)
+  for _ in range(2):
+    state, _ = step(
+      state,
+      grads,
+      optimizer=optim.make_optimizer(**PLAIN | {"name": name}),
+      ema_decay=0.5,
+    )
+    assert kinds(state) == before
+
+
 def test_a_loss_of_zero_is_no_reason_to_skip():
   state, _ = step(start(tree(0)), tree(1), loss=0.0)
   assert int(state.skipped) == 0

@@ -4,7 +4,7 @@ import logging
 import pytest
 
 from jaxalign.data import formats
-from jaxalign.data.rows import CompletionRow, PreferenceRow, PromptRow, TextRow
+from jaxalign.data.rows import CompletionRow, PreferenceRow
 from jaxalign.errors import UserError
 from jaxalign.text import templates
 
@@ -129,22 +129,6 @@ def test_completions_of_every_format(write):
   assert rows[4] == CompletionRow("", HEAD + " a")
 
 
-def test_texts_are_prompt_and_answer_joined(write):
-  path = write(
-    [
-      {"prompt": HEAD, "completion": "a"},
-      {"text": "plain"},
-      {"chosen": HEAD + " a", "rejected": HEAD + " b"},
-    ]
-  )
-  texts = formats.load_texts(path).rows
-  assert texts == (
-    TextRow(HEAD + " a"),
-    TextRow("plain"),
-    TextRow(HEAD + " a"),
-  )
-
-
 def test_labels_and_their_spellings(write):
   values = [True, False, 1, 0, "True", "false", "1"]
   rows = completions(
@@ -165,21 +149,6 @@ def test_a_preference_is_two_labelled_rows(write):
     (" a", True),
     (" b", False),
   ]
-
-
-def test_prompt_rows_end_where_the_assistant_speaks(write):
-  path = write(
-    [
-      {"prompt": "as it is", "prompt_set": "s"},
-      {"prompt": [USER]},
-      {"prompt": [USER, said("go on")]},
-    ]
-  )
-  assert formats.load_prompt_rows(path).rows == (
-    PromptRow("as it is", "s"),
-    PromptRow(HEAD),
-    PromptRow(HEAD + " go on"),
-  )
 
 
 def test_empty_answers_are_dropped_and_counted(write):

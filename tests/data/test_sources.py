@@ -217,6 +217,29 @@ def test_sets_with_a_script_come_from_the_hubs_copy(monkeypatch):
   assert asked == [None, "refs/convert/parquet"]
 
 
+def test_without_a_test_split_comes_validation_then_train(
+  monkeypatch, tmp_path
+):
+  import datasets
+
+  asked = []
+
+  def load_dataset(split, **options):
+    asked.append(split)
+    if split == "test":
+      raise ValueError("Unknown split \"test\". Should be one of ['train'].")
+    return datasets.Dataset.from_list(ROWS)
+
+  monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+  assert one("some/set", split="test").rows == tuple(ROWS)
+  assert asked == ["test", "validation"]
+  for name in ("train", "validation"):
+    (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
+  asked = lambda split: one(str(tmp_path), split=split).rows
+  assert asked("test") == ({"prompt": "validation"},)
+  assert asked("train") == ({"prompt": "train"},)
+
+
 def test_hub_failures_are_one_line(monkeypatch):
   import datasets
 

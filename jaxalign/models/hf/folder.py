@@ -23,7 +23,7 @@ from jaxalign.models.hf.fields import read_config
 from jaxalign.models.hf.safetensors import Stored
 from jaxalign.models.hf.write import save
 from jaxalign.models.layers import ACTIVATIONS, LoraConfig
-from jaxalign.models.lora import check_targets
+from jaxalign.models.lora import LEAVES, check_targets
 from jaxalign.models.model import Model
 
 __all__ = ["describe", "load", "prepare", "save", "stored_dtype"]
@@ -49,7 +49,8 @@ def load(
     source: a folder with `config.json` and safetensors or `pytorch_model.bin`
       files; a folder with PEFT adapters, whose base is loaded with them; or a
       hub id, see `hub.resolve`.
-    dtype: of the parameters: "float32", "bfloat16" or "float16".
+    dtype: of the parameters: "float32", "bfloat16" or "float16". Adapters and
+      a head that is drawn are float32 always: small, and what is trained.
     compute_dtype: of the layers' arithmetic; None = `dtype`.
     head: "lm", "score_last", "score_eos", "score_mean" or "score_context";
       None = what the files hold. A score head that the files lack is drawn at
@@ -115,11 +116,13 @@ def prepare(
 
   def read() -> Params:
     where = table.flatten(shardings(model.shapes)) if shardings else {}
-    params = _draw(model, drawn, dtype, where, seed)
-    shapes, number = table.flatten(model.shapes), jnp.dtype(dtype)
+    params = _draw(model, drawn, where, seed)
+    shapes = table.flatten(model.shapes)
     for path, stored in found.items():
       axes, shape = entries[path].axes, shapes[path].shape
-      spot = where.get(path)
+      spot, number = where.get(path), jnp.dtype(dtype)
+      if path.endswith(LEAVES):
+        number = jnp.dtype("float32")
       params[path] = place.place(stored, axes, shape, number, spot, stage_bytes)
     return table.unflatten({path: params[path] for path in shapes})
 
@@ -306,14 +309,14 @@ def _refuse_extra(folder, arch, tensors, found) -> None:
     )
 
 
-def _draw(model, paths, dtype, where, seed) -> dict[str, Any]:
+def _draw(model, paths, where, seed) -> dict[str, Any]:
   """Random leaves: adapters, and a score head that the files lack."""
   if not paths:
     return {}
 
   def make(key):
     leaves = table.flatten(model.init(key))
-    return {path: leaves[path].astype(dtype) for path in paths}
+    return {path: leaves[path] for path in paths}
 
   shardings = {path: where[path] for path in paths} if where else None
   return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))
