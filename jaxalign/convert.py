@@ -1,10 +1,12 @@
 """A run, a checkpoint or a model folder -> a Hugging Face folder.
 
   python -m jaxalign.convert SRC DST [--check] [--dtype D] [--license L]
+  python -m jaxalign.convert RUN DST --adapters
 
 SRC is a run's folder (its finished `model/`, else its newest whole
 checkpoint), a Hugging Face folder, PEFT adapters, or a hub id. `--check`
-compares the result with transformers, if torch is installed.
+compares the result with transformers, if torch is installed. `--adapters`
+writes what a LoRA run has trained, as the peft library reads it.
 """
 
 import argparse
@@ -21,7 +23,7 @@ import numpy as np
 import jaxalign
 from jaxalign import config as config_lib
 from jaxalign.errors import UserError, exit_status, told
-from jaxalign.models.hf import card, fields, folder, write
+from jaxalign.models.hf import card, fields, folder, peft, write
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -31,7 +33,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
   def run() -> None:
     args = told(_parser()).parse_args(argv)
-    convert(args.source, args.target, args.dtype, args.license, args.note)
+    if args.adapters:
+      save_adapters(args.source, args.target)
+    else:
+      convert(args.source, args.target, args.dtype, args.license, args.note)
     print(f"wrote {args.target}")
     if args.check:
       print(check(args.target))
@@ -53,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     "--license", default="other", help="for the model card, e.g. apache-2.0"
   )
   parser.add_argument("--note", default="", help="a paragraph of the card")
+  parser.add_argument(
+    "--adapters", action="store_true", help="of a LoRA run, in PEFT's format"
+  )
   parser.add_argument(
     "--check", action="store_true", help="compare logits with transformers"
   )
@@ -109,6 +117,30 @@ def convert(
     config=tokenizer.special_ids() if tokenizer is not None else {},
     also=also,
   )
+
+
+def save_adapters(
+  source: str | pathlib.Path, target: str | pathlib.Path
+) -> None:
+  """Writes the adapters of a LoRA run's checkpoint in PEFT's format.
+
+  Args:
+    source: a run's folder or one of its checkpoints' folder.
+    target: as in `convert`.
+
+  Raises:
+    UserError: no such run, one without adapters, or not writable.
+  """
+  source = pathlib.Path(source) if pathlib.Path(source).is_dir() else source
+  run, step = _find_run(source)
+  if run is None:
+    raise UserError(
+      f"{source} is no run's folder; --adapters needs the run that trained them"
+    )
+  settings = fields.read_json(run / "config.json")
+  loaded = _restore(run, settings, step)
+  base = settings["policy"]
+  peft.save(loaded.model, loaded.params, target, base=base)
 
 
 def _find_run(

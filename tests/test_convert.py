@@ -1,5 +1,6 @@
 """`python -m jaxalign.convert`: runs, checkpoints and folders."""
 
+import dataclasses
 import json
 
 import jax
@@ -99,6 +100,27 @@ def test_adapters_of_a_checkpoint_are_merged(base, tmp_path):
   _, expected = lora.merge(model, whole)
   back = folder.load(tmp_path / "out")[1]
   jax.tree.map(np.testing.assert_array_equal, back, expected)
+
+
+def test_adapters_alone_in_pefts_format(base, tmp_path, capsys):
+  path, _, _ = base
+  settings = {"rank": 2, "alpha": 4.0, "targets": ("q_proj",)}
+  run = make_run(tmp_path / "run", path, lora=settings)
+  adapters = LoraConfig(2, 4.0, targets=("q_proj",))
+  _, params = folder.load(path, lora=adapters)
+  trained = jax.tree.map(lambda x: x + 0.5, lora.split(params)[0])
+  save_checkpoints(run, trained)
+  out = tmp_path / "out"
+  assert convert.main([str(run), str(out), "--adapters"]) == 0
+  assert {p.name for p in out.iterdir()} == {
+    "adapter_config.json",
+    "adapter_model.safetensors",
+  }
+  model, back = folder.load(out)  # finds the base by itself
+  assert dataclasses.replace(adapters, dropout=0.0) == model.lora
+  jax.tree.map(np.testing.assert_array_equal, lora.split(back)[0], trained)
+  assert convert.main([str(path), str(out), "--adapters"]) == 2
+  assert "is no run's folder" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_and_status_2(base, tmp_path, capsys):

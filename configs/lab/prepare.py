@@ -1,7 +1,6 @@
 """Makes the lab's training files from a folder of scored dialogues.
 
-    python configs/lab/prepare.py --source ../shared/data/superhf \
-        --out .cache/lab
+    python configs/lab/prepare.py --source SCORED --out .cache/lab
 
 Reads completions.train, scored_completions.{train,test} (all .jsonl.gz) and
 model_similarity.json; writes two tokenizers, the policy's dialogues and, for

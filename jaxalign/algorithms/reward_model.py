@@ -171,7 +171,7 @@ def make_validate(
     return score_rows(module, jax.tree.map(lambda x: x[0], batch))
 
   def validate(state: TrainState) -> Metrics:
-    scores = [score(state.params, ctx.frozen, ctx.put(b, 1)) for b in batches]
+    scores = [score(state.result, ctx.frozen, ctx.put(b, 1)) for b in batches]
     columns = [
       (b.reward[0], b.group[0], b.chars[0], b.real[0]) for b in batches
     ]

@@ -117,7 +117,7 @@ def make_validate(
     return {"eval_loss/nll": mean, "eval_perplexity": jnp.exp(mean)}
 
   def validate(state: TrainState) -> Metrics:
-    sums = [totals(state.params, ctx.frozen, ctx.put(b, 1)) for b in batches]
+    sums = [totals(state.result, ctx.frozen, ctx.put(b, 1)) for b in batches]
     return perplexity(sums)
 
   return validate

@@ -106,7 +106,7 @@ def run(
       rows = reports.rows(step, answers, scores, tested, kept)
     if tools.evaluate and due(step, config.evaluation.interval, config.steps):
       with ctx.stage("evaluate"):
-        metrics |= tools.evaluate(lora.join(state.params, ctx.frozen))
+        metrics |= tools.evaluate(lora.join(state.result, ctx.frozen))
     state = dataclasses.replace(state, step=_next(state.step))
     metrics["exceptions"] = ctx.counters.get("exceptions", 0)
     ctx.report(step, metrics, rows)

@@ -42,7 +42,6 @@ def save_model(
   values: dict[str, Any],
 ) -> None:
   """The trained model as a folder that plain transformers loads."""
-  trained = state.params if state.ema is None else state.ema
 
   def also(place: pathlib.Path) -> None:
     tokenizer.save(place)
@@ -56,7 +55,7 @@ def save_model(
   }
   write.save(
     ctx.model,
-    lora.join(trained, ctx.frozen),
+    lora.join(state.result, ctx.frozen),
     folder,
     config={k: v for k, v in ids.items() if v is not None},
     also=also,

@@ -27,6 +27,11 @@ class TrainState:
   skipped: Int[Array, ""]  # updates left out because they were not finite
   ema: Params | None = None  # running mean of `params`, where it is kept
 
+  @property
+  def result(self) -> Params:
+    """What a run validates and exports: the mean, or else `params`."""
+    return self.params if self.ema is None else self.ema
+
 
 @typing.no_type_check
 @jax.tree_util.register_dataclass

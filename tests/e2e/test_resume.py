@@ -3,12 +3,15 @@
 import contextlib
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
 
 import pytest
+
+from jaxalign import main
 
 NOT_COMPARED = ("time/", "throughput/", "memory/")
 
@@ -51,6 +54,40 @@ def kill_after(command, cache, lines, pause):
     os.killpg(process.pid, signal.SIGKILL)
   process.communicate()
   return process.returncode == -signal.SIGKILL
+
+
+def test_a_run_in_bfloat16_goes_on(superhf, read, tmp_path):
+  """Base in bfloat16, adapters in float32, as the later presets have it."""
+  fields = {
+    "precision.params": "bfloat16",
+    "precision.compute": "bfloat16",
+    "lora.rank": 2,
+    "lora.dropout": 0.1,
+    "lora.targets": "query_key_value",
+    "checkpoint.every_steps": 1,
+    "steps": 2,
+  }
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  assert main.main(superhf(whole, **fields)) == 0
+  # As if it had been killed after step 1: what came later is taken back.
+  shutil.copytree(whole, cut)
+  (cut / "finished.json").unlink()
+  shutil.rmtree(cut / "model")
+  shutil.rmtree(cut / "checkpoints" / "00000002")
+  assert main.main(superhf(cut, **fields)) == 0
+  for name in ("metrics.jsonl", "samples.jsonl"):
+    assert kept(read(cut / name)) == kept(read(whole / name))
+  name = "model/model.safetensors"
+  assert (cut / name).read_bytes() == (whole / name).read_bytes()
+  assert "sampling/logp_diff_max" not in read(whole / "metrics.jsonl")[0]
+
+
+def kept(rows):
+  """Rows without what no two runs share."""
+  return [
+    {k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)}
+    for row in rows
+  ]
 
 
 def count(path):

@@ -67,8 +67,7 @@ def write(
       "",
       f"# {config.get('algorithm', model['model_type'])} model",
       "",
-      f"Made with [jaxalign](https://pypi.org/project/jaxalign/) from "
-      f"{base_model or 'a model that was not named'}.",
+      f"Made with jaxalign from {base_model or 'a model that was not named'}.",
       *(line for text in notes for line in ("", text)),
       *_section("Data", _data_lines(config)),
       *_section("Metrics", _metric_lines(metrics)),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -68,6 +69,11 @@ def test_adapters_are_drawn_afresh(saved):
   q = params["blocks"]["q_proj"]
   assert q["lora_a"].std() > 0.01
   assert not q["lora_b"].any()
+  # What is trained is not rounded to the base's few bits.
+  _, params = folder.load(path, lora=config, dtype="bfloat16")
+  kinds = {name: x.dtype for name, x in params["blocks"]["q_proj"].items()}
+  assert kinds["lora_a"] == kinds["lora_b"] == jnp.float32
+  assert kinds["kernel"] == jnp.bfloat16
   refuse(
     path,
     "q_prj; the model's linear",
