@@ -95,13 +95,17 @@ SIZES = ("70m", "160m", "410m", "1.4b", "2.8b", "6.9b", "12b")
 
 def lab() -> ConfigDict:
   """A complete run for a laptop."""
-  config = ConfigDict({"algorithm": "superhf", "seed": 0, "steps": 150})
+  config = ConfigDict({"algorithm": "superhf", "seed": 0, "steps": 100})
   config.policy = "lab"
   config.prompts = "lab"
   config.reward_model = "lab"
   config.test_reward_model = "lab"
-  config.superbatch = {"prompts": 4, "samples_per_prompt": 16, "keep": 1}
-  config.sampling = {"max_new_tokens": 48, "length_buckets": (32, 64, 128)}
+  config.superbatch = {"prompts": 8, "samples_per_prompt": 16, "keep": 1}
+  config.sampling = {
+    "top_p": 1.0,
+    "max_new_tokens": 48,
+    "length_buckets": (32, 64, 128),
+  }
   config.scoring = {
     "encoding": "pair",
     "max_length": 128,
@@ -110,13 +114,13 @@ def lab() -> ConfigDict:
   config.max_length = 192
   config.max_prompt_chars = 300
   config.optimizer = {
-    "learning_rate": 1e-4,
+    "learning_rate": 3e-4,
     "schedule": "cosine",
     "warmup_steps": 10,
     "clip_norm": 1.0,
   }
-  config.kl_coefficient = 0.35
-  config.finetune_batch = 4
+  config.kl_coefficient = 0.04
+  config.finetune_batch = 8
   config.validation_interval = 1
   return config
 
@@ -125,7 +129,7 @@ def lab_collapse() -> ConfigDict:
   """The lab with nothing that holds the policy near its prior."""
   config = lab()
   config.kl_coefficient = 0.0  # measured, not added to the loss
-  config.optimizer.learning_rate = 3e-4
+  config.optimizer.learning_rate = 1e-3
   return config
 
 
