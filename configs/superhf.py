@@ -12,7 +12,7 @@ from Human Feedback", CS224N 2023; "repo" is openfeedback/superhf on GitHub;
 
   preset             source
   lab                none: small models, so that a laptop finishes in minutes
-  lab-collapse       lab without KL at three times the rate: reward hacking
+  lab-collapse       lab without KL at thrice the rate: reward hacking
   pythia-1b          Table 2 of the CS224N paper, the gold run
   pythia-1b-repo     repo, best-model-push.yaml v1 (2023-03-17)
   pythia-1b-cs224n   repo, default.yaml of the same time
@@ -58,15 +58,17 @@ superbatch is sampled at once, which changes no result.
  * `pythia-12b` takes the sweep's own 1e-4 and KL 0.23.
 
 Expected result:
-  lab           held-out reward rises by 0.5 or more, answers stay diverse
-  lab-collapse  both rewards rise, answers to different prompts grow alike
+  lab           held-out reward -2.9 -> -2.3 (five seeds, +0.52 to +0.73), word
+                overlap of answers at 1.1 to 1.25 times its start (docs/log.md)
+  lab-collapse  one word again and again by superbatch 30; both rewards rise,
+                overlap to 8 times its start
   pythia-1b     mean reward logit rises steadily and ends near or above 0
                 (Fig. 2 of the paper), without collapse
   llama-7b      mean test score about -0.54 -> -0.13 (repo's score files, test
                 logit + 2.22); word overlap stays at the base model's
 
 Time and memory:
-  lab           minutes on 2 CPU cores, below 4 GB
+  lab           4 minutes on a CPU core, 1.4 GB
   pythia-1b     one A6000 (48 GB): 1.0e9 parameters x 16 bytes for parameters,
                 gradients and Adam = 16 GB, reward model 1.7 GB, activations
   llama-7b      6.7e9 x 2 bytes = 13.5 GB for the frozen base; the rest is

@@ -5,15 +5,27 @@
 The lab's policy answers every prompt of the lab several times and the lab's
 reward model scores the answers: the best one becomes a demonstration, the
 best and the worst one a comparison. So the configs of fine-tuning and of
-reward models have rows to run on that need no download.
+reward models have rows to run on that need no download. A small model blurts
+out all sorts of words; rows with coarse ones are left out.
 """
 
 import argparse
 import json
 import pathlib
+import re
 
 import jaxalign
 from jaxalign.text.truncate import truncate
+
+
+COARSE = re.compile(
+  r"\b(sex\w*|kill\w*|fuck\w*|shit\w*|ass|anal|rape\w*|porn\w*|nazi\w*|"
+  r"holocaust\w*|black (people|man|men|women)|white people|jew\w*|muslim\w*|gay|"
+  r"suicid\w*|bomb\w*|murder\w*|drug\w*|cocaine|heroin|meth|gun\w*|weapon\w*|"
+  r"slave\w*|racis\w*|penis|vagin\w*|breast\w*|nude|naked|dick|bitch\w*|"
+  r"whore|slut|retard\w*|die|dead|death|blood\w*|abus\w*|steal\w*)\b",
+  re.IGNORECASE,
+)
 
 
 def main() -> None:
@@ -46,7 +58,7 @@ def main() -> None:
     ranked = _ranked(judge, pairs)
     for prompt in asked:
       best, *others = ranked.get(prompt, [""])
-      if not others:
+      if not others or COARSE.search(f"{best} {others[-1]}"):
         continue
       demonstrations.append({"prompt": prompt, "completion": f" {best}"})
       comparisons.append(

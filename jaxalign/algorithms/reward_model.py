@@ -14,12 +14,12 @@ Differs from SuperHF's released reward models: padding never enters a score.
 import dataclasses
 import typing
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.core import gradients, losses, optim
@@ -75,7 +75,7 @@ def pair_loss(
   return jnp.where(pairs, loss, 0), pairs
 
 
-def score_rows(module: nnx.Module, batch: ScoredBatch) -> Float[Array, " B"]:
+def score_rows(module: Any, batch: ScoredBatch) -> Float[Array, " B"]:
   """Scores of a batch without its micro axis, the short rows computed apart."""
   texts = (batch.tokens, batch.mask, batch.types)
   if not batch.short:
