@@ -17,10 +17,9 @@ import re
 import jaxalign
 from jaxalign.text.truncate import truncate
 
-
 COARSE = re.compile(
   r"\b(sex\w*|kill\w*|fuck\w*|shit\w*|ass|anal|rape\w*|porn\w*|nazi\w*|"
-  r"holocaust\w*|black (people|man|men|women)|white people|jew\w*|muslim\w*|gay|"
+  r"holocaust\w*|(black|white) (people|man|men|women)|jew\w*|muslim\w*|gay|"
   r"suicid\w*|bomb\w*|murder\w*|drug\w*|cocaine|heroin|meth|gun\w*|weapon\w*|"
   r"slave\w*|racis\w*|penis|vagin\w*|breast\w*|nude|naked|dick|bitch\w*|"
   r"whore|slut|retard\w*|die|dead|death|blood\w*|abus\w*|steal\w*)\b",
