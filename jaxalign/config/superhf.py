@@ -144,9 +144,9 @@ class SuperHFConfig(TrainingConfig):
     warmup = self.optimizer.warmup_steps
     yield Rule(
       "optimizer.warmup_steps",
-      warmup < self.steps or warmup == 0,
-      f"must be below steps={self.steps}",
-      "the rate would never reach its peak",
+      warmup == 0 or self.steps > 1,
+      "must be 0 while steps is 1",
+      "a warm-up begins with a rate of 0, so the only step would do nothing",
     )
     group = self.sampling.batch_prompts
     yield Rule(
