@@ -176,6 +176,11 @@ def test_a_whole_number_counts_as_a_number():
       "config.prompts must name a source, got ''; lab is the smallest",
     ),
     (
+      {"steps": 1, "optimizer": {"warmup_steps": 5}},
+      "config.optimizer.warmup_steps must be 0 while steps is 1, got 5; a "
+      "warm-up begins with a rate of 0, so the only step would do nothing",
+    ),
+    (
       {"seed": -1},
       "config.seed must be in [0, 4294967296), got -1; the default is 0",
     ),
@@ -338,6 +343,11 @@ def test_reward_model_rules():
   assert fail(uneven, algorithm="reward_model") == (
     "config.answers_per_prompt must divide the 8 rows of a pass while "
     "loss='distill', got 3; answers of one prompt are compared in one pass"
+  )
+  odd = {"batch_size": 8, "micro_batch": 1}
+  assert fail(odd, algorithm="reward_model") == (
+    "config.micro_batch must be even while loss='pairwise', got 1; a "
+    "comparison is two rows of one pass"
   )
   new = {"policy": "init", "init": {"tokenizer": "folder"}}
   assert fail(new, algorithm="reward_model").startswith(

@@ -68,19 +68,39 @@ def test_transformers_reads_the_same(load, name):
   np.testing.assert_allclose(found, wanted.reshape(found.shape), atol=1e-4)
 
 
+ANSWERED = {
+  "How do I keep my bike from rusting?": "Keep it dry, clean the chain and put "
+  "a little oil on it after every ride in the rain.",
+  "What should I feed a puppy?": "Give it puppy food three or four times a "
+  "day, and always leave it some fresh water.",
+  "Why is the sky blue?": "Air scatters the blue part of sunlight more than "
+  "the red part, so blue light reaches us from all sides.",
+  "How can I fall asleep faster?": "Go to bed at the same time each night, "
+  "keep the room dark and leave your phone in the kitchen.",
+  "How long do I boil an egg?": "Six minutes for a soft egg and ten minutes "
+  "for a hard one, then cool it in cold water.",
+  "What is a good present for my grandmother?": "A photo album of the family "
+  "would be a lovely present, or a plant for her window.",
+  "How do I learn to play the guitar?": "Learn three easy chords first and "
+  "practise them for ten minutes every day.",
+  "Can you name a good book for a long flight?": "A detective story by Agatha "
+  "Christie is a good book to read on a plane.",
+}
+
+
 @pytest.mark.parametrize("name", ["reward-train", "reward-test"])
 def test_reward_models_dislike_broken_text(load, name):
-  """Means over demonstrations against the same ones broken in three ways."""
-  with (LAB / "demonstrations.jsonl").open() as lines:
-    rows = [json.loads(line) for line in lines][::18]
-  asked = [row["prompt"] for row in rows]
-  said = [row["completion"].split()[:20] for row in rows]
+  """Means over answers, against the same ones broken in two ways.
+
+  Another prompt's answer is no such case: both models take it for as good.
+  """
+  asked = [f"\n\nHuman: {question}\n\nAssistant:" for question in ANSWERED]
+  said = [answer.split() for answer in ANSWERED.values()]
   rng = np.random.default_rng(0)
   texts = {
     "whole": said,
     "one word again and again": [[words[0]] * 20 for words in said],
     "shuffled": [list(rng.permutation(words)) for words in said],
-    "another prompt's": said[1:] + said[:1],
   }
   means = {}
   for kind, some in texts.items():
