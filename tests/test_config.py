@@ -176,9 +176,15 @@ def test_a_whole_number_counts_as_a_number():
       "config.prompts must name a source, got ''; lab is the smallest",
     ),
     (
-      {"steps": 1, "optimizer": {"warmup_steps": 5}},
-      "config.optimizer.warmup_steps must be 0 while steps is 1, got 5; a "
-      "warm-up begins with a rate of 0, so the only step would do nothing",
+      {
+        "steps": 1,
+        "superbatch": {"mode": "single_pass", "prompts": 0},
+        "sampling": {"batch_prompts": 4},
+        "optimizer": {"warmup_steps": 5},
+      },
+      "config.optimizer.warmup_steps must be 0 in superbatch.mode "
+      "'single_pass', got 5; a warm-up begins with a rate of 0, so the only "
+      "step would do nothing",
     ),
     (
       {"seed": -1},

@@ -144,8 +144,8 @@ class SuperHFConfig(TrainingConfig):
     warmup = self.optimizer.warmup_steps
     yield Rule(
       "optimizer.warmup_steps",
-      warmup == 0 or self.steps > 1,
-      "must be 0 while steps is 1",
+      warmup == 0 or not single_pass,
+      "must be 0 in superbatch.mode 'single_pass'",
       "a warm-up begins with a rate of 0, so the only step would do nothing",
     )
     group = self.sampling.batch_prompts

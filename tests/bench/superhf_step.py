@@ -1,6 +1,6 @@
 """Where a SuperHF step's time goes, and how soon a second start is through one.
 
-The lab preset with the models that ship: 4 prompts x 16 samples x 48 tokens.
+The lab preset with the models that ship: 8 prompts x 16 samples x 48 tokens.
 First the command is started twice with an empty compilation cache, and the
 seconds from the second start to the end of its first step are taken. Then a
 run in this process, in which the three compiled programs are timed each on
@@ -121,7 +121,7 @@ def main():
   total = sum(seconds.values())
   report = {
     "bench": "superhf_step",
-    "shape": "lab: 4 prompts x 16 samples x 48 tokens, float32",
+    "shape": "lab: 8 prompts x 16 samples x 48 tokens, float32",
     "device": jax.devices()[0].device_kind,
     "cores": len(os.sched_getaffinity(0)),
     "load": round(os.getloadavg()[0], 1),
