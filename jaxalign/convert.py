@@ -88,7 +88,6 @@ def convert(
     UserError: neither of these, or it cannot be read or written.
   """
   write.check_target(pathlib.Path(target))
-  source = pathlib.Path(source) if pathlib.Path(source).is_dir() else source
   run, step = _find_run(source)
   settings: dict[str, Any] = {}
   if run is not None:
@@ -131,7 +130,6 @@ def save_adapters(
   Raises:
     UserError: no such run, one without adapters, or not writable.
   """
-  source = pathlib.Path(source) if pathlib.Path(source).is_dir() else source
   run, step = _find_run(source)
   if run is None:
     raise UserError(
@@ -147,9 +145,9 @@ def _find_run(
   source: str | pathlib.Path,
 ) -> tuple[pathlib.Path | None, int | None]:
   """The run that a folder is, or is a checkpoint of; and that one's step."""
-  if isinstance(source, str):
+  folder = pathlib.Path(source).absolute()
+  if not folder.is_dir():
     return None, None
-  folder = source.absolute()
   if folder.parent.name == "checkpoints" and folder.name.isdigit():
     return folder.parent.parent, int(folder.name)
   if folder.name == "checkpoints":

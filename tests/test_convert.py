@@ -87,14 +87,23 @@ def test_checkpoints_of_an_unfinished_run(base, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back, expected)
 
 
-def test_adapters_of_a_checkpoint_are_merged(base, tmp_path):
+ADAPTERS = LoraConfig(2, 4.0, targets=("q_proj",))
+
+
+@pytest.fixture
+def lora_run(base, tmp_path):
+  """A run's folder, its model and parameters, and the trained adapters."""
   path, _, _ = base
   settings = {"rank": 2, "alpha": 4.0, "targets": ("q_proj",)}
   run = make_run(tmp_path / "run", path, lora=settings)
-  adapters = LoraConfig(2, 4.0, targets=("q_proj",))
-  model, params = folder.load(path, lora=adapters)
+  model, params = folder.load(path, lora=ADAPTERS)
   trained = jax.tree.map(lambda x: x + 0.5, lora.split(params)[0])
   save_checkpoints(run, trained)
+  return run, model, params, trained
+
+
+def test_adapters_of_a_checkpoint_are_merged(lora_run, tmp_path):
+  run, model, params, trained = lora_run
   convert.convert(run, tmp_path / "out")
   whole = lora.join(trained, lora.split(params)[1])
   _, expected = lora.merge(model, whole)
@@ -102,14 +111,8 @@ def test_adapters_of_a_checkpoint_are_merged(base, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, back, expected)
 
 
-def test_adapters_alone_in_pefts_format(base, tmp_path, capsys):
-  path, _, _ = base
-  settings = {"rank": 2, "alpha": 4.0, "targets": ("q_proj",)}
-  run = make_run(tmp_path / "run", path, lora=settings)
-  adapters = LoraConfig(2, 4.0, targets=("q_proj",))
-  _, params = folder.load(path, lora=adapters)
-  trained = jax.tree.map(lambda x: x + 0.5, lora.split(params)[0])
-  save_checkpoints(run, trained)
+def test_adapters_alone_in_pefts_format(base, lora_run, tmp_path, capsys):
+  run, _, _, trained = lora_run
   out = tmp_path / "out"
   assert convert.main([str(run), str(out), "--adapters"]) == 0
   assert {p.name for p in out.iterdir()} == {
@@ -117,9 +120,9 @@ def test_adapters_alone_in_pefts_format(base, tmp_path, capsys):
     "adapter_model.safetensors",
   }
   model, back = folder.load(out)  # finds the base by itself
-  assert model.lora == dataclasses.replace(adapters, dropout=0.05)
+  assert model.lora == dataclasses.replace(ADAPTERS, dropout=0.05)
   jax.tree.map(np.testing.assert_array_equal, lora.split(back)[0], trained)
-  assert convert.main([str(path), str(out), "--adapters"]) == 2
+  assert convert.main([str(base[0]), str(out), "--adapters"]) == 2
   assert "is no run's folder" in capsys.readouterr().err
 
 

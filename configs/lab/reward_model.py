@@ -14,13 +14,12 @@ from ml_collections import ConfigDict
 
 from jaxalign.config import choose_preset
 
-SEEDS = {"train": 1, "test": 2}
-STEPS = {"train": 3600, "test": 800}
+PRESETS = {"train": (1, 3600), "test": (2, 800)}  # seed, steps
 
 
 def get_config(preset: str = "train") -> ConfigDict:
   """Fields that are not given here have `RewardModelConfig`'s defaults."""
-  seed = choose_preset(SEEDS, preset, "configs/lab/reward_model.py")
+  seed, steps = choose_preset(PRESETS, preset, "configs/lab/reward_model.py")
   return ConfigDict(
     {
       "algorithm": "reward_model",
@@ -45,7 +44,7 @@ def get_config(preset: str = "train") -> ConfigDict:
       "answers_per_prompt": 8,
       "max_length": 128,
       "batch_size": 64,
-      "steps": STEPS[preset],
+      "steps": steps,
       "optimizer": {
         "learning_rate": 1e-3,
         "schedule": "cosine",

@@ -64,13 +64,14 @@ def make_tools(
   scorers: Scorers,
 ) -> Tools:
   """Everything that `algorithms.superhf` asks for."""
-  sampler = _sampler(config, policy, mesh)
+  several = mesh if mesh.size > 1 else None
+  sampler = _sampler(config, policy, several)
   sample = functools.partial(_sample, config, policy, sampler)
-  score = _scorers(config, config.reward_models, scorers.chooses, mesh)
+  score = _scorers(config, config.reward_models, scorers.chooses, several)
   held_out = None
   if scorers.watches:
     held_out = _scorers(
-      config, config.test_reward_models, scorers.watches, mesh
+      config, config.test_reward_models, scorers.watches, several
     )
   train = questions.train
   size = config.superbatch.prompts or len(train)
@@ -102,14 +103,14 @@ def make_tools(
 
 
 def _sampler(
-  config: SuperHFConfig, policy: models.Loaded, mesh: Mesh
+  config: SuperHFConfig, policy: models.Loaded, mesh: Mesh | None
 ) -> Sampler:
   new = config.sampling.max_new_tokens
   return Sampler(
     policy.model,
     prompt_buckets=config.sampling.length_buckets,
     new_token_buckets=(new,),
-    mesh=mesh if mesh.size > 1 else None,
+    mesh=mesh,
   )
 
 
@@ -169,7 +170,7 @@ def _scorers(
   config: SuperHFConfig,
   names: Sequence[tuple[str, float]],
   opened: Sequence[models.Opened],
-  mesh: Mesh,
+  mesh: Mesh | None,
 ) -> Score:
   scoring, found = config.scoring, []
   for (name, _), unread in zip(names, opened, strict=True):
@@ -189,7 +190,7 @@ def _scorers(
         max_length=scoring.max_length,
         lengths=scoring.length_buckets,
         rows=scoring.batch_size,
-        mesh=mesh if mesh.size > 1 else None,
+        mesh=mesh,
       )
     )
   return weighted(found, [weight for _, weight in names])

@@ -30,7 +30,7 @@ def sft_task(
     context: tokens the model can read.
   """
   length = min(config.max_length, context)
-  rows = _encode(config, config.data, tokenizer, length, "train")
+  rows = _encode(config, tokenizer, length)
   if config.packing:
     plan = packing.plan_packing([len(row) for row in rows], length)
   else:
@@ -47,7 +47,7 @@ def sft_task(
 
   held = ()
   if config.validation_data:
-    found = _encode(config, config.validation_data, tokenizer, length, "test")
+    found = _encode(config, tokenizer, length, validation=True)
     found = sorted(found[: config.validation_rows or None], key=len)
     # The last part is filled up with empty rows, so that a mesh can split it.
     held = tuple(
@@ -98,21 +98,36 @@ def reward_task(
   return reward_model.Task(batch, held), steps
 
 
-def _encode(
-  config: SFTConfig, source: str, tokenizer, length: int, split: str
-) -> list:
-  """Encoded rows of a source; rows without room for an answer are left out."""
-  place = models.locate(source, "demonstrations.jsonl")
-  found = formats.load_completions(
-    place,
-    tokenizer=tokenizer,
-    split=split,
-    max_bad_share=config.max_bad_share,
-  )
-  print(f"{source}: {found}")
+def _reading(
+  config: SFTConfig | RewardModelConfig, tokenizer, validation: bool
+) -> tuple[str, dict[str, Any]]:
+  """A run's source of rows, and how `formats` is to read it."""
+  source = config.validation_data if validation else config.data
+  return source, {
+    "tokenizer": tokenizer,
+    "split": "test" if validation else "train",
+    "max_bad_share": config.max_bad_share,
+  }
+
+
+def _fits(
+  config: SFTConfig | RewardModelConfig, prompt: str, *answers: str
+) -> bool:
+  """Whether a prompt is within `max_example_chars` with each answer."""
   limit = config.max_example_chars or math.inf
+  return len(prompt) + max(map(len, answers)) <= limit
+
+
+def _encode(
+  config: SFTConfig, tokenizer, length: int, validation: bool = False
+) -> list:
+  """Encoded rows; those without room for an answer are left out."""
+  source, options = _reading(config, tokenizer, validation)
+  place = models.locate(source, "demonstrations.jsonl")
+  found = formats.load_completions(place, **options)
+  print(f"{source}: {found}")
   kept = [
-    row for row in found.rows if len(row.prompt) + len(row.completion) <= limit
+    row for row in found.rows if _fits(config, row.prompt, row.completion)
   ]
   encoded = encode.encode_rows(
     tokenizer,
@@ -165,20 +180,13 @@ def _scored_rows(
 ) -> dict[str, list]:
   """Columns of answers: ids, types, reward, margin, group, chars."""
   answers: list[tuple[str, str, float | None, float]] = []
-  source = config.validation_data if validation else config.data
+  source, options = _reading(config, tokenizer, validation)
+  options["part"] = "all" if validation else config.half
   place = models.locate(source, "comparisons.jsonl")
-  options: dict[str, Any] = {
-    "tokenizer": tokenizer,
-    "split": "test" if validation else "train",
-    "max_bad_share": config.max_bad_share,
-    "part": "all" if validation else config.half,
-  }
-  limit = config.max_example_chars or math.inf
   if config.loss == "pairwise":
     found = formats.load_preferences(place, **options)
     for row in found.rows:
-      answer = max(row.chosen, row.rejected, key=len)
-      if len(row.prompt) + len(answer) > limit:
+      if not _fits(config, row.prompt, row.chosen, row.rejected):
         continue
       margin = row.margin if config.margin else 0.0
       answers.append((row.prompt, row.chosen, 1.0, margin))
@@ -192,7 +200,7 @@ def _scored_rows(
     answers = [
       (r.prompt, r.completion, r.reward, 0.0)
       for r in found.rows
-      if len(r.prompt) + len(r.completion) <= limit
+      if _fits(config, r.prompt, r.completion)
     ]
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(a[0], len(numbers)) for a in answers]
@@ -272,8 +280,10 @@ def _scored_batch(
   index = np.where(real, np.resize(chosen, len(real)), chosen[0])
   count = np.array([len(rows["ids"][i]) for i in index]).reshape(micros, -1)
   order = np.argsort(count, axis=1, kind="stable")
-  order = (order + np.arange(micros)[:, None] * count.shape[1]).reshape(-1)
-  index, real = index[order], real[order]
+  sort: Callable = lambda x: np.take_along_axis(
+    x.reshape(micros, -1), order, axis=1
+  ).reshape(-1)
+  index, real = sort(index), sort(real)
   width = min(length, batches.bucket_length(int(count.max())))
   half = batches.bucket_length(width // 2)
   quarter = count.shape[1] // 4

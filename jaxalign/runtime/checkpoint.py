@@ -196,8 +196,12 @@ class Checkpointer:
 
   def close(self) -> None:
     """Waits, then frees Orbax's threads."""
-    with contextlib.closing(self._orbax):
+    try:
       self.wait()
+    finally:
+      # Orbax may raise here once more what `wait` has told already.
+      with contextlib.suppress(Exception):
+        self._orbax.close()
 
   def _finish(self, place: pathlib.Path, body: dict[str, Any]) -> None:
     """The background part: let Orbax write, seal with a manifest, tidy up."""

@@ -128,7 +128,7 @@ class Recorder:
     self._stop, self._profiler = stop, profiler
     self._done, self._steps, self._every = done, steps, every
     self.counters = counters
-    self._best_by, self._score = best_by, None
+    self._best_by = best_by
     self._seconds: dict[str, float] = {}
     self._last = time.perf_counter()
     self._pending: tuple[int, Metrics, Rows] | None = None
@@ -160,24 +160,25 @@ class Recorder:
     self._saver.check()
     last = step + 1 == self._steps
     if last or self._stop.requested or self._saver.due(step + 1):
-      self._flush()
+      score = self._flush().get(self._best_by)
       extra = {"files": self._log.offsets(), "counters": self.counters}
-      self._saver.save(step + 1, state, extra, score=self._score)
+      self._saver.save(step + 1, state, extra, score=score)
 
-  def _flush(self) -> None:
+  def _flush(self) -> Metrics:
+    """Writes what is pending, if anything is; returns its values."""
     if self._pending is None:
-      return
+      return {}
     step, metrics, rows = self._pending
     self._pending = None
     values = {k: _number(v) for k, v in jax.device_get(metrics).items()}
     values |= throughput(values)
-    self._score = values.get(self._best_by)
     # An evaluation's line is never thinned out.
     evaluated = any(name.startswith("eval_") for name in values)
     if evaluated or due(step, self._every, self._steps):
       self._log.write(step + 1, values)
     self._log.write_samples(rows)
     self._screen.update(step + 1, values, rows)
+    return values
 
 
 # What is counted in a step, the seconds it took, and the rate's name.

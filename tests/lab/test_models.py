@@ -1,5 +1,6 @@
 """The models that ship: small, whole, and what their cards say they are."""
 
+import functools
 import json
 import pathlib
 
@@ -21,14 +22,7 @@ ASKED = "\n\nHuman: How do I keep my bike from rusting?\n\nAssistant:"
 
 @pytest.fixture(scope="module")
 def load():
-  made = {}
-
-  def get(name):
-    if name not in made:
-      made[name] = jaxalign.load(LAB / name)
-    return made[name]
-
-  return get
+  return functools.cache(lambda name: jaxalign.load(LAB / name))
 
 
 def test_all_of_it_stays_below_16_megabytes():
