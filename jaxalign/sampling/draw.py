@@ -15,6 +15,8 @@ from jaxalign.core.types import SamplingParams
 
 NEGATIVE = -1e30  # forbidden; finite, so that forbidding all gives no NaN
 BLOCK = 128  # tokens whose weights are summed before any cumulative sum
+WAYS = 8  # parts of an interval that one pass of the threshold search tells
+WHOLE = 2.0**30  # most that a row's weights come to, as integers
 
 
 def choose(
@@ -150,16 +152,14 @@ def least_of_top_k(
     weights: in [0, 1], the largest 1; not normalised.
     top_k: 0 = off: returns 0 and does no work.
   """
+  rows, vocab = weights.shape
 
   def search():
-    def count(least):
-      return (weights >= least[:, None]).sum(axis=1).astype(jnp.float32)
+    wanted = jnp.full(rows, jnp.minimum(top_k, vocab), jnp.int32)
+    every = jnp.full(rows, vocab, jnp.int32)
+    return _search(weights, lambda w: 1, wanted, jnp.zeros(rows), every)
 
-    wanted = jnp.minimum(top_k, weights.shape[1]).astype(jnp.float32)
-    goal = jnp.full(weights.shape[0], wanted)
-    return _search(count, jnp.ones_like, goal, jnp.zeros(weights.shape[0]))
-
-  return jax.lax.cond(top_k > 0, search, lambda: jnp.zeros(weights.shape[0]))
+  return jax.lax.cond(top_k > 0, search, lambda: jnp.zeros(rows))
 
 
 def least_of_top_p(
@@ -180,54 +180,100 @@ def least_of_top_p(
   """
 
   def search():
-    def mass(bound):
-      return jnp.where(weights >= bound[:, None], weights, 0).sum(axis=1)
+    # A power of two: weights of few bits become integers without rounding.
+    scale = _power_of_two(WHOLE / weights.sum(axis=1))
 
-    total = mass(least)
+    def share(w):  # of a [B, ...] array
+      by_row = jnp.expand_dims(scale, range(1, w.ndim))
+      return (w * by_row + 0.5).astype(jnp.int32)
+
+    whole = _above(weights, share, _bits(least)[:, None])[:, 0]
+    goal = jnp.ceil(top_p * whole.astype(jnp.float32)).astype(jnp.int32)
     # The tokens below this bound cannot hold a share of 1 - top_p together.
-    low = 0.99 * (1 - top_p) * total / weights.shape[1]
-    return _search(mass, lambda w: w, top_p * total, jnp.maximum(low, least))
+    low = 0.99 * (1 - top_p) * (whole / scale) / weights.shape[1]
+    return _search(weights, share, goal, jnp.maximum(low, least), whole)
 
   return jax.lax.cond(top_p < 1, search, lambda: least)
 
 
 def _search(
-  amount: Callable[[Array], Array],
-  one: Callable[[Array], Array],
-  goal: Float[Array, " B"],
+  weights: Float[Array, "B V"],
+  amount: Callable[[Array], Array | int],
+  goal: Int[Array, " B"],
   low: Float[Array, " B"],
+  most: Int[Array, " B"],
 ) -> Float[Array, " B"]:
-  """The largest bound in [low, 1] with amount(bound) >= goal, row by row.
+  """The largest bound in [low, 1] at which goal is reached from above.
 
-  Floats >= 0 are ordered as their bits are, so halving an interval of bits
-  ends at the exact float. `amount` is a sum over what is at or above the
-  bound and `one(bound)` the least that a token there adds, so the search ends
-  as soon as a single token is left in the interval.
+  Floats >= 0 are ordered as their bits are, so cutting an interval of bits
+  ends at the exact float. One pass over the vocabulary tries seven bounds. A
+  row is found as soon as a single token is left in its interval.
+
+  Args:
+    weights: in [0, 1].
+    amount: weights -> what each adds, an integer; more for a larger weight,
+      and all of a row together below 2^31.
+    goal: amount that has to lie at or above the bound.
+    low: a bound at which that is so.
+    most: no less than what lies above `low`.
   """
 
-  def searching(state):
-    return ~state[-1].all()
+  def cut(state):
+    ends, reached, _ = state
+    low, width = ends[:, :1], ends[:, 1:] - ends[:, :1]
+    part = jnp.arange(1, WAYS)
+    # low + width * part / WAYS, without an overflow.
+    tried = low + width // WAYS * part + width % WAYS * part // WAYS
+    found = _above(weights, amount, tried)
+    bounds = jnp.concatenate([low, tried, ends[:, 1:]], axis=1)
+    amounts = jnp.concatenate([reached[:, :1], found, reached[:, 1:]], axis=1)
+    last = (found >= goal[:, None]).sum(axis=1, keepdims=True)
+    here = last + jnp.arange(2)
+    ends = jnp.take_along_axis(bounds, here, axis=1)
+    reached = jnp.take_along_axis(amounts, here, axis=1)
+    inside = reached[:, 0] - reached[:, 1]
+    one_left = 2 * inside < 3 * amount(_float(ends[:, 0]))
+    return ends, reached, one_left | (ends[:, 1] - ends[:, 0] <= 1)
 
-  def halve(state):
-    low, high, at_low, at_high, _ = state
-    middle = low + (high - low) // 2
-    at_middle = amount(_float(middle))
-    good = at_middle >= goal
-    low, high = jnp.where(good, middle, low), jnp.where(good, high, middle)
-    at_low = jnp.where(good, at_middle, at_low)
-    at_high = jnp.where(good, at_high, at_middle)
-    one_left = at_low - at_high < 1.5 * one(_float(low))
-    return low, high, at_low, at_high, one_left | (high - low <= 1)
-
-  low = jax.lax.bitcast_convert_type(low, jnp.int32)
-  high = jnp.full(low.shape, 0x3F800001, jnp.int32)  # the float above 1
-  zeros = jnp.zeros(low.shape)
-  state = (low, high, amount(_float(low)), zeros, zeros > 0)
-  return _float(jax.lax.while_loop(searching, halve, state)[0])
+  beyond = jnp.full(low.shape, 0x3F800001)  # the float above 1
+  ends = jnp.stack([_bits(low), beyond], axis=1)
+  reached = jnp.stack([most, jnp.zeros_like(most)], axis=1)
+  state = (ends, reached, jnp.zeros(low.shape, bool))
+  ends, _, _ = jax.lax.while_loop(lambda s: ~s[-1].all(), cut, state)
+  return _float(ends[:, 0])
 
 
-def _float(bits: Int[Array, " B"]) -> Float[Array, " B"]:
+def _above(
+  weights: Float[Array, "B V"],
+  amount: Callable[[Array], Array | int],
+  bounds: Int[Array, "B N"],
+) -> Int[Array, "B N"]:
+  """What the weights at or above each bound amount to, in one pass.
+
+  Integers, because their sums may be taken in any order: a CPU adds seven of
+  them up in the time of one sum of floats.
+  """
+  places = _bits(weights)
+  added = [
+    jnp.where(places >= bounds[:, i, None], amount(weights), 0)
+    for i in range(bounds.shape[1])
+  ]
+  zeros = [jnp.int32(0)] * len(added)
+  plus = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]
+  return jnp.stack(jax.lax.reduce(added, zeros, plus, (1,)), axis=1)
+
+
+def _bits(x: Float[Array, "..."]) -> Int[Array, "..."]:
+  return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+
+def _float(bits: Int[Array, "..."]) -> Float[Array, "..."]:
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
+  """The largest power of two that is not above x > 0: its exponent alone."""
+  return _float(_bits(x) & 0x7F800000)
 
 
 def invert(
