@@ -75,14 +75,22 @@ def pair_loss(
   return jnp.where(pairs, loss, 0), pairs
 
 
-def score_rows(module: Any, batch: ScoredBatch) -> Float[Array, " B"]:
-  """Scores of a batch without its micro axis, the short rows computed apart."""
+def score_rows(
+  module: Any, batch: ScoredBatch, key: Array | None = None
+) -> Float[Array, " B"]:
+  """Scores of a batch without its micro axis, the short rows computed apart.
+
+  A key turns dropout on.
+  """
   texts = (batch.tokens, batch.mask, batch.types)
   if not batch.short:
-    return module.score(*texts)
+    return module.score(*texts, key)
+  keys = (None, None) if key is None else jax.random.split(key)
   near = [x[: batch.short, : batch.half] for x in texts]
   far = [x[batch.short :] for x in texts]
-  return jnp.concatenate([module.score(*near), module.score(*far)])
+  return jnp.concatenate(
+    [module.score(*near, keys[0]), module.score(*far, keys[1])]
+  )
 
 
 def make_update(
@@ -102,7 +110,7 @@ def make_update(
 
     def loss(params, micro, key):
       module = ctx.model.bind(lora.join(params, frozen))
-      scores = score_rows(module, micro)
+      scores = score_rows(module, micro, key)
       nll, pairs = pair_loss(scores, micro, config.soft_labels)
       gap = scores[:, None] - scores[None, :]
       square = jnp.where(micro.real, (scores - micro.reward) ** 2, 0)
@@ -188,12 +196,12 @@ def agreement(
   reward: Float[np.ndarray, " B"],
   group: Int[np.ndarray, " B"],
   chars: Int[np.ndarray, " B"],
-  seed: int = 0,
 ) -> Metrics:
   """How often scores order two answers to one prompt as the rewards do.
 
-  One random pair for every two answers of a prompt; pairs of equal reward
-  are left out.
+  All pairs of a prompt's answers count, those of equal reward aside. Every
+  prompt weighs the same, however many answers it has: a prompt with hundreds
+  would otherwise stand for thousands of pairs, one with two for a single one.
 
   Returns:
     `accuracy`; `accuracy_if_longer` and `accuracy_if_shorter`, of the pairs
@@ -202,28 +210,30 @@ def agreement(
     a reward model has to beat; `margin`, better less worse; `pairs`, their
     number; `mean_reward`, the mean score.
   """
-  rng = np.random.default_rng(seed)
-  order = np.lexsort((rng.random(len(group)), group))
-  a, b = order[:-1], order[1:]
-  pair = (group[a] == group[b]) & (reward[a] != reward[b])
-  # Each answer stands in one pair at most: pairs start at even places.
-  starts = np.concatenate([[True], group[order][1:] != group[order][:-1]])
-  place = np.arange(len(order)) - np.maximum.accumulate(
-    np.where(starts, np.arange(len(order)), 0)
-  )
-  pair &= place[:-1] % 2 == 0
-  a, b = a[pair], b[pair]
-  swap = reward[a] < reward[b]
-  better, worse = np.where(swap, b, a), np.where(swap, a, b)
+  order = np.argsort(group, kind="stable")
+  ends = np.flatnonzero(np.diff(group[order])) + 1
+  better, worse, weight = [], [], []
+  for rows in np.split(order, ends):
+    first, second = rows[np.stack(np.triu_indices(len(rows), 1))]
+    lead = reward[first] - reward[second]
+    better.append(np.where(lead > 0, first, second)[lead != 0])
+    worse.append(np.where(lead > 0, second, first)[lead != 0])
+    count = len(better[-1])
+    weight.append(np.full(count, 1 / max(count, 1)))
+  better, worse, weight = map(np.concatenate, (better, worse, weight))
   right = scores[better] > scores[worse]
   longer = chars[better] > chars[worse]
-  mean = lambda x: float(x.mean()) if len(x) else float("nan")
+
+  def mean(x, among=True):
+    share = np.where(among, weight, 0)
+    return float(x @ share / share.sum()) if share.any() else float("nan")
+
   return {
     "accuracy": mean(right),
-    "accuracy_if_longer": mean(right[longer]),
-    "accuracy_if_shorter": mean(right[~longer]),
+    "accuracy_if_longer": mean(right, longer),
+    "accuracy_if_shorter": mean(right, ~longer),
     "accuracy_longer_wins": mean(longer),
     "margin": mean(scores[better] - scores[worse]),
     "pairs": len(right),
-    "mean_reward": mean(scores),
+    "mean_reward": float(scores.mean()),
   }

@@ -135,6 +135,22 @@ def open_scorer(name: str, mesh: Mesh, dtype: str, field: str) -> Opened:
   return Opened(model, _tokenizer(folder, model), read)
 
 
+def with_dropout(opened: Opened, rate: float) -> Opened:
+  """The same model, dropping hidden features in training.
+
+  Raises:
+    UserError: its architecture has no dropout.
+  """
+  if not hasattr(opened.model.config, "dropout"):
+    raise UserError(
+      f"config.dropout={rate} needs a DeBERTa, the policy is a "
+      f"{opened.model.config.module.__name__}; set it to 0, or use "
+      "config.lora.dropout with adapters"
+    )
+  model = opened.model.replace(dropout=rate)
+  return dataclasses.replace(opened, model=model)
+
+
 def locate(name: str, lab: str) -> str:
   """A model's name with `lab` put into the folder that ships."""
   return str(LAB / lab) if name == "lab" else name
@@ -185,7 +201,7 @@ def _hf_values(init: InitConfig, tokenizer: Tokenizer) -> dict[str, Any]:
       "norm_rel_ebd": "layer_norm",
       "position_biased_input": False,
       "max_relative_positions": -1,
-      "type_vocab_size": 0,
+      "type_vocab_size": init.type_vocab_size,
       "pooler_hidden_size": init.hidden_size,
       "num_labels": 1,
     }

@@ -50,6 +50,8 @@ def run_reward_model(config: RewardModelConfig, folder: pathlib.Path) -> int:
   mesh = _mesh(config)
   _check_rows(config, mesh)
   policy = models.open_policy(config, mesh, config.head)
+  if config.dropout:
+    policy = models.with_dropout(policy, config.dropout)
   context = policy.model.config.max_positions
   task, steps = supervised.reward_task(config, policy.tokenizer, context)
   return _train(

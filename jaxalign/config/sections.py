@@ -198,6 +198,9 @@ class InitConfig:
     0, "inner width of the feed-forward layer; 0 = 4 x hidden_size", rule=">= 0"
   )
   max_position_embeddings: int = field(512, "context in tokens", rule=">= 1")
+  type_vocab_size: int = field(
+    0, "segment types (DeBERTa); 2 tells prompt and answer apart", rule=">= 0"
+  )
   tie_word_embeddings: bool = field(
     False, "use the input embedding as the output matrix"
   )

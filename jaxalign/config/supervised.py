@@ -138,6 +138,12 @@ class RewardModelConfig(SupervisedConfig):
     "where the score is read; auto = as the model folder says",
     choices=("auto", "score_last", "score_eos", "score_mean", "score_context"),
   )
+  dropout: float = field(
+    0.0,
+    "probability of dropping a hidden feature in training; DeBERTa only",
+    rule="[0, 1)",
+    source="DeBERTa itself: 0.1",
+  )
   half: str = field(
     "all",
     "half of each data set by row, so that two models share no row",

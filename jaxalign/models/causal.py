@@ -19,7 +19,6 @@ from jaxalign.models.layers import (
   Embedding,
   Linear,
   layer_params,
-  matmul,
   stack,
 )
 
@@ -43,7 +42,7 @@ class CausalLM(nnx.Module):
     if config.head != "lm":
       self.score_head = Linear(width, 1, bias=False, rngs=rngs)
     elif not config.tied:
-      self.lm_head = Linear(width, config.vocab_size, bias=False, rngs=rngs)
+      self.lm_head = Embedding(config.vocab_size, width, rngs=rngs)
 
   def embed(
     self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -177,18 +176,15 @@ class CausalLM(nnx.Module):
 
   def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Float32 logits over the vocabulary."""
-    if self.config.tied:
-      return self.embedding.attend(hidden)
-    kernel = self.lm_head.kernel[...].astype(hidden.dtype)
-    if hidden.dtype == jnp.float32:
-      return matmul(hidden, kernel)
-    return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+    head = self.embedding if self.config.tied else self.lm_head
+    return head.attend(hidden)
 
   def score(
     self,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     types: Int[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
   ) -> Float[Array, " B"]:
     """The score head's value of each text; see `heads` for where it reads.
 
@@ -196,10 +192,12 @@ class CausalLM(nnx.Module):
       tokens: ids, padded on either side.
       mask: True = a real token.
       types: ignored; encoders use it.
+      dropout_key: as in a call.
     """
     del types
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, _ = self(tokens, positions, mask.astype(jnp.int32))
+    segments = mask.astype(jnp.int32)
+    hidden, _ = self(tokens, positions, segments, dropout_key=dropout_key)
     pooled = heads.pool(self.config, hidden, tokens, mask)
     return self.score_head(pooled)[:, 0].astype(jnp.float32)
 

@@ -22,6 +22,7 @@ from jaxalign.models.layers import (
   Embedding,
   LayerNorm,
   Linear,
+  dropout,
   layer_params,
   stack,
 )
@@ -47,6 +48,8 @@ class DebertaConfig:
     position_biased_input: absolute positions are added to the embeddings.
     head: "score_context" (first token, dense, activation, linear) or
       "score_mean" (linear on the mean over real tokens).
+    dropout: probability of dropping a hidden feature in training: of the
+      embeddings and of what attention and MLP add; not of attention weights.
     dtype: compute dtype; parameters may have another.
     remat: recompute each block's activations in the backward pass.
   """
@@ -73,6 +76,7 @@ class DebertaConfig:
   activation: str = "gelu"
   pooler_activation: str = "gelu"
   head: str = "score_context"
+  dropout: float = 0.0
   dtype: str = "float32"
   remat: bool = False
 
@@ -163,20 +167,26 @@ class DebertaBlock(nnx.Module):
     mask: Bool[Array, "B T"],
     relative: Float[Array, "E D"] | None,
     queries: int,
+    key: Array | None = None,
   ) -> Float[Array, "B Q D"]:
     """The block's output at the first `queries` tokens."""
-    attended = self._attention(x, mask, relative, queries)
-    x = self.attention_norm(x[:, :queries] + self.attention_output(attended))
+    rate = self.config.dropout
+    keys = (None, None) if key is None else jax.random.split(key)
+    attended = self._attention(x, mask, relative, queries, key)
+    attended = dropout(self.attention_output(attended, key), rate, keys[0])
+    x = self.attention_norm(x[:, :queries] + attended)
     act = ACTIVATIONS[self.config.activation]
-    return self.output_norm(x + self.output(act(self.intermediate(x))))
+    out = self.output(act(self.intermediate(x, key)), key)
+    return self.output_norm(x + dropout(out, rate, keys[1]))
 
-  def _attention(self, x, mask, relative, queries):
+  def _attention(self, x, mask, relative, queries, key):
     config = self.config
     kinds = config.pos_att_type if config.relative else ()
     # As released: the kinds count here even where they are turned off.
     scale = (config.head_dim * (1 + len(config.pos_att_type))) ** -0.5
-    q = self._heads(self.query_proj(x[:, :queries])) * scale
-    k, v = self._heads(self.key_proj(x)), self._heads(self.value_proj(x))
+    q = self._heads(self.query_proj(x[:, :queries], key)) * scale
+    k = self._heads(self.key_proj(x, key))
+    v = self._heads(self.value_proj(x, key))
     # Heads come first: a product against distances then is one matrix
     # product per head over all rows of the batch.
     scores = _product("binh,bjnh->nbij", q, k)
@@ -282,6 +292,7 @@ class Deberta(nnx.Module):
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     types: Int[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
   ) -> Float[Array, " B"]:
     """The score head's value of each text, float32.
 
@@ -289,9 +300,10 @@ class Deberta(nnx.Module):
       tokens: ids, [CLS] first; padded on either side.
       mask: True = a real token.
       types: segment of each token; None = all 0.
+      dropout_key: turns dropout on (training); None turns it off.
     """
     context = self.config.head == "score_context"
-    hidden, mask = self.encode(tokens, mask, types, first_only=context)
+    hidden, mask = self.encode(tokens, mask, types, context, dropout_key)
     if context:
       act = ACTIVATIONS[self.config.pooler_activation]
       pooled = act(self.pooler(hidden[:, 0].astype(jnp.float32)))
@@ -307,6 +319,7 @@ class Deberta(nnx.Module):
     mask: Bool[Array, "B T"],
     types: Int[Array, "B T"] | None = None,
     first_only: bool = False,
+    dropout_key: Array | None = None,
   ) -> tuple[Float[Array, "B Q D"], Bool[Array, "B T"]]:
     """Hidden states after the last block, and the mask that goes with them.
 
@@ -318,6 +331,7 @@ class Deberta(nnx.Module):
       types: see `score`.
       first_only: return the first token alone, Q = 1 instead of T; the last
         block then computes little more than its keys and values.
+      dropout_key: see `score`.
     """
     config, length = self.config, tokens.shape[1]
     start = jnp.argmax(mask, axis=1, keepdims=True)
@@ -327,17 +341,24 @@ class Deberta(nnx.Module):
     )
     if types is not None:
       types = jnp.take_along_axis(types, columns, axis=1)
-    embedded = self._embed(tokens, mask, types)
+    keys = None
+    if dropout_key is not None:
+      dropout_key, layers_key = jax.random.split(dropout_key)
+      keys = jax.random.split(layers_key, config.layers)
+    embedded = self._embed(tokens, mask, types, dropout_key)
     relative = self._relative()
     graph, params = layer_params(self.blocks, config.dtype)
 
     def layer(queries):
-      run = lambda x, p: nnx.merge(graph, p)(x, mask, relative, queries)
+      def run(x, one):
+        params, key = one
+        return nnx.merge(graph, params)(x, mask, relative, queries, key)
+
       return jax.checkpoint(run) if config.remat else run
 
     full = layer(length)
-    some = lambda a, b: jax.tree.map(lambda p: p[a:b], params)
-    one = lambda i: jax.tree.map(lambda p: p[i], params)
+    some = lambda a, b: jax.tree.map(lambda p: p[a:b], (params, keys))
+    one = lambda i: jax.tree.map(lambda p: p[i], (params, keys))
     x, first = embedded, 0
     if config.conv_kernel_size:
       x, first = self.conv(embedded, full(x, one(0)), mask), 1
@@ -350,7 +371,7 @@ class Deberta(nnx.Module):
       x = layer(1)(x, one(-1)) if last < config.layers else x[:, :1]
     return x, mask
 
-  def _embed(self, tokens, mask, types) -> Float[Array, "B T D"]:
+  def _embed(self, tokens, mask, types, key) -> Float[Array, "B T D"]:
     x = self.embedding(tokens)
     if self.config.position_biased_input:
       x = x + self.position_embeddings(jnp.arange(tokens.shape[1]))
@@ -361,7 +382,7 @@ class Deberta(nnx.Module):
       x = self.embed_proj(x)
     # Zero at padding: the convolution reads across the text's end.
     x = self.embedding_norm(x) * mask[..., None]
-    return x.astype(self.config.dtype)
+    return dropout(x, self.config.dropout, key).astype(self.config.dtype)
 
   def _relative(self) -> Float[Array, "E D"] | None:
     """The table of relative positions, in the compute dtype."""

@@ -11,6 +11,7 @@ from jaxalign.algorithms import reward_model
 from jaxalign.algorithms.reward_model import ScoredBatch
 from jaxalign.config import RewardModelConfig
 from jaxalign.config.sections import OptimizerConfig
+from jaxalign.models.layers import LoraConfig
 
 LN2 = math.log(2)
 
@@ -165,6 +166,26 @@ def test_micro_batches_padding_and_fillers_change_no_update(toy):
     )
 
 
+def test_adapters_drop_in_training_alone(toy):
+  """With B = 0 dropout changes no score and no loss, but B's gradient."""
+  adapters = LoraConfig(2, 2.0, dropout=0.5, targets=("dense",))
+  batch, found = scored(toy, ROWS), []
+  for rate in (0.0, 0.5):
+    model, params = toy.build(
+      "score_last", dataclasses.replace(adapters, dropout=rate)
+    )
+    params["blocks"]["dense"]["lora_b"] *= 0
+    ctx, _ = toy.context(config(), model, params)
+    make = reward_model.make_update(
+      ctx, toy.optimizer(config()), toy.rate(config())
+    )
+    found.append(jax.jit(make)(ctx.state, ctx.frozen, batch, ctx.key))
+  (plain, metrics), (dropped, others) = found
+  assert float(metrics["loss/total"]) == float(others["loss/total"])
+  b = [x.params["blocks"]["dense"]["lora_b"] for x in (plain, dropped)]
+  assert not np.array_equal(*b)
+
+
 def columns(*rows):
   """(score, reward, group, chars) rows as `agreement` takes them."""
   score, reward, group, chars = zip(*rows, strict=True)
@@ -221,7 +242,7 @@ def test_agreement_compares_answers_to_one_prompt_only():
   ]
   found = reward_model.agreement(*columns(*rows))
   assert found["accuracy"] == 1.0
-  assert found["pairs"] == 40 * 2  # of five answers, two pairs and one left
+  assert found["pairs"] == 40 * 10
   # Rows may come in any order.
   rng = np.random.default_rng(0)
   shuffled = [rows[i] for i in rng.permutation(len(rows))]
@@ -231,17 +252,28 @@ def test_agreement_compares_answers_to_one_prompt_only():
   assert math.isnan(lonely["accuracy"])
 
 
-def test_agreement_draws_its_pairs_at_random():
-  """One in two pairs is ordered right when scores know one bit of two."""
-  rng = np.random.default_rng(1)
-  rows = [
-    (float(rng.normal()), float(rng.normal()), g, 1)
-    for g in range(2000)
-    for _ in range(4)
-  ]
-  found = reward_model.agreement(*columns(*rows))
-  assert found["pairs"] == 4000
-  assert abs(found["accuracy"] - 0.5) < 0.03
+def test_every_prompt_weighs_the_same():
+  """Three answers in the wrong order, two in the right one: (0/3 + 1/1) / 2.
+
+  The longer answer is better in two of the first three pairs (which are all
+  wrong, 2/3 of a prompt) and in the other prompt's pair (1 of 1): of the
+  pairs whose better answer is longer, 1 / (2/3 + 1) = 3/5 are right.
+  """
+  found = reward_model.agreement(
+    *columns(
+      (1.0, 3, 0, 9),
+      (2.0, 2, 0, 5),
+      (3.0, 1, 0, 7),
+      (0.0, 0, 1, 1),
+      (1.0, 1, 1, 2),
+    )
+  )
+  assert found["accuracy"] == pytest.approx(1 / 2)
+  assert found["accuracy_longer_wins"] == pytest.approx((2 / 3 + 1) / 2)
+  assert found["accuracy_if_longer"] == pytest.approx(3 / 5)
+  assert found["accuracy_if_shorter"] == 0.0
+  assert found["margin"] == pytest.approx((-4 / 3 + 1) / 2)
+  assert found["pairs"] == 4
 
 
 def test_run_learns_to_prefer(toy):

@@ -54,7 +54,7 @@ def packed(toy, pairs, width):
 def test_uniform_model_has_loss_ln_v(toy):
   """All logits 0: −log p = ln 13 for each of the 3 + 4 tokens."""
   model, params = toy.build()
-  params["lm_head"]["kernel"] *= 0
+  params["lm_head"]["embedding"] *= 0
   batch = toy.text_batch(PAIRS[:2], 8)
   part = jax.tree.map(lambda x: x[0], batch)
   total, count = sft.nll(model, params, part, None)

@@ -87,6 +87,40 @@ def test_superhf_keeps_the_best_sample_of_each_prompt(finished, read):
     assert kept == [max(scores)]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("mode", "prompts", "samples", "asked", "kept"),
+  [
+    ("single_prompt", 1, 4, 1, 2),  # the best two of one prompt
+    ("mixed_prompts", 4, 1, 4, 2),  # the best two of all
+    ("single_pass", 0, 2, 24, 24),  # the better answer to every prompt
+  ],
+)
+def test_modes(mode, prompts, samples, asked, kept, superhf, read, tmp_path):
+  command = superhf(
+    tmp_path / "run",
+    steps=1,
+    superbatch__mode=mode,
+    superbatch__prompts=prompts,
+    superbatch__samples_per_prompt=samples,
+    superbatch__keep=1 if mode == "single_pass" else 2,
+    # Three calls of the sampler for 24 prompts.
+    sampling__batch_prompts=8 if mode == "single_pass" else 0,
+    optimizer__warmup_steps=0,
+  )
+  assert main.main(command) == 0
+  rows = read(tmp_path / "run" / "samples.jsonl")
+  assert len(rows) == asked * samples
+  assert len({row["prompt"] for row in rows}) == asked
+  chosen = [row for row in rows if row["kept"]]
+  assert len(chosen) == kept
+  if mode == "single_pass":
+    assert len({row["prompt"] for row in chosen}) == kept
+  else:
+    best = sorted((row["score"] for row in rows), reverse=True)[:kept]
+    assert sorted((r["score"] for r in chosen), reverse=True) == best
+
+
 def test_the_policy_loads_in_transformers(finished, lab):
   theirs, ours = loads_in_transformers(
     str(finished / "model"), "AutoModelForCausalLM"
@@ -95,8 +129,8 @@ def test_the_policy_loads_in_transformers(finished, lab):
   before = jaxalign.load(lab.policy)
   after = jaxalign.load(finished / "model")
   moved = np.abs(
-    np.asarray(before.params["lm_head"]["kernel"])
-    - np.asarray(after.params["lm_head"]["kernel"])
+    np.asarray(before.params["lm_head"]["embedding"])
+    - np.asarray(after.params["lm_head"]["embedding"])
   )
   assert moved.max() > 1e-3
 
@@ -147,8 +181,8 @@ def test_superhf_with_adapters(superhf, lab, tmp_path, read):
   assert "eval_score/mean" not in rows[0]
   base = jaxalign.load(lab.policy).params
   after = jaxalign.load(tmp_path / "run" / "model").params
-  same = np.asarray(base["lm_head"]["kernel"])
-  np.testing.assert_array_equal(after["lm_head"]["kernel"], same)
+  same = np.asarray(base["lm_head"]["embedding"])
+  np.testing.assert_array_equal(after["lm_head"]["embedding"], same)
   kernels = [p["blocks"]["dense"]["kernel"] for p in (base, after)]
   assert not np.allclose(*kernels)
   theirs, ours = loads_in_transformers(

@@ -13,6 +13,13 @@ from jaxalign.models.rope import Scaling
 
 CONFIGS = {
   "neox": NeoXConfig(31, 20, 2, 5, 24, rotary_fraction=0.5),
+  "neox-in-sequence": NeoXConfig(
+    31, 16, 2, 2, 24, parallel=False, rotary_fraction=0.25
+  ),
+  "llama-3": LlamaConfig(
+    *(31, 16, 2, 4, 2, 4, 20),
+    rotary_scaling=Scaling("llama3", 8.0, 1.0, 4.0, original=8),
+  ),
   "llama": LlamaConfig(
     31, 18, 2, 6, 3, 4, 20, rotary_scaling=Scaling("linear", 2.0), tied=True
   ),

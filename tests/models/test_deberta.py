@@ -99,6 +99,22 @@ def test_short_last_block_gives_the_full_ones_state():
   np.testing.assert_allclose(*both(params, *batch()), atol=1e-5)
 
 
+def test_dropout_acts_with_a_key_alone():
+  """And drops the same features under the same key, remat or not."""
+  score, params = build()
+  model = Model.build(dataclasses.replace(CONFIG, dropout=0.3))
+
+  def run(model, key):
+    score = jax.jit(lambda p, *a: model.bind(p).score(*a))
+    return np.asarray(score(params, *batch(), key))
+
+  np.testing.assert_array_equal(run(model, None), score(params, *batch()))
+  a, b = (run(model, jax.random.key(seed)) for seed in (0, 1))
+  assert np.abs(a - b).min() > 1e-4
+  again = run(model.replace(remat=True), jax.random.key(0))
+  np.testing.assert_allclose(again, a, atol=1e-5)
+
+
 def test_remat_leaves_value_and_gradient():
   _, params = build()
 

@@ -7,7 +7,7 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.models import lora
-from jaxalign.models.layers import Linear, LoraConfig
+from jaxalign.models.layers import Linear, LoraConfig, dropout
 from jaxalign.models.model import Model
 
 CONFIG = LoraConfig(2, 6.0, targets=("q_proj", "down_proj"))
@@ -86,6 +86,16 @@ def test_dropout_acts_on_the_adapter_with_a_key_alone():
   assert not np.array_equal(dropped, layer(x))
   frozen = Linear(8, 3, rngs=nnx.Rngs(0))
   np.testing.assert_array_equal(frozen(x, jax.random.key(0)), frozen(x))
+
+
+def test_dropout_keeps_the_mean():
+  """At rate 1/4, ones become 4/3 in three of four places and 0 elsewhere."""
+  x = jnp.ones((100, 100))
+  found = np.asarray(dropout(x, 0.25, jax.random.key(0)))
+  np.testing.assert_allclose(np.unique(found), [0, 4 / 3], rtol=1e-6)
+  assert abs((found > 0).mean() - 0.75) < 0.02
+  np.testing.assert_array_equal(dropout(x, 0.25, None), x)
+  np.testing.assert_array_equal(dropout(x, 0.0, jax.random.key(0)), x)
 
 
 def test_a_misspelt_target_is_refused(make):

@@ -82,7 +82,7 @@ def test_rules_by_name():
   """Inputs of the first product of a pair stay whole over `tensor`."""
   tree = {
     "embedding": {"embedding": shape(64, 16)},
-    "lm_head": {"kernel": shape(16, 64)},
+    "lm_head": {"embedding": shape(64, 16)},
     "final_norm": {"scale": shape(16), "bias": shape(16)},
     "blocks": {
       "query_key_value": {
@@ -97,7 +97,7 @@ def test_rules_by_name():
   }
   found = specs(tree, abstract(1, 2, 2))
   assert found["embedding"]["embedding"] == P("tensor", "fsdp")
-  assert found["lm_head"]["kernel"] == P("fsdp", "tensor")
+  assert found["lm_head"]["embedding"] == P("tensor", "fsdp")
   assert found["final_norm"] == {"scale": P(), "bias": P()}
   assert found["blocks"]["query_key_value"] == {
     "kernel": P(None, "fsdp", "tensor"),

@@ -50,6 +50,15 @@ def test_a_config_that_does_not_fit(changes, words, lab, superhf, run, fail):
     assert word in line
 
 
+def test_dropout_where_the_model_has_none(lab, supervised, run, fail):
+  argv = supervised(
+    "reward_model.py", run, policy=lab.policy, data=lab.pairs, dropout=0.1
+  )
+  line = fail([*argv, "--config.head=score_last"])
+  assert "config.dropout=0.1 needs a DeBERTa, the policy is a NeoX" in line
+  assert "config.lora.dropout" in line
+
+
 def test_only_the_long_prompts_count(superhf, run, fail, tmp_path):
   rows = [{"prompt": "Hi"}, {"prompt": "Why?" * 60}, {"prompt": "q" * 90}]
   path = tmp_path / "mine.jsonl"

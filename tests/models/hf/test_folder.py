@@ -263,3 +263,8 @@ def test_peak_memory_is_near_one_copy(make, tmp_path):
   size = (tmp_path / "a" / "model.safetensors").stat().st_size
   assert size > 140e6
   assert int(run(MEMORY, tmp_path / "a")) < 1.3 * size
+  # Of many files, what is staged beside that copy is no more than one.
+  folder.save(model, params, tmp_path / "b", shard_bytes=36_000_000)
+  shards = [f.stat().st_size for f in (tmp_path / "b").glob("*.safetensors")]
+  assert len(shards) >= 4
+  assert int(run(MEMORY, tmp_path / "b")) < size + 1.3 * max(shards)
