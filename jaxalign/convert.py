@@ -34,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
   def run() -> None:
     args = told(_parser()).parse_args(argv)
     if args.adapters:
+      if args.dtype or args.note or args.license != "other":
+        raise UserError(
+          "--adapters writes tensors as they were trained and no card; leave "
+          "--dtype, --license and --note out"
+        )
       save_adapters(args.source, args.target)
     else:
       convert(args.source, args.target, args.dtype, args.license, args.note)
@@ -135,9 +140,12 @@ def save_adapters(
     raise UserError(
       f"{source} is no run's folder; --adapters needs the run that trained them"
     )
+  from jaxalign.build import models
+
   settings = fields.read_json(run / "config.json")
   loaded = _restore(run, settings, step)
-  base = settings["policy"]
+  kind = "policy" if loaded.model.config.head == "lm" else "reward-train"
+  base = models.locate(settings["policy"], kind)
   peft.save(loaded.model, loaded.params, target, base=base)
 
 

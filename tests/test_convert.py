@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import numpy as np
@@ -15,6 +16,8 @@ from jaxalign.models.layers import LoraConfig
 from jaxalign.models.llama import LlamaConfig
 from jaxalign.models.model import Model
 from jaxalign.runtime.checkpoint import Checkpointer
+
+LAB = pathlib.Path(convert.__file__).parent / "lab"
 
 
 @pytest.fixture
@@ -124,6 +127,9 @@ def test_adapters_alone_in_pefts_format(base, lora_run, tmp_path, capsys):
   jax.tree.map(np.testing.assert_array_equal, lora.split(back)[0], trained)
   assert convert.main([str(base[0]), str(out), "--adapters"]) == 2
   assert "is no run's folder" in capsys.readouterr().err
+  argv = [str(run), str(out), "--adapters", "--dtype=float16"]
+  assert convert.main(argv) == 2
+  assert "leave --dtype, --license and --note out" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line_and_status_2(base, tmp_path, capsys):
@@ -152,6 +158,13 @@ def test_check_compares_with_transformers(base):
   line = convert.check(path)
   assert "checked against transformers: max abs difference" in line
   assert "KL" in line
+  assert float(line.split("difference ")[1].split(",")[0]) < 1e-4
+
+
+@pytest.mark.parity
+def test_check_of_a_classifier():
+  pytest.importorskip("torch")
+  line = convert.check(LAB / "reward-train")
   assert float(line.split("difference ")[1].split(",")[0]) < 1e-4
 
 

@@ -51,7 +51,15 @@ def load_questions(
     )
   check_lengths(config, texts, tokenizer, context)
   print(f"{config.prompts}: {found}")
-  return Questions(texts[aside:], texts[:aside])
+  kept = texts[:aside]
+  # A prompt may stand there twice where duplicates are allowed.
+  train = tuple(text for text in texts[aside:] if text not in set(kept))
+  if not train:
+    raise UserError(
+      f"config.prompts gives the {aside} prompts that are kept aside again and "
+      "again and no other; lower config.evaluation.num_prompts or give more"
+    )
+  return Questions(train, kept)
 
 
 def check_lengths(

@@ -174,8 +174,9 @@ class _Programs:
 
 
 def _bucket(buckets: Sequence[int], size: int) -> int:
-  """The smallest bucket that holds `size`; `size` itself beyond the last."""
-  return min((b for b in buckets if b >= size), default=size)
+  """The smallest bucket that holds `size`; multiples of the last beyond it."""
+  last = max(buckets)
+  return min((b for b in buckets if b >= size), default=-(-size // last) * last)
 
 
 def _next_power_of_two(count: int) -> int:

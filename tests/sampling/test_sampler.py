@@ -168,8 +168,11 @@ def test_settings_never_compile_again(model, params):
       key = jax.random.fold_in(KEY, number)
       sampler(params, prompts, drawn, key, samples_per_prompt=2)
   assert sampler._jitted.sample._cache_size() == 1
-  sampler(params, [[1] * 9] * 4, drawn, KEY, samples_per_prompt=2)
-  assert sampler._jitted.sample._cache_size() == 2
+  # Beyond the last bucket widths are its multiples.
+  for length, programs in ((9, 2), (17, 3), (30, 3)):
+    prompts = [[1] * length] * 4
+    sampler(params, prompts, drawn, KEY, samples_per_prompt=2)
+    assert sampler._jitted.sample._cache_size() == programs
 
 
 def greedy(sampler, params, prompt, **chosen):
