@@ -5,8 +5,8 @@
 
 MODEL is a Hugging Face folder, a hub id or `lab`. Turns are written as the
 tokenizer's chat template says, or else with the role delimiters the models
-were trained on. `--prompt` answers once and ends; a text that holds role
-delimiters already is continued as it stands.
+were trained on. `--prompt` answers once and ends; a text that ends in the
+answer's role delimiter already is continued as it stands.
 """
 
 import argparse

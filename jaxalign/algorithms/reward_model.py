@@ -27,6 +27,8 @@ from jaxalign.core.types import Metrics, Params, TrainState
 from jaxalign.models import lora
 from jaxalign.runtime.context import Context, Task, fit
 
+MOST = 100  # answers of one group whose pairs are judged
+
 
 @typing.no_type_check  # holds numpy rows on the host
 @jax.tree_util.register_dataclass
@@ -191,9 +193,11 @@ def agreement(
 ) -> Metrics:
   """How often scores order two answers to one prompt as the rewards do.
 
-  All pairs of a prompt's answers count, those of equal reward aside. Every
-  prompt weighs the same, however many answers it has: a prompt with hundreds
-  would otherwise stand for thousands of pairs, one with two for a single one.
+  All pairs of a group's answers count, those of equal reward aside; of more
+  than 100 answers, those of 100 drawn at random. Every group weighs the same,
+  however many answers it has: a prompt with hundreds would otherwise stand for
+  thousands of pairs, one with two for a single one. A group is a prompt, or a
+  comparison where the data are comparisons.
 
   Returns:
     `accuracy`; `accuracy_if_longer` and `accuracy_if_shorter`, of the pairs
@@ -202,10 +206,12 @@ def agreement(
     a reward model has to beat; `margin`, better less worse; `pairs`, their
     number; `mean_reward`, the mean score.
   """
-  order = np.argsort(group, kind="stable")
+  rng = np.random.default_rng(0)
+  order = np.lexsort((rng.random(len(group)), group))
   ends = np.flatnonzero(np.diff(group[order])) + 1
   better, worse, weight = [], [], []
   for rows in np.split(order, ends):
+    rows = rows[:MOST]
     first, second = rows[np.stack(np.triu_indices(len(rows), 1))]
     lead = reward[first] - reward[second]
     better.append(np.where(lead > 0, first, second)[lead != 0])

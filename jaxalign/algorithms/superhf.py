@@ -31,6 +31,7 @@ from jaxalign.config import SuperbatchConfig
 from jaxalign.core import filters, gradients, keys, losses, masked, optim
 from jaxalign.core.logprobs import logprobs_and_kl, target_logprobs
 from jaxalign.core.types import Answers, KeptBatch, Metrics, Params, TrainState
+from jaxalign.errors import UserError
 from jaxalign.models import lora
 from jaxalign.runtime import answers as reports
 from jaxalign.runtime.context import Context, due
@@ -79,6 +80,9 @@ def run(
     try:
       answers, scores = _sample_and_score(ctx, tools, state, step, key)
       kept = keep_best(scores, config.superbatch)
+      batches = tools.encode(answers, kept)
+    except UserError:
+      raise  # a mistake in the input does not go away
     except Exception:
       # Out of memory, no usable answer: tolerated up to a set number, as in
       # the released code, but never hidden.
@@ -89,7 +93,7 @@ def run(
     else:
       with ctx.stage("update"):
         found = []
-        for i, batch in enumerate(tools.encode(answers, kept)):
+        for i, batch in enumerate(batches):
           part = keys.fold(key, i)
           state, measured = update(state, ctx.frozen, prior, batch, part)
           found.append(measured)

@@ -19,7 +19,6 @@ from jaxalign.errors import UserError
 from jaxalign.models import layers
 from jaxalign.models.hf import folder as hf
 from jaxalign.models.hf import hub
-from jaxalign.models.hf.architectures import ARCHITECTURES
 from jaxalign.models.hf.fields import Fields
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
@@ -167,19 +166,15 @@ def _new(config: TrainingConfig, mesh: Mesh, head: str, dtype: str) -> Opened:
   tokenizer = load_tokenizer(config.init.tokenizer)
   values = _hf_values(config.init, tokenizer)
   head = "lm" if head == "auto" else head
-  architecture = ARCHITECTURES[config.init.model_type]
   fields = Fields(values, "config.init")
-  sizes = architecture.from_hf(
-    fields, head=head, dtype=dtype, remat=config.remat
-  )
-  model = Model.build(sizes)
+  model = hf.assemble(fields, head, dtype=dtype, remat=config.remat)
   init = lambda: meshes.put(model.init(jax.random.key(config.seed)), mesh)
   return Opened(model, tokenizer, init)
 
 
 def _hf_values(init: InitConfig, tokenizer: Tokenizer) -> dict[str, Any]:
   """`config.init` as the config.json of a folder."""
-  values = {
+  values: dict[str, Any] = {
     name: value
     for name, value in dataclasses.asdict(init).items()
     if name != "tokenizer" and value != 0
@@ -191,6 +186,11 @@ def _hf_values(init: InitConfig, tokenizer: Tokenizer) -> dict[str, Any]:
     "pad_token_id": tokenizer.pad_id,
     "eos_token_id": tokenizer.eos_id or 0,
   }
+  if init.model_type == "gpt_neo":
+    kinds = ["global", "local"] * init.num_hidden_layers
+    values["attention_types"] = [
+      [[kind], 1] for kind in kinds[: init.num_hidden_layers]
+    ]
   if init.model_type == "deberta-v2":
     # The third version's attention: shared keys, log buckets.
     values |= {

@@ -2,7 +2,6 @@
 
 import math
 
-from jaxalign.build import models
 from jaxalign.build.supervised import fits, parts, reading, text_batch, width_of
 from jaxalign.config import DPOConfig
 from jaxalign.core.types import TextBatch
@@ -52,9 +51,8 @@ def _pairs(
   config: DPOConfig, tokenizer, length: int, validation: bool = False
 ) -> list[Pair]:
   """Encoded pairs; those whose prompt leaves no room are left out."""
-  source, options = reading(config, tokenizer, validation)
-  place = models.locate(source, "comparisons.jsonl")
-  found = formats.load_preferences(place, **options)
+  source, options = reading(config, tokenizer, validation, "comparisons.jsonl")
+  found = formats.load_preferences(source, **options)
   print(f"{source}: {found}")
   rows = [r for r in found.rows if fits(config, r.prompt, r.chosen, r.rejected)]
   # An answer's room depends on the prompt alone, so both stay or both go.

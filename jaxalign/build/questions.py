@@ -51,15 +51,15 @@ def load_questions(
     )
   check_lengths(config, texts, tokenizer, context)
   print(f"{config.prompts}: {found}")
-  kept = texts[:aside]
   # A prompt may stand there twice where duplicates are allowed.
-  train = tuple(text for text in texts[aside:] if text not in set(kept))
+  kept = set(texts[:aside])
+  train = tuple(text for text in texts[aside:] if text not in kept)
   if not train:
     raise UserError(
       f"config.prompts gives the {aside} prompts that are kept aside again and "
       "again and no other; lower config.evaluation.num_prompts or give more"
     )
-  return Questions(train, kept)
+  return Questions(train, texts[:aside])
 
 
 def check_lengths(

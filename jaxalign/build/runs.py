@@ -23,6 +23,7 @@ from jaxalign.config import (
   SupervisedConfig,
   TrainingConfig,
 )
+from jaxalign.errors import UserError
 from jaxalign.parallel import mesh as meshes
 from jaxalign.runtime import cache, workdir
 
@@ -59,10 +60,16 @@ def run_reward_model(config: RewardModelConfig, folder: pathlib.Path) -> int:
   mesh = _mesh(config)
   _check_rows(config, mesh)
   policy = models.open_policy(config, mesh, config.head)
+  if policy.model.config.head == "lm":
+    raise UserError(
+      f"config.policy: {config.policy} is a language model without a score "
+      "head; give it one with config.head, e.g. score_last"
+    )
   if config.dropout:
     policy = models.with_dropout(policy, config.dropout)
   context = policy.model.config.max_positions
-  task, steps = supervised.reward_task(config, policy.tokenizer, context)
+  head = policy.model.config.head
+  task, steps = supervised.reward_task(config, policy.tokenizer, context, head)
   return _train(
     reward_model.run, config, folder, policy.load(), mesh, task, steps
   )

@@ -63,11 +63,21 @@ def sft_task(
 
 
 def reward_task(
-  config: RewardModelConfig, tokenizer: Tokenizer, context: int
+  config: RewardModelConfig, tokenizer: Tokenizer, context: int, head: str
 ) -> tuple[Task, int]:
-  """The rows of a reward-model run, and how many steps it has."""
+  """The rows of a reward-model run, and how many steps it has.
+
+  Args:
+    config: its data and lengths.
+    tokenizer: the policy's.
+    context: tokens the model can read.
+    head: the model's, which may read the score at an end of text.
+  """
   length = min(config.max_length, context)
-  rows = _scored_rows(config, tokenizer, length)
+  read = functools.partial(
+    _scored_rows, config, tokenizer, length, head == "score_eos"
+  )
+  rows = read()
   size = config.batch_size
   micro = config.micro_batch or size
   a_pass = len(rows["ids"]) // size
@@ -88,7 +98,7 @@ def reward_task(
 
   held = ()
   if config.validation_data:
-    found = _scored_rows(config, tokenizer, length, validation=True)
+    found = read(validation=True)
     count = min(config.validation_rows or len(found["ids"]), len(found["ids"]))
     by_length = sorted(range(count), key=lambda i: len(found["ids"][i]))
     held = tuple(
@@ -99,11 +109,18 @@ def reward_task(
 
 
 def reading(
-  config: SupervisedConfig, tokenizer: Tokenizer, validation: bool
+  config: SupervisedConfig,
+  tokenizer: Tokenizer,
+  validation: bool,
+  lab: str,
 ) -> tuple[str, dict[str, Any]]:
-  """A run's source of rows, and how `formats` is to read it."""
+  """A run's source of rows, and how `formats` is to read it.
+
+  `lab`, alone or among others, stands for the lab's file of that name.
+  """
   source = config.validation_data if validation else config.data
-  return source, {
+  names = [name.strip() for name in source.split(",")]
+  return ",".join(models.locate(name, lab) for name in names), {
     "tokenizer": tokenizer,
     "split": "test" if validation else "train",
     "max_bad_share": config.max_bad_share,
@@ -120,9 +137,10 @@ def _encode(
   config: SFTConfig, tokenizer, length: int, validation: bool = False
 ) -> list:
   """Encoded rows; those without room for an answer are left out."""
-  source, options = reading(config, tokenizer, validation)
-  place = models.locate(source, "demonstrations.jsonl")
-  found = formats.load_completions(place, **options)
+  source, options = reading(
+    config, tokenizer, validation, "demonstrations.jsonl"
+  )
+  found = formats.load_completions(source, **options)
   print(f"{source}: {found}")
   kept = [row for row in found.rows if fits(config, row.prompt, row.completion)]
   encoded = encode.encode_rows(
@@ -175,15 +193,18 @@ def parts(rows: Sequence, size: int) -> list:
 
 
 def _scored_rows(
-  config: RewardModelConfig, tokenizer, length: int, validation: bool = False
+  config: RewardModelConfig,
+  tokenizer: Tokenizer,
+  length: int,
+  end: bool,
+  validation: bool = False,
 ) -> dict[str, list]:
   """Columns of answers: ids, types, reward, margin, group, chars."""
   answers: list[tuple[str, str, float | None, float]] = []
-  source, options = reading(config, tokenizer, validation)
+  source, options = reading(config, tokenizer, validation, "comparisons.jsonl")
   options["part"] = "all" if validation else config.half
-  place = models.locate(source, "comparisons.jsonl")
   if config.loss == "pairwise":
-    found = formats.load_preferences(place, **options)
+    found = formats.load_preferences(source, **options)
     for row in found.rows:
       if not fits(config, row.prompt, row.chosen, row.rejected):
         continue
@@ -194,7 +215,7 @@ def _scored_rows(
   else:
     columns = {"reward": config.reward_column}
     found = formats.load_completions(
-      place, need="reward", columns=columns, **options
+      source, need="reward", columns=columns, **options
     )
     answers = [
       (r.prompt, r.completion, r.reward, 0.0)
@@ -214,7 +235,7 @@ def _scored_rows(
     [a[1] for a in answers],
     config.encoding,
     length,
-    config.head == "score_eos",
+    end,
   )
   return {
     "ids": [ids for ids, _ in encoded],

@@ -159,7 +159,7 @@ class LoraConfig:
   )
   targets: tuple[str, ...] = field(
     (),
-    "linear layers that get an adapter, by their Hugging Face names",
+    "linear layers of the blocks that get an adapter, e.g. query_key_value",
     also=("target_modules", "lora_target_modules"),
   )
 
@@ -283,6 +283,12 @@ class TrainingConfig:
       self.policy != "init" or bool(self.init.tokenizer),
       "must be a folder or a hub id while policy='init'",
       "a new model needs a vocabulary",
+    )
+    yield Rule(
+      "lora.rank",
+      self.policy != "init" or self.lora.rank == 0,
+      "must be 0 while policy='init'",
+      "adapters on random weights would leave those as they are",
     )
     yield Rule(
       "precision.params",

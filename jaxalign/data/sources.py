@@ -150,10 +150,11 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
       raise UserError(
         f"folder {path} holds no data files; need one of {', '.join(SUFFIXES)}"
       )
-    parts = (
-      [p for p in found if p.name.startswith(name)] for name in _splits(split)
-    )
-    return next(filter(None, parts), found)
+    for part in _splits(split):
+      if named := [p for p in found if p.name.startswith(part)]:
+        _warn_of_another(str(path), split, part)
+        return named
+    return found
   if path.is_file():
     return [path]
   matches = sorted(pathlib.Path(p) for p in glob.glob(str(path)))
@@ -165,6 +166,13 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
 
 def _splits(wanted: str) -> tuple[str, ...]:
   return (wanted, *INSTEAD.get(wanted, ()))
+
+
+def _warn_of_another(source: str, wanted: str, found: str) -> None:
+  if found != wanted:
+    log.warning(
+      "%s has no split %s; its split %s is read instead", source, wanted, found
+    )
 
 
 def _suffix(path: pathlib.Path) -> str:
@@ -282,6 +290,7 @@ def _read_hub(name: str, split: str) -> Table:
       if any(reason in failure for reason in ELSEWHERE):
         continue
       break
+    _warn_of_another(name, split, part)
     places = tuple(f"{name}:row {i}" for i in range(1, len(rows) + 1))
     return Table(name, rows, places)
   raise UserError(

@@ -22,6 +22,7 @@ from jaxalign.models.layers import (
   Embedding,
   LayerNorm,
   Linear,
+  adapter,
   dropout,
   layer_params,
   stack,
@@ -142,10 +143,7 @@ class DebertaBlock(nnx.Module):
     width, inner = config.hidden_size, config.intermediate_size
 
     def linear(name, din, dout):
-      # PEFT knows the three outputs below by their last name, `dense`.
-      known = (name,) if name.endswith("_proj") else (name, "dense")
-      chosen = lora is not None and set(known) & set(lora.targets)
-      return Linear(din, dout, lora=lora if chosen else None, rngs=rngs)
+      return Linear(din, dout, lora=adapter(lora, name), rngs=rngs)
 
     self.query_proj = linear("query_proj", width, width)
     self.key_proj = linear("key_proj", width, width)
@@ -171,22 +169,23 @@ class DebertaBlock(nnx.Module):
   ) -> Float[Array, "B Q D"]:
     """The block's output at the first `queries` tokens."""
     rate = self.config.dropout
-    keys = (None, None) if key is None else jax.random.split(key)
-    attended = self._attention(x, mask, relative, queries, key)
-    attended = dropout(self.attention_output(attended, key), rate, keys[0])
+    keys = [None] * 8 if key is None else list(jax.random.split(key, 8))
+    attended = self._attention(x, mask, relative, queries, keys[:3])
+    attended = self.attention_output(attended, keys[3])
+    attended = dropout(attended, rate, keys[4])
     x = self.attention_norm(x[:, :queries] + attended)
     act = ACTIVATIONS[self.config.activation]
-    out = self.output(act(self.intermediate(x, key)), key)
-    return self.output_norm(x + dropout(out, rate, keys[1]))
+    out = self.output(act(self.intermediate(x, keys[5])), keys[6])
+    return self.output_norm(x + dropout(out, rate, keys[7]))
 
-  def _attention(self, x, mask, relative, queries, key):
+  def _attention(self, x, mask, relative, queries, keys):
     config = self.config
     kinds = config.pos_att_type if config.relative else ()
     # As released: the kinds count here even where they are turned off.
     scale = (config.head_dim * (1 + len(config.pos_att_type))) ** -0.5
-    q = self._heads(self.query_proj(x[:, :queries], key)) * scale
-    k = self._heads(self.key_proj(x, key))
-    v = self._heads(self.value_proj(x, key))
+    q = self._heads(self.query_proj(x[:, :queries], keys[0])) * scale
+    k = self._heads(self.key_proj(x, keys[1]))
+    v = self._heads(self.value_proj(x, keys[2]))
     # Heads come first: a product against distances then is one matrix
     # product per head over all rows of the batch.
     scores = _product("binh,bjnh->nbij", q, k)

@@ -209,10 +209,15 @@ class Checkpointer:
       self._orbax.wait_until_finished()
       if _is_lead():
         manifest.seal(place, body)
-        self._tidy(body["step"])
     except BaseException as error:
       shutil.rmtree(place, ignore_errors=True)
       self._failure = (body["step"], error)
+      return
+    try:
+      if _is_lead():
+        self._tidy(body["step"])
+    except OSError as error:
+      _log.warning("old checkpoints in %s are kept: %s", self.folder, error)
 
   def _tidy(self, step: int) -> None:
     """Drops what is neither among the newest nor the best.

@@ -16,7 +16,7 @@ from jaxalign.core.types import SamplingParams
 NEGATIVE = -1e30  # forbidden; finite, so that forbidding all gives no NaN
 BLOCK = 128  # tokens whose weights are summed before any cumulative sum
 WAYS = 8  # parts of an interval that one pass of the threshold search tells
-WHOLE = 2.0**30  # most that a row's weights come to, as integers
+WHOLE = 2.0**29  # most that a row's weights come to, as integers
 
 
 def choose(
@@ -53,8 +53,9 @@ def choose(
 
   def shaped():
     logits_ = shape(logits, settings, seen, history, column, drawn)
-    logits_ = logits_ / settings.temperature
-    weights = jnp.exp(logits_ - logits_.max(axis=1, keepdims=True))
+    # The peak goes first: a tiny temperature would make it infinite.
+    below = logits_ - logits_.max(axis=1, keepdims=True)
+    weights = jnp.exp(below / settings.temperature)
     least = least_of_top_k(weights, settings.top_k)
     least = least_of_top_p(weights, settings.top_p, least)
     kept = jnp.where(weights >= least[:, None], weights, 0)
@@ -187,11 +188,13 @@ def least_of_top_p(
       by_row = jnp.expand_dims(scale, range(1, w.ndim))
       return (w * by_row + 0.5).astype(jnp.int32)
 
-    whole = _above(weights, share, _bits(least)[:, None])[:, 0]
-    goal = jnp.ceil(top_p * whole.astype(jnp.float32)).astype(jnp.int32)
+    # The goal is of the exact mass: as integers the least tokens are 0.
+    total = jnp.where(weights >= least[:, None], weights, 0).sum(axis=1)
+    goal = jnp.ceil(top_p * total * scale).astype(jnp.int32)
     # The tokens below this bound cannot hold a share of 1 - top_p together.
-    low = 0.99 * (1 - top_p) * (whole / scale) / weights.shape[1]
-    return _search(weights, share, goal, jnp.maximum(low, least), whole)
+    low = 0.99 * (1 - top_p) * total / weights.shape[1]
+    most = jnp.full_like(goal, 2 * WHOLE)
+    return _search(weights, share, goal, jnp.maximum(low, least), most)
 
   return jax.lax.cond(top_p < 1, search, lambda: least)
 
@@ -232,7 +235,8 @@ def _search(
     ends = jnp.take_along_axis(bounds, here, axis=1)
     reached = jnp.take_along_axis(amounts, here, axis=1)
     inside = reached[:, 0] - reached[:, 1]
-    one_left = 2 * inside < 3 * amount(_float(ends[:, 0]))
+    least = amount(_float(ends[:, 0]))  # that a token in there adds
+    one_left = inside - least <= (least - 1) // 2  # without an overflow
     return ends, reached, one_left | (ends[:, 1] - ends[:, 0] <= 1)
 
   beyond = jnp.full(low.shape, 0x3F800001)  # the float above 1

@@ -97,11 +97,32 @@ def test_scores_in_a_column_of_another_name_and_long_rows(tokenizer, tmp_path):
     max_example_chars=6,
     batch_size=2,
   )
-  task, steps = supervised.reward_task(config, tokenizer, 32)
+  task, steps = supervised.reward_task(config, tokenizer, 32, "score_last")
   assert steps == 1
   assert sorted(task.batch(0).reward.reshape(-1)) == [0.5, 1.5]
   config = dataclasses.replace(config, max_example_chars=2)
   with pytest.raises(
     UserError, match=r"none of 3 rows is within config\.max_ex"
   ):
-    supervised.reward_task(config, tokenizer, 32)
+    supervised.reward_task(config, tokenizer, 32, "score_last")
+
+
+@pytest.mark.parametrize("head", ["score_last", "score_eos"])
+def test_a_score_at_the_end_of_text_needs_one(head, tokenizer, tmp_path):
+  """Whatever the config says: the model's own head decides."""
+  row = {"prompt": "a", "chosen": " b", "rejected": " c"}
+  config = RewardModelConfig(
+    data=written(tmp_path / "rows.jsonl", [row]), batch_size=2
+  )
+  task, _ = supervised.reward_task(config, tokenizer, 32, head)
+  batch = task.batch(0)
+  last = batch.tokens[0][np.arange(2), batch.mask[0].sum(axis=1) - 1]
+  assert (last == tokenizer.eos_id).all() == (head == "score_eos")
+
+
+def test_the_lab_among_other_sources(tokenizer, tmp_path, capsys):
+  mine = written(tmp_path / "rows.jsonl", [{"prompt": "a", "completion": " b"}])
+  config = SFTConfig(data=f"lab, {mine}", batch_size=1, max_length=512)
+  alone = SFTConfig(data="lab", batch_size=1, max_length=512)
+  counts = [supervised.sft_task(c, tokenizer, 512)[1] for c in (config, alone)]
+  assert counts[0] == counts[1] + 1

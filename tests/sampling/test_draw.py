@@ -61,6 +61,23 @@ def test_top_p_by_hand():
   assert top_p_set(weights, np.float32(0.76)).tolist() == [[1, 1, 1, 1]]
 
 
+def test_top_p_where_a_row_adds_up_to_a_power_of_two():
+  """40 nearly equal weights, 32 together: the first 90 % are 36 of them."""
+  weights = np.linspace(0.6, 1.0, 40)
+  weights[:-1] *= 31 / weights[:-1].sum()
+  weights = np.sort(weights).astype(np.float32)[None]
+  kept = top_p_set(weights, np.float32(0.9))
+  assert (kept == sorted_top_p(weights, 0.9)).all()
+
+
+def test_top_p_counts_a_long_tail():
+  """A quarter of a million tokens that hold 12 % together, 5e-7 each."""
+  tail = np.full(2**18 - 1, 5e-7, np.float32)
+  weights = np.concatenate([[1.0], tail]).astype(np.float32)[None]
+  assert top_p_set(weights, np.float32(0.85)).sum() == 1
+  assert top_p_set(weights, np.float32(0.95)).all()  # ties stay together
+
+
 @pytest.mark.parametrize("spread", [0.1, 1.0, 4.0, 12.0])
 @pytest.mark.parametrize("share", [0.05, 0.5, 0.9, 0.99])
 def test_top_p_of_a_large_vocabulary(spread, share):

@@ -33,17 +33,17 @@ def from_hf(fields: Fields, **switches: Any) -> DebertaConfig:
   Raises:
     UserError: a setting that this architecture's code does not have.
   """
-  width = fields.get(int, "hidden_size")
-  positions = fields.get(int, "max_position_embeddings", default=512)
+  width = fields.size("hidden_size")
+  positions = fields.size("max_position_embeddings", default=512)
   distance = fields.get(int, "max_relative_positions", default=-1)
-  inner = fields.get(int, "embedding_size", default=width)
+  inner = fields.size("embedding_size", default=width)
   relative = fields.get(bool, "relative_attention", default=False)
   config = DebertaConfig(
-    vocab_size=fields.get(int, "vocab_size"),
+    vocab_size=fields.size("vocab_size"),
     hidden_size=width,
-    layers=fields.get(int, "num_hidden_layers"),
-    heads=fields.get(int, "num_attention_heads"),
-    intermediate_size=fields.get(int, "intermediate_size"),
+    layers=fields.size("num_hidden_layers"),
+    heads=fields.size("num_attention_heads"),
+    intermediate_size=fields.size("intermediate_size"),
     max_positions=positions,
     relative=relative,
     max_distance=distance if distance > 0 else positions,

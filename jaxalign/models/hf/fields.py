@@ -51,6 +51,13 @@ class Fields:
       )
     return default
 
+  def size(self, *names: str, default: Any = ...) -> int:
+    """`get` of an integer that must be at least 1."""
+    value = self.get(int, *names, default=default)
+    if value < 1:
+      raise UserError(f"{self.where}: {names[0]} must be >= 1, got {value}")
+    return value
+
   def token_id(self, name: str, default: int) -> int:
     """A special token's id; of a list (Llama 3's end tokens) the first."""
     value = self.values.get(name)

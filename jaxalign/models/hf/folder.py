@@ -19,7 +19,7 @@ from jaxalign.core.types import Params
 from jaxalign.errors import UserError
 from jaxalign.models.hf import hub, peft, place, table, weights
 from jaxalign.models.hf.architectures import ARCHITECTURES, architecture
-from jaxalign.models.hf.fields import read_config
+from jaxalign.models.hf.fields import Fields, read_config
 from jaxalign.models.hf.safetensors import Stored
 from jaxalign.models.hf.write import save
 from jaxalign.models.layers import ACTIVATIONS, LoraConfig
@@ -153,12 +153,6 @@ def describe(
     raise UserError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
   folder, adapters = _folders(source)
   fields = read_config(folder)
-  arch = ARCHITECTURES.get(fields.model_type)
-  if arch is None:
-    raise UserError(
-      f"{fields.where}: model_type {fields.model_type!r} is not supported; "
-      f"supported are {', '.join(sorted(ARCHITECTURES))}"
-    )
   if fields.values.get("quantization_config"):
     raise UserError(
       f"{fields.where}: quantised weights are not supported; use a float32, "
@@ -166,15 +160,7 @@ def describe(
     )
   if head is None and adapters is not None:
     head = peft.head(adapters)
-  head = head or fields.head
-  if head not in arch.CLASSES:
-    raise UserError(
-      f"{fields.where}: head {head!r} does not exist for {fields.model_type}; "
-      f"it has {', '.join(arch.CLASSES)}"
-    )
-  config = arch.from_hf(fields, head=head, dtype=dtype, remat=remat)
-  _check_sizes(fields.where, config)
-  model = Model.build(config)
+  model = assemble(fields, head or fields.head, dtype=dtype, remat=remat)
   if adapters is not None:
     if lora is not None:
       raise UserError(
@@ -185,6 +171,34 @@ def describe(
   model = Model.build(model.config, lora) if lora else model
   check_targets(model, "lora.targets")
   return model
+
+
+def assemble(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
+  """The model of a config file's values.
+
+  Args:
+    fields: of a `config.json`.
+    head: "lm", "score_last", ...
+    dtype: compute dtype.
+    remat: as in `load`.
+
+  Raises:
+    UserError: an unknown architecture or head, sizes that do not fit.
+  """
+  arch = ARCHITECTURES.get(fields.model_type)
+  if arch is None:
+    raise UserError(
+      f"{fields.where}: model_type {fields.model_type!r} is not supported; "
+      f"supported are {', '.join(sorted(ARCHITECTURES))}"
+    )
+  if head not in arch.CLASSES:
+    raise UserError(
+      f"{fields.where}: head {head!r} does not exist for {fields.model_type}; "
+      f"it has {', '.join(arch.CLASSES)}"
+    )
+  config = arch.from_hf(fields, head=head, dtype=dtype, remat=remat)
+  _check_sizes(fields.where, config)
+  return Model.build(config)
 
 
 def _check_sizes(where: str, config: Any) -> None:
@@ -199,6 +213,12 @@ def _check_sizes(where: str, config: Any) -> None:
   if not own_width and width % heads:
     raise UserError(
       f"{where}: hidden_size {width} cannot be split over {heads} heads"
+    )
+  rotated = int(config.head_dim * getattr(config, "rotary_fraction", 1))
+  if hasattr(config, "rotary_base") and rotated % 2:
+    raise UserError(
+      f"{where}: {rotated} features of each head are rotated in pairs; their "
+      "number must be even"
     )
   if heads % getattr(config, "kv_heads", heads):
     raise UserError(

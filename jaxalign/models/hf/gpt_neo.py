@@ -25,16 +25,16 @@ IGNORED = (
 
 def from_hf(fields: Fields, **switches: Any) -> GPTNeoConfig:
   """The config of a `config.json`; `switches` are head, dtype and remat."""
-  width = fields.get(int, "hidden_size")
-  layers = fields.get(int, "num_layers", "num_hidden_layers")
+  width = fields.size("hidden_size")
+  layers = fields.size("num_layers", "num_hidden_layers")
   return GPTNeoConfig(
-    vocab_size=fields.get(int, "vocab_size"),
+    vocab_size=fields.size("vocab_size"),
     hidden_size=width,
     layers=layers,
-    heads=fields.get(int, "num_heads", "num_attention_heads"),
-    intermediate_size=fields.get(int, "intermediate_size", default=4 * width),
+    heads=fields.size("num_heads", "num_attention_heads"),
+    intermediate_size=fields.size("intermediate_size", default=4 * width),
     windows=_windows(fields, layers),
-    max_positions=fields.get(int, "max_position_embeddings", default=2048),
+    max_positions=fields.size("max_position_embeddings", default=2048),
     eps=fields.get(float, "layer_norm_epsilon", default=1e-5),
     activation=fields.get(str, "activation_function", default="gelu_new"),
     tied=fields.get(bool, "tie_word_embeddings", default=True),

@@ -23,17 +23,17 @@ IGNORED = (r"rotary_emb\.inv_freq$", r"^(lm_head|score|v_head)\.")
 def from_hf(fields: Fields, **switches: Any) -> LlamaConfig:
   """The config of a `config.json`; `switches` are head, dtype and remat."""
   base, _, scaling = rotary.read(fields)
-  heads = fields.get(int, "num_attention_heads")
-  width = fields.get(int, "hidden_size")
+  heads = fields.size("num_attention_heads")
+  width = fields.size("hidden_size")
   return LlamaConfig(
-    vocab_size=fields.get(int, "vocab_size"),
+    vocab_size=fields.size("vocab_size"),
     hidden_size=width,
-    layers=fields.get(int, "num_hidden_layers"),
+    layers=fields.size("num_hidden_layers"),
     heads=heads,
-    kv_heads=fields.get(int, "num_key_value_heads", default=heads),
-    head_dim=fields.get(int, "head_dim", default=width // heads),
-    intermediate_size=fields.get(int, "intermediate_size"),
-    max_positions=fields.get(int, "max_position_embeddings", default=2048),
+    kv_heads=fields.size("num_key_value_heads", default=heads),
+    head_dim=fields.size("head_dim", default=width // heads),
+    intermediate_size=fields.size("intermediate_size"),
+    max_positions=fields.size("max_position_embeddings", default=2048),
     rotary_base=base,
     rotary_scaling=scaling,
     eps=fields.get(float, "rms_norm_eps", default=1e-6),

@@ -30,12 +30,12 @@ def from_hf(fields: Fields, **switches: Any) -> NeoXConfig:
   """The config of a `config.json`; `switches` are head, dtype and remat."""
   base, share, scaling = rotary.read(fields, fraction=0.25)
   return NeoXConfig(
-    vocab_size=fields.get(int, "vocab_size"),
-    hidden_size=fields.get(int, "hidden_size"),
-    layers=fields.get(int, "num_hidden_layers"),
-    heads=fields.get(int, "num_attention_heads"),
-    intermediate_size=fields.get(int, "intermediate_size"),
-    max_positions=fields.get(int, "max_position_embeddings", default=2048),
+    vocab_size=fields.size("vocab_size"),
+    hidden_size=fields.size("hidden_size"),
+    layers=fields.size("num_hidden_layers"),
+    heads=fields.size("num_attention_heads"),
+    intermediate_size=fields.size("intermediate_size"),
+    max_positions=fields.size("max_position_embeddings", default=2048),
     rotary_fraction=share,
     rotary_base=base,
     rotary_scaling=scaling,

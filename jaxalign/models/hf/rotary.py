@@ -26,8 +26,14 @@ def read(
   Raises:
     UserError: a scaling that is not supported, or lacks a number.
   """
-  merged = dict(fields.values.get("rope_scaling") or {})
-  merged.update(fields.values.get("rope_parameters") or {})
+  merged: dict = {}
+  for name in ("rope_scaling", "rope_parameters"):
+    found = fields.values.get(name) or {}
+    if not isinstance(found, dict):
+      raise UserError(
+        f"{fields.where}: {name} must be an object, got {found!r}"
+      )
+    merged |= found
   rope = Fields(merged, f"{fields.where}: rope_parameters")
   base = rope.get(float, "rope_theta", default=math.nan)
   if math.isnan(base):

@@ -155,7 +155,12 @@ def _stored(path, prefix, members, name: str, value: Any) -> Stored:
     )
 
   def read() -> np.ndarray:
-    with zipfile.ZipFile(path) as archive, archive.open(member) as file:
+    failed = lambda why: f"{path}: {name} is damaged: {why}; download it again"
+    with (
+      explained(OSError, zipfile.BadZipFile, by=failed),
+      zipfile.ZipFile(path) as archive,
+      archive.open(member) as file,
+    ):
       file.seek(value.offset * dtype.itemsize)
       raw = np.frombuffer(file.read(extent * dtype.itemsize), dtype)
     strides = tuple(step * dtype.itemsize for step in value.strides)

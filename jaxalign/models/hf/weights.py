@@ -1,6 +1,7 @@
 """The tensors of a model folder, whatever files they are spread over."""
 
 import pathlib
+import zipfile
 from collections.abc import Mapping, Sequence
 
 from jaxalign.errors import UserError, explained
@@ -63,7 +64,7 @@ def _open_shards(index: pathlib.Path, reader) -> dict[str, Stored]:
 
 def _open(path: pathlib.Path, reader) -> dict[str, Stored]:
   failed = lambda why: f"{path} cannot be read: {why}; copy the file anew"
-  with explained(OSError, by=failed):
+  with explained(OSError, zipfile.BadZipFile, by=failed):
     return reader(path)
 
 

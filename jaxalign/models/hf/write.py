@@ -216,7 +216,12 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     yield new
     if folder.is_dir():
       folder.rename(old)
-    new.rename(folder)
+    try:
+      new.rename(folder)
+    except BaseException:
+      if old.is_dir():
+        old.rename(folder)
+      raise
   except OSError as error:
     raise UserError(
       f"{folder} cannot be written: {error.strerror}; what it held is kept; "

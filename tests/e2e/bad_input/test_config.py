@@ -50,6 +50,41 @@ def test_a_config_that_does_not_fit(changes, words, lab, superhf, run, fail):
     assert word in line
 
 
+@pytest.mark.parametrize(
+  ("config", "changes", "words"),
+  [
+    ("reward_model.py", {}, ("is a language model without a score", "head")),
+    (
+      "reward_model.py",
+      {"head": "score_context", "policy": "init"},
+      ("config.init: head 'score_context' does not exist for gpt_neox",),
+    ),
+    (
+      "sft.py",
+      {"policy": "init", "init.model_type": "deberta-v2"},
+      ("config.init: head 'lm' does not exist for deberta-v2",),
+    ),
+    (
+      "sft.py",
+      {"policy": "init", "lora.rank": 2, "lora.targets": "dense"},
+      ("config.lora.rank must be 0 while policy='init', got 2",),
+    ),
+  ],
+  ids=str,
+)
+def test_a_head_that_does_not_fit(
+  config, changes, words, lab, supervised, run, fail
+):
+  fields = {
+    "policy": lab.policy,
+    "data": lab.pairs if config == "reward_model.py" else lab.rows,
+    "init.tokenizer": lab.policy,
+  }
+  line = fail(supervised(config, run, **(fields | changes)))
+  for word in words:
+    assert word in line
+
+
 def test_dropout_where_the_model_has_none(lab, supervised, run, fail):
   argv = supervised(
     "reward_model.py", run, policy=lab.policy, data=lab.pairs, dropout=0.1

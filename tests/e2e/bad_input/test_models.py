@@ -43,6 +43,21 @@ def has_a_wrong_size(folder):
   change_json(folder / "config.json", hidden_size="wide")
 
 
+def has_no_heads(folder):
+  change_json(folder / "config.json", num_attention_heads=0)
+
+
+def has_a_word_for_scaling(folder):
+  change_json(folder / "config.json", rope_parameters="linear")
+
+
+def rotates_odd_widths(folder):
+  change_json(
+    folder / "config.json",
+    rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.375},
+  )
+
+
 def has_no_weights(folder):
   (folder / "model.safetensors").unlink()
 
@@ -106,6 +121,17 @@ def is_no_zip(folder):
   (folder / "pytorch_model.bin").write_bytes(b"\x80\x02" * 99)
 
 
+def has_a_damaged_zip(folder):
+  """Its list of contents points nowhere."""
+  (folder / "model.safetensors").unlink()
+  path = folder / "pytorch_model.bin"
+  with zipfile.ZipFile(path, "w") as archive:
+    archive.writestr("archive/data.pkl", pickle.dumps({}))
+  raw = bytearray(path.read_bytes())
+  raw[:4] = b"nope"  # the header of its first member
+  path.write_bytes(raw)
+
+
 def has_no_tokenizer(folder):
   for path in folder.glob("tokenizer*"):
     path.unlink()
@@ -135,6 +161,7 @@ FOLDERS = [
   (has_no_json, "config.json cannot be read as JSON", "line 1"),
   (is_bert, "model_type 'bert' is not supported", SUPPORTED),
   (has_a_wrong_size, "hidden_size must be an integer, got 'wide'"),
+  (has_no_heads, "num_attention_heads must be >= 1, got 0"),
   (has_no_weights, "has no weights; expected model.safetensors"),
   (lacks_a_tensor, "is missing; config.json asks for it"),
   (has_another_shape, "has shape [", "config.json asks for ["),
@@ -144,10 +171,24 @@ FOLDERS = [
   (is_no_safetensors, "truncated or not a safetensors file"),
   (runs_code, "pytorch_model.bin asks to call", "system", "refused without"),
   (is_no_zip, "pytorch_model.bin is truncated, or older", "safetensors copy"),
+  (has_a_damaged_zip, "pytorch_model.bin cannot be read", "copy the file"),
   (has_no_tokenizer, "holds no tokenizer; need tokenizer.json"),
   (has_a_broken_tokenizer, "cannot be read", "tokenizer.json"),
   (has_fewer_embeddings, "has 20 ids beyond", "belongs to the model"),
 ]
+
+
+POLICIES = [
+  (has_a_word_for_scaling, "rope_parameters must be an object, got 'linear'"),
+  (rotates_odd_widths, "3 features of each head are rotated in pairs"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), POLICIES)
+def test_a_bad_rotation(spoil, words, lab, superhf, run, fail, tmp_path):
+  folder = shutil.copytree(lab.policy, tmp_path / "model")
+  spoil(folder)
+  assert words in fail(superhf(run, policy=folder))
 
 
 @pytest.fixture(params=FOLDERS, ids=lambda case: case[0].__name__)
