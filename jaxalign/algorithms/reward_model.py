@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxalign.core import gradients, losses, optim
 from jaxalign.core.types import Metrics, Params, TrainState
 from jaxalign.models import lora
-from jaxalign.runtime.context import Context, fit
+from jaxalign.runtime.context import Context, Task, fit
 
 MOST = 100  # answers of one group whose pairs are judged
 
@@ -47,14 +47,6 @@ class ScoredBatch:
   # Rows that end before column `half`; only so much of them is computed.
   short: int = dataclasses.field(default=0, metadata={"static": True})
   half: int = dataclasses.field(default=0, metadata={"static": True})
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """Data as functions: `batch(step)` `[M, B, T]`; validation `[1, B, T]`."""
-
-  batch: Callable[[int], ScoredBatch]
-  validation: tuple[ScoredBatch, ...] = ()
 
 
 def pair_loss(

@@ -22,20 +22,7 @@ from jaxalign.core.logprobs import weighted_nll
 from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models import lora
 from jaxalign.models.model import Model
-from jaxalign.runtime.context import Context, fit
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-  """The data of a run, as functions.
-
-  Attributes:
-    batch: step -> rows `[M, B, T]`, M micro-batches; a pure function.
-    validation: batches `[1, B, T]` that are never trained on.
-  """
-
-  batch: Callable[[int], TextBatch]
-  validation: tuple[TextBatch, ...] = ()
+from jaxalign.runtime.context import Context, Task, fit
 
 
 def nll(

@@ -5,13 +5,22 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from jaxalign.algorithms import reward_model, sft, superhf
-from jaxalign.build import export, models, questions, session, supervised
+from jaxalign.algorithms import dpo, reward_model, sft, superhf
+from jaxalign.build import (
+  export,
+  models,
+  preferences,
+  questions,
+  session,
+  supervised,
+)
 from jaxalign.build import superhf as superhf_tools
 from jaxalign.config import (
+  DPOConfig,
   RewardModelConfig,
   SFTConfig,
   SuperHFConfig,
+  SupervisedConfig,
   TrainingConfig,
 )
 from jaxalign.errors import UserError
@@ -66,6 +75,18 @@ def run_reward_model(config: RewardModelConfig, folder: pathlib.Path) -> int:
   )
 
 
+def run_dpo(config: DPOConfig, folder: pathlib.Path) -> int:
+  """Direct preference optimisation."""
+  mesh = _mesh(config)
+  _check_rows(config, mesh)
+  policy = models.open_policy(config, mesh, "lm")
+  context = policy.model.config.max_positions
+  task, steps = preferences.pair_task(config, policy.tokenizer, context)
+  return _train(
+    dpo.run, config, folder, policy.load(), mesh, task, steps, reference=True
+  )
+
+
 def run_superhf(config: SuperHFConfig, folder: pathlib.Path) -> int:
   """SuperHF."""
   mesh = _mesh(config)
@@ -87,7 +108,7 @@ def run_superhf(config: SuperHFConfig, folder: pathlib.Path) -> int:
   )
 
 
-def _check_rows(config: SFTConfig | RewardModelConfig, mesh: Any) -> None:
+def _check_rows(config: SupervisedConfig, mesh: Any) -> None:
   name = "micro_batch" if config.micro_batch else "batch_size"
   meshes.check_rows(mesh, getattr(config, name), f"config.{name}")
 
@@ -123,5 +144,6 @@ def _train(
 RUNS: dict[str, Callable[[Any, pathlib.Path], int]] = {
   "sft": run_sft,
   "reward_model": run_reward_model,
+  "dpo": run_dpo,
   "superhf": run_superhf,
 }

@@ -7,21 +7,21 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.algorithms import reward_model, sft
 from jaxalign.algorithms.reward_model import ScoredBatch
 from jaxalign.build import models
-from jaxalign.config import RewardModelConfig, SFTConfig
+from jaxalign.config import RewardModelConfig, SFTConfig, SupervisedConfig
 from jaxalign.core.types import TextBatch
 from jaxalign.data import batches, encode, formats, packing
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
+from jaxalign.runtime.context import Task
 
 WINDOW = 32  # batches among which rows of like length are brought together
 
 
 def sft_task(
   config: SFTConfig, tokenizer: Tokenizer, context: int
-) -> tuple[sft.Task, int]:
+) -> tuple[Task, int]:
   """The rows of an SFT run, and how many steps it has.
 
   Args:
@@ -42,8 +42,8 @@ def sft_task(
   def batch(step: int) -> TextBatch:
     chosen = batches.rows_of_step(config.seed, step, size, len(plan))
     members = [[rows[i] for i in plan[row]] for row in chosen]
-    width = length if config.packing else _bucket(members, length)
-    return _text_batch(members, width, tokenizer.pad_id, size // micro)
+    width = length if config.packing else width_of(members, length)
+    return text_batch(members, width, tokenizer.pad_id, size // micro)
 
   held = ()
   if config.validation_data:
@@ -51,20 +51,20 @@ def sft_task(
     found = sorted(found[: config.validation_rows or None], key=len)
     # The last part is filled up with empty rows, so that a mesh can split it.
     held = tuple(
-      _text_batch(
+      text_batch(
         [[row] for row in part] + [[]] * (micro - len(part)),
-        _bucket([part], length),
+        width_of([part], length),
         tokenizer.pad_id,
         1,
       )
-      for part in _parts(found, micro)
+      for part in parts(found, micro)
     )
-  return sft.Task(batch, held), steps
+  return Task(batch, held), steps
 
 
 def reward_task(
   config: RewardModelConfig, tokenizer: Tokenizer, context: int, head: str
-) -> tuple[reward_model.Task, int]:
+) -> tuple[Task, int]:
   """The rows of a reward-model run, and how many steps it has.
 
   Args:
@@ -103,13 +103,13 @@ def reward_task(
     by_length = sorted(range(count), key=lambda i: len(found["ids"][i]))
     held = tuple(
       _scored_batch(found, np.array(part), length, 1, fill=micro)
-      for part in _parts(by_length, micro)
+      for part in parts(by_length, micro)
     )
-  return reward_model.Task(batch, held), steps
+  return Task(batch, held), steps
 
 
-def _reading(
-  config: SFTConfig | RewardModelConfig,
+def reading(
+  config: SupervisedConfig,
   tokenizer: Tokenizer,
   validation: bool,
   lab: str,
@@ -119,17 +119,15 @@ def _reading(
   `lab`, alone or among others, stands for the lab's file of that name.
   """
   source = config.validation_data if validation else config.data
-  parts = [part.strip() for part in source.split(",")]
-  return ",".join(models.locate(part, lab) for part in parts), {
+  names = [name.strip() for name in source.split(",")]
+  return ",".join(models.locate(name, lab) for name in names), {
     "tokenizer": tokenizer,
     "split": "test" if validation else "train",
     "max_bad_share": config.max_bad_share,
   }
 
 
-def _fits(
-  config: SFTConfig | RewardModelConfig, prompt: str, *answers: str
-) -> bool:
+def fits(config: SupervisedConfig, prompt: str, *answers: str) -> bool:
   """Whether a prompt is within `max_example_chars` with each answer."""
   limit = config.max_example_chars or math.inf
   return len(prompt) + max(map(len, answers)) <= limit
@@ -139,14 +137,12 @@ def _encode(
   config: SFTConfig, tokenizer, length: int, validation: bool = False
 ) -> list:
   """Encoded rows; those without room for an answer are left out."""
-  source, options = _reading(
+  source, options = reading(
     config, tokenizer, validation, "demonstrations.jsonl"
   )
   found = formats.load_completions(source, **options)
   print(f"{source}: {found}")
-  kept = [
-    row for row in found.rows if _fits(config, row.prompt, row.completion)
-  ]
+  kept = [row for row in found.rows if fits(config, row.prompt, row.completion)]
   encoded = encode.encode_rows(
     tokenizer,
     [row.prompt for row in kept],
@@ -165,9 +161,10 @@ def _encode(
   return list(encoded.rows)
 
 
-def _text_batch(
+def text_batch(
   members: list[list], width: int, pad_id: int, micros: int
 ) -> TextBatch:
+  """Rows `[M, B, T]`; the encoded texts of a member share one row."""
   rows = [row for group in members for row in group]
   ends = np.cumsum([len(group) for group in members]).tolist()
   plan = [
@@ -184,12 +181,14 @@ def _text_batch(
   )
 
 
-def _bucket(members: Sequence[Sequence], limit: int) -> int:
+def width_of(members: Sequence[Sequence], limit: int) -> int:
+  """The bucket of the longest text, at most `limit`."""
   longest = max(len(row) for group in members for row in group)
   return min(limit, batches.bucket_length(longest))
 
 
-def _parts(rows: Sequence, size: int) -> list:
+def parts(rows: Sequence, size: int) -> list:
+  """Rows cut into parts of `size`, the last one what is left."""
   return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
@@ -202,12 +201,12 @@ def _scored_rows(
 ) -> dict[str, list]:
   """Columns of answers: ids, types, reward, margin, group, chars."""
   answers: list[tuple[str, str, float | None, float]] = []
-  source, options = _reading(config, tokenizer, validation, "comparisons.jsonl")
+  source, options = reading(config, tokenizer, validation, "comparisons.jsonl")
   options["part"] = "all" if validation else config.half
   if config.loss == "pairwise":
     found = formats.load_preferences(source, **options)
     for row in found.rows:
-      if not _fits(config, row.prompt, row.chosen, row.rejected):
+      if not fits(config, row.prompt, row.chosen, row.rejected):
         continue
       margin = row.margin if config.margin else 0.0
       answers.append((row.prompt, row.chosen, 1.0, margin))
@@ -221,7 +220,7 @@ def _scored_rows(
     answers = [
       (r.prompt, r.completion, r.reward, 0.0)
       for r in found.rows
-      if _fits(config, r.prompt, r.completion)
+      if fits(config, r.prompt, r.completion)
     ]
     numbers: dict[str, int] = {}
     groups = [numbers.setdefault(a[0], len(numbers)) for a in answers]

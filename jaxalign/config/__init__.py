@@ -28,12 +28,18 @@ from jaxalign.config.stages import (
   SuperbatchConfig,
 )
 from jaxalign.config.superhf import SuperHFConfig
-from jaxalign.config.supervised import RewardModelConfig, SFTConfig
+from jaxalign.config.supervised import (
+  DPOConfig,
+  RewardModelConfig,
+  SFTConfig,
+  SupervisedConfig,
+)
 from jaxalign.errors import UserError
 
 __all__ = [
   "CONFIGS",
   "CheckpointConfig",
+  "DPOConfig",
   "EvaluationConfig",
   "InitConfig",
   "LoraConfig",
@@ -48,6 +54,7 @@ __all__ = [
   "ScoringConfig",
   "SuperHFConfig",
   "SuperbatchConfig",
+  "SupervisedConfig",
   "TrainingConfig",
   "choose_preset",
   "describe",
@@ -59,6 +66,7 @@ CONFIGS: dict[str, type[TrainingConfig]] = {
   "superhf": SuperHFConfig,
   "sft": SFTConfig,
   "reward_model": RewardModelConfig,
+  "dpo": DPOConfig,
 }
 
 

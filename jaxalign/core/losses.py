@@ -32,6 +32,40 @@ def centring(
   return (chosen + rejected) ** 2
 
 
+def preference(
+  kind: str,
+  lead: Float[Array, "*B"],
+  beta: float,
+  smoothing: float = 0.0,
+) -> Float[Array, "*B"]:
+  """DPO's losses of Δ = log π(y_w)/π₀(y_w) − log π(y_l)/π₀(y_l).
+
+  sigmoid: −(1 − ε) log σ(βΔ) − ε log σ(−βΔ): Rafailov 2023 (eq. 7), with ε the
+    conservative form of Mitchell 2023.
+  robust: (−(1 − ε) log σ(βΔ) + ε log σ(−βΔ)) / (1 − 2ε): Chowdhury 2024, whose
+    expectation under labels flipped with probability ε is the clean loss.
+  hinge: max(0, 1 − βΔ): Zhao 2023 (SLiC).
+  ipo: (Δ − 1 / 2β)²: Azar 2023 (eq. 17); Δ of means a token where the caller
+    divides by length, as TRL does.
+
+  Args:
+    kind: sigmoid, robust, hinge or ipo.
+    lead: Δ, in nats.
+    beta: > 0, how strongly the reference holds.
+    smoothing: ε in [0, 0.5), the share of labels taken to be wrong; read by
+      sigmoid and robust.
+  """
+  won = jax.nn.log_sigmoid(beta * lead)
+  lost = jax.nn.log_sigmoid(-beta * lead)
+  if kind == "sigmoid":
+    return -(1 - smoothing) * won - smoothing * lost
+  if kind == "robust":
+    return (smoothing * lost - (1 - smoothing) * won) / (1 - 2 * smoothing)
+  if kind == "hinge":
+    return jax.nn.relu(1 - beta * lead)
+  return (lead - 1 / (2 * beta)) ** 2
+
+
 def inverse_loss(nll: Float[Array, ""], coefficient: float) -> Float[Array, ""]:
   """C / loss, SuperHF's guard against zero-entropy states; 0 turns it off.
 

@@ -58,6 +58,19 @@ class Context:
   counters: dict[str, int]
 
 
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """The data of a run that learns from a data set, as functions.
+
+  Attributes:
+    batch: step -> numpy rows `[M, B, ...]`, M micro-batches; a pure function.
+    validation: batches `[1, B, ...]` that are never trained on.
+  """
+
+  batch: Callable[[int], Any]
+  validation: tuple[Any, ...] = ()
+
+
 def due(step: int, interval: int, steps: int) -> bool:
   """Whether a check is due after `step`, counted from 0.
 

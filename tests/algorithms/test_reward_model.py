@@ -12,6 +12,7 @@ from jaxalign.algorithms.reward_model import ScoredBatch
 from jaxalign.config import RewardModelConfig
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.models.layers import LoraConfig
+from jaxalign.runtime.context import Task
 
 LN2 = math.log(2)
 
@@ -293,7 +294,7 @@ def test_run_learns_to_prefer(toy):
   # Two held-out batches count their prompts on, as one data set does.
   held = (held[0], dataclasses.replace(held[1], group=held[1].group + 99))
   cfg = config(steps=40, validation_interval=25)
-  task = reward_model.Task(lambda step: batches[step % 4], held)
+  task = Task(lambda step: batches[step % 4], held)
   model, params = toy.build("score_mean")
   ctx, log = toy.context(cfg, model, params)
   state = reward_model.run(ctx, task, toy.optimizer(cfg), toy.rate(cfg))

@@ -11,6 +11,7 @@ from jaxalign.config import SFTConfig
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.core.types import TextBatch
 from jaxalign.models.layers import LoraConfig
+from jaxalign.runtime.context import Task
 
 PAIRS = [("ab", "cde"), ("c", "fghi"), ("ab", "j"), ("", "kla")]
 
@@ -137,7 +138,7 @@ def test_run_learns_reports_and_validates(toy):
     jax.tree.map(lambda x, i=i: x[:, i : i + 1], held) for i in (0, 1)
   )
   cfg = config(steps=50, validation_interval=20)
-  task = sft.Task(lambda step: toy.text_batch(PAIRS, 8), held)
+  task = Task(lambda step: toy.text_batch(PAIRS, 8), held)
   ctx, log = toy.context(cfg, model, params)
   state = sft.run(ctx, task, toy.optimizer(cfg), toy.rate(cfg))
   assert int(state.step) == len(log.states) == 50

@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,3 +73,26 @@ def test_inverse_loss_gradient():
   grad = jax.grad(losses.inverse_loss)
   np.testing.assert_allclose(grad(jnp.float32(0.5), 0.1), -0.4, rtol=1e-6)
   assert np.isfinite(grad(jnp.float32(0.0), 0.1))
+
+
+@pytest.mark.parametrize(
+  ("kind", "smoothing", "wanted"),
+  [
+    # βΔ = ln 3: σ = 3/4, so −log σ(βΔ) = ln 4/3 and −log σ(−βΔ) = ln 4.
+    ("sigmoid", 0.0, math.log(4 / 3)),
+    ("sigmoid", 0.25, 0.75 * math.log(4 / 3) + 0.25 * math.log(4)),
+    ("robust", 0.25, (0.75 * math.log(4 / 3) - 0.25 * math.log(4)) / 0.5),
+    ("hinge", 0.0, 0.0),
+    # Δ = 2 ln 3, 1 / 2β = 1.
+    ("ipo", 0.0, (2 * math.log(3) - 1) ** 2),
+  ],
+)
+def test_preference(kind, smoothing, wanted):
+  lead = jnp.array([2 * math.log(3)])
+  found = losses.preference(kind, lead, 0.5, smoothing)
+  np.testing.assert_allclose(found, [wanted], rtol=1e-5, atol=1e-7)
+
+
+def test_hinge_asks_for_a_lead_of_one():
+  found = losses.preference("hinge", jnp.array([-1.0, 1.0, 3.0]), 0.5)
+  np.testing.assert_allclose(found, [1.5, 0.5, 0.0])

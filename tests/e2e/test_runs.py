@@ -243,3 +243,26 @@ def test_reward_model(supervised, lab, tmp_path, read):
     str(tmp_path / "run" / "model"), "AutoModelForSequenceClassification"
   )
   np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["copy", "adapters"])
+def test_dpo(rank, supervised, lab, tmp_path, read):
+  command = supervised(
+    "dpo.py",
+    tmp_path / "run",
+    steps=20,
+    policy=lab.policy,
+    data=lab.pairs,
+    validation_data=lab.pairs,
+    batch_size=8,
+    lora__rank=rank,
+    lora__targets="query_key_value,dense" if rank else "",
+  )
+  assert main.main(command) == 0
+  rows = read(tmp_path / "run" / "metrics.jsonl")
+  assert rows[0]["loss/total"] == pytest.approx(np.log(2), rel=1e-5)
+  assert rows[-1]["eval_rewards/accuracies"] > 0.9
+  theirs, ours = loads_in_transformers(
+    str(tmp_path / "run" / "model"), "AutoModelForCausalLM"
+  )
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)

@@ -1,0 +1,172 @@
+"""Direct preference optimisation: comparisons without a reward model.
+
+Rafailov 2023: the policy itself is the reward model, r(y) = β log π(y)/π₀(y),
+and is trained on comparisons by the loss of one (`losses.preference`). The
+reference π₀ is the policy before training: a frozen copy, or the base under
+LoRA adapters.
+
+Differs from TRL's DPOTrainer: (1) losses are divided once by the pairs of the
+whole batch, so micro-batches and sharding change no gradient; (2) `ipo` takes
+sums over tokens, as its paper does, unless `length_normalised` is set.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float
+
+from jaxalign.core import gradients, losses, optim
+from jaxalign.core.logprobs import target_logprobs
+from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
+from jaxalign.models import lora
+from jaxalign.models.model import Model
+from jaxalign.runtime.context import Context, Task, fit
+
+
+def text_logps(
+  model: Model, params: Params, text: TextBatch, per_token: bool = False
+) -> Float[Array, " B"]:
+  """log π(completion | prompt) of `[B, T]` texts, in nats, without dropout.
+
+  Args:
+    model: of the policy or the reference.
+    params: all of its parameters.
+    text: one text a row; its `loss_mask` says what the completion is.
+    per_token: the mean over a completion's tokens instead of the sum.
+  """
+  module = model.bind(params)
+  hidden, _ = module(text.tokens, text.positions, text.segments)
+  mask = text.loss_mask[:, 1:]
+  logps = target_logprobs(
+    hidden[:, :-1], text.tokens[:, 1:], mask, module.unembed
+  ).sum(axis=1)
+  return logps / jnp.maximum(mask.sum(axis=1), 1) if per_token else logps
+
+
+def make_update(
+  ctx: Context,
+  optimizer: optax.GradientTransformation,
+  rate: Callable[[Array], Array],
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """The update `(state, frozen, prior, batch, key) -> (state, metrics)`."""
+
+  def update(
+    state: TrainState,
+    frozen: Params,
+    prior: Params,
+    batch: TextBatch,
+    key: Array,
+  ) -> tuple[TrainState, Metrics]:
+    pairs = jnp.maximum(_real(batch).sum(), 1)
+
+    def loss(params, micro, key):
+      del key  # no dropout: a ratio of two noisy values is no reward
+      found = pair_losses(ctx, lora.join(params, frozen), prior, micro)
+      total = {name: value.sum() / pairs for name, value in found.items()}
+      return total["loss/total"], total
+
+    _, metrics, grads = gradients.accumulate(loss, state.params, batch, key)
+    lr = rate(state.step)
+    state, norm = optim.apply_gradients(
+      *(state, grads, metrics["loss/total"], lr, optimizer),
+      ctx.config.optimizer.ema,
+    )
+    state = dataclasses.replace(state, step=state.step + 1)
+    return state, metrics | {
+      "grad_norm": norm,
+      "lr": lr,
+      "num_tokens": batch.loss_mask.sum(),
+      "skipped_updates": state.skipped,
+    }
+
+  return update
+
+
+def pair_losses(
+  ctx: Context, params: Params, prior: Params, text: TextBatch
+) -> dict[str, Float[Array, " B"]]:
+  """Loss and metrics of each pair of `[2B, T]` rows; 0 for filler pairs."""
+  config = ctx.config
+  assert ctx.prior is not None
+  logps = text_logps(ctx.model, params, text)
+  before = jax.lax.stop_gradient(text_logps(ctx.prior[0], prior, text))
+  counts = jnp.maximum(text.loss_mask[:, 1:].sum(axis=1), 1)
+  ratio = logps - before
+  scaled = ratio / counts if config.length_normalised else ratio
+  lead = _lead(scaled)
+  chosen, rejected = jnp.split(config.beta * ratio, 2)
+  loss = losses.preference(
+    config.loss, lead, config.beta, config.label_smoothing
+  )
+  nll = -jnp.split(logps / counts, 2)[0]
+  found = {
+    "loss/total": loss + config.sft_coefficient * nll,
+    "loss/preference": loss,
+    "loss/nll": nll,
+    "rewards/chosen": chosen,
+    "rewards/rejected": rejected,
+    "rewards/margins": chosen - rejected,
+    "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
+    "logps/chosen": jnp.split(logps, 2)[0],
+    "logps/rejected": jnp.split(logps, 2)[1],
+  }
+  real = _real(text)
+  return {name: jnp.where(real, value, 0) for name, value in found.items()}
+
+
+def _lead(x: Float[Array, " R"]) -> Float[Array, " B"]:
+  chosen, rejected = jnp.split(x, 2)
+  return chosen - rejected
+
+
+def _real(text: TextBatch) -> Bool[Array, "*M B"]:
+  """Pairs that are no filler: something of the chosen text counts."""
+  counted = text.loss_mask.any(axis=-1)
+  return jnp.split(counted, 2, axis=-1)[0]
+
+
+def run(
+  ctx: Context,
+  task: Task,
+  optimizer: optax.GradientTransformation,
+  rate: Callable[[Array], Array],
+) -> TrainState:
+  """Trains for the config's steps; validates at its interval and at the end."""
+  assert ctx.prior is not None
+  prior = ctx.prior[1]
+  update = ctx.compile(make_update(ctx, optimizer, rate))
+  validate = make_validate(ctx, task.validation) if task.validation else None
+  step = lambda state, frozen, rows, key: update(
+    state, frozen, prior, rows, key
+  )
+  return fit(ctx, task.batch, step, validate)
+
+
+def make_validate(
+  ctx: Context, batches: tuple[TextBatch, ...]
+) -> Callable[[TrainState], Metrics]:
+  """The means of all metrics over held-out pairs, as `eval_...`."""
+
+  @jax.jit
+  def totals(params, frozen, prior, batch):
+    text = jax.tree.map(lambda x: x[0], batch)
+    found = pair_losses(ctx, lora.join(params, frozen), prior, text)
+    return {k: v.sum() for k, v in found.items()}, _real(text).sum()
+
+  @jax.jit
+  def means(parts):
+    count = sum(n for _, n in parts)
+    total = jax.tree.map(lambda *x: sum(x), *[sums for sums, _ in parts])
+    return {f"eval_{k}": v / count for k, v in total.items()}
+
+  def validate(state: TrainState) -> Metrics:
+    assert ctx.prior is not None
+    prior = ctx.prior[1]
+    return means(
+      [totals(state.result, ctx.frozen, prior, ctx.put(b, 1)) for b in batches]
+    )
+
+  return validate
