@@ -97,7 +97,7 @@ SIZES = ("70m", "160m", "410m", "1.4b", "2.8b", "6.9b", "12b")
 
 def lab() -> ConfigDict:
   """A complete run for a laptop."""
-  config = ConfigDict({"algorithm": "superhf", "seed": 0, "steps": 100})
+  config = ConfigDict({"algorithm": "superhf", "seed": 0, "steps": 120})
   config.policy = "lab"
   config.prompts = "lab"
   config.reward_model = "lab"
@@ -130,6 +130,7 @@ def lab() -> ConfigDict:
 def lab_collapse() -> ConfigDict:
   """The lab with nothing that holds the policy near its prior."""
   config = lab()
+  config.steps = 100
   config.kl_coefficient = 0.0  # measured, not added to the loss
   config.optimizer.learning_rate = 1e-3
   return config
