@@ -121,7 +121,7 @@ def lab() -> ConfigDict:
     "warmup_steps": 10,
     "clip_norm": 1.0,
   }
-  config.kl_coefficient = 0.04
+  config.kl_coefficient = 0.05
   config.finetune_batch = 8
   config.validation_interval = 1
   return config
