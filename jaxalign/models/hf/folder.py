@@ -215,9 +215,14 @@ def _check_sizes(where: str, config: Any) -> None:
       f"{where}: hidden_size {width} cannot be split over {heads} heads"
     )
   rotated = int(config.head_dim * getattr(config, "rotary_fraction", 1))
-  if hasattr(config, "rotary_base") and rotated % 2:
+  # An odd part is rounded up, which a whole head has no room for.
+  if (
+    hasattr(config, "rotary_base")
+    and rotated % 2
+    and rotated >= config.head_dim
+  ):
     raise UserError(
-      f"{where}: {rotated} features of each head are rotated in pairs; their "
+      f"{where}: all {rotated} features of a head are rotated in pairs; their "
       "number must be even"
     )
   if heads % getattr(config, "kv_heads", heads):

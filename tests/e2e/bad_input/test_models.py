@@ -52,9 +52,9 @@ def has_a_word_for_scaling(folder):
 
 
 def rotates_odd_widths(folder):
+  whole = {"rope_type": "default", "partial_rotary_factor": 1.0}
   change_json(
-    folder / "config.json",
-    rope_parameters={"rope_type": "default", "partial_rotary_factor": 0.375},
+    folder / "config.json", rope_parameters=whole, num_attention_heads=16
   )
 
 
@@ -180,7 +180,7 @@ FOLDERS = [
 
 POLICIES = [
   (has_a_word_for_scaling, "rope_parameters must be an object, got 'linear'"),
-  (rotates_odd_widths, "3 features of each head are rotated in pairs"),
+  (rotates_odd_widths, "all 1 features of a head are rotated in pairs"),
 ]
 
 
