@@ -319,13 +319,21 @@ def test_an_unknown_field_like_no_other_lists_its_section():
 
 def test_an_unknown_algorithm_names_the_nearest():
   assert fail({}, algorithm="superhv") == (
-    "config.algorithm must be one of superhf, sft, reward_model, got "
-    "'superhv'; did you mean 'superhf'?"
+    "config.algorithm must be one of superhf, sft, reward_model, dpo, "
+    "got 'superhv'; did you mean 'superhf'?"
   )
   with pytest.raises(UserError, match="got None"):
     configs.from_mapping({})
   with pytest.raises(UserError, match="must be a mapping, got list"):
     configs.from_mapping([1])
+
+
+def test_smoothing_belongs_to_two_losses():
+  wrong = {"loss": "ipo", "label_smoothing": 0.1}
+  assert fail(wrong, algorithm="dpo") == (
+    "config.label_smoothing must be 0 while loss='ipo', got 0.1; sigmoid and "
+    "robust have it"
+  )
 
 
 def test_supervised_rules():
