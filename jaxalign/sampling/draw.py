@@ -182,14 +182,19 @@ def least_of_top_p(
 
   def search():
     # A power of two: weights of few bits become integers without rounding.
-    scale = _power_of_two(WHOLE / weights.sum(axis=1))
+    total = weights.sum(axis=1)
+    scale = _power_of_two(WHOLE / total)
 
     def share(w):  # of a [B, ...] array
       by_row = jnp.expand_dims(scale, range(1, w.ndim))
       return (w * by_row + 0.5).astype(jnp.int32)
 
+    total = jax.lax.cond(
+      (least > 0).any(),
+      lambda: jnp.where(weights >= least[:, None], weights, 0).sum(axis=1),
+      lambda: total,
+    )
     # The goal is of the exact mass: as integers the least tokens are 0.
-    total = jnp.where(weights >= least[:, None], weights, 0).sum(axis=1)
     goal = jnp.ceil(top_p * total * scale).astype(jnp.int32)
     # The tokens below this bound cannot hold a share of 1 - top_p together.
     low = 0.99 * (1 - top_p) * total / weights.shape[1]
