@@ -16,10 +16,10 @@ tokens are TRL's; 64 pairs an update as in Rafailov 2023.
 
 Deviations: see the head of jaxalign/algorithms/dpo.py.
 
-Expected result: `rewards/accuracies` rises above one half; the log has the
-figures of the lab's run.
+Expected result: `rewards/accuracies` rises above one half. No run of either
+preset is on record yet.
 
-Time and memory: `lab` takes minutes on 2 CPU cores. A full fine-tuning of N
+Time and memory: a full fine-tuning of N
 parameters takes 16 N bytes for parameters, gradients and Adam, and 4 N for the
 reference; with LoRA the reference costs nothing. A sum over the shapes, not a
 measurement.

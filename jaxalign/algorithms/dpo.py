@@ -27,7 +27,7 @@ from jaxalign.runtime.context import Context, Task, fit
 
 
 def text_logps(
-  model: Model, params: Params, text: TextBatch, per_token: bool = False
+  model: Model, params: Params, text: TextBatch
 ) -> Float[Array, " B"]:
   """log π(completion | prompt) of `[B, T]` texts, in nats, without dropout.
 
@@ -35,15 +35,13 @@ def text_logps(
     model: of the policy or the reference.
     params: all of its parameters.
     text: one text a row; its `loss_mask` says what the completion is.
-    per_token: the mean over a completion's tokens instead of the sum.
   """
   module = model.bind(params)
   hidden, _ = module(text.tokens, text.positions, text.segments)
   mask = text.loss_mask[:, 1:]
-  logps = target_logprobs(
+  return target_logprobs(
     hidden[:, :-1], text.tokens[:, 1:], mask, module.unembed
   ).sum(axis=1)
-  return logps / jnp.maximum(mask.sum(axis=1), 1) if per_token else logps
 
 
 def make_update(
@@ -96,11 +94,12 @@ def pair_losses(
   counts = jnp.maximum(text.loss_mask[:, 1:].sum(axis=1), 1)
   ratio = logps - before
   scaled = ratio / counts if config.length_normalised else ratio
-  lead = _lead(scaled)
-  chosen, rejected = jnp.split(config.beta * ratio, 2)
+  better, worse = jnp.split(scaled, 2)
   loss = losses.preference(
-    config.loss, lead, config.beta, config.label_smoothing
+    config.loss, better - worse, config.beta, config.label_smoothing
   )
+  chosen, rejected = jnp.split(config.beta * ratio, 2)
+  chosen_logp, rejected_logp = jnp.split(logps, 2)
   nll = -jnp.split(logps / counts, 2)[0]
   found = {
     "loss/total": loss + config.sft_coefficient * nll,
@@ -110,16 +109,11 @@ def pair_losses(
     "rewards/rejected": rejected,
     "rewards/margins": chosen - rejected,
     "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
-    "logps/chosen": jnp.split(logps, 2)[0],
-    "logps/rejected": jnp.split(logps, 2)[1],
+    "logps/chosen": chosen_logp,
+    "logps/rejected": rejected_logp,
   }
   real = _real(text)
   return {name: jnp.where(real, value, 0) for name, value in found.items()}
-
-
-def _lead(x: Float[Array, " R"]) -> Float[Array, " B"]:
-  chosen, rejected = jnp.split(x, 2)
-  return chosen - rejected
 
 
 def _real(text: TextBatch) -> Bool[Array, "*M B"]:
