@@ -127,6 +127,11 @@ def test_a_whole_number_counts_as_a_number():
       "write 10:13 for steps 10, 11 and 12",
     ),
     (
+      {"profile_steps": "10:13", "steps": 10},
+      "config.profile_steps must begin before the run's end at steps=10, got "
+      "'10:13'; steps are counted from 0",
+    ),
+    (
       {"validation_interval": 5},
       "config.validation_interval must be 0 while test_reward_model is empty, "
       "got 5; name a test_reward_model or set the interval to 0",

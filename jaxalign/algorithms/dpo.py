@@ -10,7 +10,6 @@ whole batch, so micro-batches and sharding change no gradient; (2) `ipo` takes
 sums over tokens, as its paper does, unless `length_normalised` is set.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -66,19 +65,11 @@ def make_update(
       total = {name: value.sum() / pairs for name, value in found.items()}
       return total["loss/total"], total
 
-    _, metrics, grads = gradients.accumulate(loss, state.params, batch, key)
-    lr = rate(state.step)
-    state, norm = optim.apply_gradients(
-      *(state, grads, metrics["loss/total"], lr, optimizer),
-      ctx.config.optimizer.ema,
+    value, found, grads = gradients.accumulate(loss, state.params, batch, key)
+    state, metrics = optim.train_step(
+      state, grads, value, rate, optimizer, ctx.config.optimizer.ema
     )
-    state = dataclasses.replace(state, step=state.step + 1)
-    return state, metrics | {
-      "grad_norm": norm,
-      "lr": lr,
-      "num_tokens": batch.loss_mask.sum(),
-      "skipped_updates": state.skipped,
-    }
+    return state, metrics | found | {"num_tokens": batch.loss_mask.sum()}
 
   return update
 

@@ -128,18 +128,11 @@ def make_update(
         "loss/distill": square.sum() / rows,
       }
 
-    value, metrics, grads = gradients.accumulate(loss, state.params, batch, key)
-    lr = rate(state.step)
-    state, norm = optim.apply_gradients(
-      state, grads, value, lr, optimizer, config.optimizer.ema
+    value, found, grads = gradients.accumulate(loss, state.params, batch, key)
+    state, metrics = optim.train_step(
+      state, grads, value, rate, optimizer, config.optimizer.ema
     )
-    state = dataclasses.replace(state, step=state.step + 1)
-    return state, metrics | {
-      "loss/total": value,
-      "grad_norm": norm,
-      "lr": lr,
-      "skipped_updates": state.skipped,
-    }
+    return state, metrics | found | {"loss/total": value}
 
   return update
 

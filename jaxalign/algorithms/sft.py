@@ -9,7 +9,6 @@ never by token id, so the end token is trained although it may also pad;
 (2) packed texts do not attend to each other.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -61,16 +60,8 @@ def make_update(
       return nll(model, lora.join(params, frozen), micro, key, count)[0], {}
 
     value, _, grads = gradients.accumulate(loss, state.params, batch, key)
-    lr = rate(state.step)
-    state, norm = optim.apply_gradients(state, grads, value, lr, optimizer, ema)
-    state = dataclasses.replace(state, step=state.step + 1)
-    return state, {
-      "loss/nll": value,
-      "grad_norm": norm,
-      "lr": lr,
-      "num_tokens": count,
-      "skipped_updates": state.skipped,
-    }
+    state, metrics = optim.train_step(state, grads, value, rate, optimizer, ema)
+    return state, metrics | {"loss/nll": value, "num_tokens": count}
 
   return update
 

@@ -164,6 +164,9 @@ def make_update(
       loss, state.params, batch, key
     )
     lr = rate(state.step)
+    # A mean negative log-likelihood below 0 is a fault; the update is left
+    # out, as in the released code.
+    total = jnp.where(total < 0, jnp.nan, total)
     state, norm = optim.apply_gradients(
       state, grads, total, lr, optimizer, config.optimizer.ema
     )

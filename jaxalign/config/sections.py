@@ -279,6 +279,12 @@ class TrainingConfig:
       "write 10:13 for steps 10, 11 and 12",
     )
     yield Rule(
+      "profile_steps",
+      span is None or not self.steps or int(span[1]) < self.steps,
+      f"must begin before the run's end at steps={self.steps}",
+      "steps are counted from 0",
+    )
+    yield Rule(
       "init.tokenizer",
       self.policy != "init" or bool(self.init.tokenizer),
       "must be a folder or a hub id while policy='init'",

@@ -5,6 +5,7 @@ schedule and hands it over, because SuperHF holds it through a superbatch
 that may take several optimizer updates.
 """
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int
 
-from jaxalign.core.types import Params, TrainState
+from jaxalign.core.types import Metrics, Params, TrainState
 
 
 def make_optimizer(
@@ -95,15 +96,12 @@ def apply_gradients(
 ) -> tuple[TrainState, Float[Array, ""]]:
   """One update, left out and counted if loss or gradients are not finite.
 
-  SuperHF also leaves out a negative loss: a mean negative log-likelihood
-  cannot be one.
-
   Returns:
     The new state (its `step` unchanged) and the gradients' global norm
     before clipping.
   """
   norm = optax.tree.norm(gradients)
-  good = jnp.isfinite(loss) & jnp.isfinite(norm) & (loss >= 0)
+  good = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(
     gradients, state.opt_state, state.params
   )
@@ -125,6 +123,31 @@ def apply_gradients(
     skipped=state.skipped + ~good,
     ema=pick(ema, state.ema),
   ), norm
+
+
+def train_step(
+  state: TrainState,
+  gradients: Params,
+  loss: Float[Array, ""],
+  rate: Callable[[Array], Array],
+  optimizer: optax.GradientTransformation,
+  ema_decay: float = 0.0,
+) -> tuple[TrainState, Metrics]:
+  """`apply_gradients` at the schedule's rate, and one more step done.
+
+  Returns:
+    The new state, and the metrics that every training step has.
+  """
+  lr = rate(state.step)
+  state, norm = apply_gradients(
+    state, gradients, loss, lr, optimizer, ema_decay
+  )
+  state = dataclasses.replace(state, step=state.step + 1)
+  return state, {
+    "grad_norm": norm,
+    "lr": lr,
+    "skipped_updates": state.skipped,
+  }
 
 
 def init_state(

@@ -6,6 +6,8 @@ Orbax, flags or a mesh, and a test hands it fakes.
 
 import contextlib
 import dataclasses
+import difflib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +20,8 @@ from jaxalign.models.model import Model
 from jaxalign.runtime import profile
 
 Rows = Sequence[dict[str, Any]]  # of samples.jsonl
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +145,7 @@ class Recorder:
     self._stop, self._profiler = stop, profiler
     self._done, self._steps, self._every = done, steps, every
     self.counters = counters
-    self._best_by = best_by
+    self._best_by, self._best_known = best_by, False
     self._seconds: dict[str, float] = {}
     self._last = time.perf_counter()
     self._pending: tuple[int, Metrics, Rows] | None = None
@@ -173,9 +177,24 @@ class Recorder:
     self._saver.check()
     last = step + 1 == self._steps
     if last or self._stop.requested or self._saver.due(step + 1):
-      score = self._flush().get(self._best_by)
+      values = self._flush()
+      self._check_best(values)
+      score = values.get(self._best_by)
       extra = {"files": self._log.offsets(), "counters": self.counters}
       self._saver.save(step + 1, state, extra, score=score)
+
+  def _check_best(self, values: Metrics) -> None:
+    """Says once if no step so far had the metric that `keep_best` names."""
+    if self._best_by and not self._best_known:
+      self._best_known = True
+      near = difflib.get_close_matches(self._best_by, values, 1, 0)
+      _log.warning(
+        "config.checkpoint.keep_best=%s: no step has reported it so far, so no "
+        "checkpoint can be the best; did you mean %s? Of the metrics, those "
+        "of validation come every config.validation_interval steps",
+        self._best_by,
+        *near,
+      )
 
   def _flush(self) -> Metrics:
     """Writes what is pending, if anything is; returns its values."""
@@ -185,6 +204,7 @@ class Recorder:
     self._pending = None
     values = {k: _number(v) for k, v in jax.device_get(metrics).items()}
     values |= throughput(values)
+    self._best_known |= self._best_by in values
     # An evaluation's line is never thinned out.
     evaluated = any(name.startswith("eval_") for name in values)
     if evaluated or due(step, self._every, self._steps):

@@ -207,3 +207,14 @@ def test_run_learns_to_prefer(toy):
   at = [i + 1 for i, m in enumerate(log.metrics) if "eval_loss/total" in m]
   assert at == [15, 30]
   assert isinstance(batches[0], TextBatch)
+
+
+def test_a_loss_below_zero_is_an_update(toy):
+  """`robust` is unbounded below; only what is not finite is left out."""
+  cfg = config(loss="robust", label_smoothing=0.4, beta=2.0)
+  _, found = updated(toy, cfg, pairs(toy, PAIRS[:1]))
+  turned = [(prompt, bad, good) for prompt, good, bad in PAIRS[:1]]
+  ahead = PAIRS[:1] if found["rewards/margins"] > 0 else turned
+  state, found = updated(toy, cfg, pairs(toy, ahead))
+  assert float(found["loss/total"]) < 0
+  assert int(state.skipped) == 0

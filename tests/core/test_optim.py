@@ -168,7 +168,6 @@ def test_every_optimizer_goes_downhill(name):
 BAD = {
   "loss is nan": (math.nan, 1.0),
   "loss is inf": (math.inf, 1.0),
-  "loss is negative": (-0.5, 1.0),
   "gradient is nan": (1.0, math.nan),
   "gradient is inf": (1.0, math.inf),
 }

@@ -42,7 +42,9 @@ class Calls(list):
     self.append(("save", step, int(state.step), extra["files"], counters))
 
 
-def record(steps, done=0, saves=(), stop_after=None, every=1, more=()):
+def record(
+  steps, done=0, saves=(), stop_after=None, every=1, more=(), best_by="n"
+):
   """Drives a recorder through its steps; returns what it called."""
   calls = Calls(saves)
   stop = types.SimpleNamespace(requested=False)
@@ -57,7 +59,7 @@ def record(steps, done=0, saves=(), stop_after=None, every=1, more=()):
     steps=steps,
     counters={"exceptions": 1},
     every=every,
-    best_by="n",
+    best_by=best_by,
   )
   for step in recorder.steps():
     calls.append(("step", step))
@@ -131,3 +133,17 @@ def test_throughput_is_of_what_was_counted():
 
 def test_a_save_is_judged_by_its_own_step():
   assert record(6, saves=(2, 4)).scores == [1.0, 3.0, 5.0]
+
+
+def test_a_misspelt_best_metric_is_said_once(caplog):
+  assert record(6, saves=(2, 4), best_by="times/step_s").scores == [None] * 3
+  (said,) = caplog.messages
+  assert "keep_best=times/step_s: no step has reported it" in said
+  assert "did you mean time/step_s?" in said
+
+
+def test_a_metric_of_some_steps_is_a_known_one(caplog):
+  """Reported at the first step only, absent at the save itself."""
+  scores = record(3, more=(0,), best_by="eval_score/mean").scores
+  assert scores == [None]
+  assert not caplog.messages
