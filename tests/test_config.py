@@ -324,7 +324,7 @@ def test_an_unknown_field_like_no_other_lists_its_section():
 
 def test_an_unknown_algorithm_names_the_nearest():
   assert fail({}, algorithm="superhv") == (
-    "config.algorithm must be one of superhf, sft, reward_model, dpo, "
+    "config.algorithm must be one of superhf, ppo, sft, reward_model, dpo, "
     "got 'superhv'; did you mean 'superhf'?"
   )
   with pytest.raises(UserError, match="got None"):

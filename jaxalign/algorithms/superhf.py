@@ -18,7 +18,6 @@ Differs from the released code, because it is broken there:
 """
 
 import dataclasses
-import logging
 from collections.abc import Callable
 
 import jax
@@ -30,38 +29,11 @@ from jaxtyping import Array, Float, Int
 from jaxalign.config import SuperbatchConfig
 from jaxalign.core import filters, gradients, keys, losses, masked, optim
 from jaxalign.core.logprobs import logprobs_and_kl, target_logprobs
-from jaxalign.core.types import Answers, KeptBatch, Metrics, Params, TrainState
-from jaxalign.errors import UserError
+from jaxalign.core.types import KeptBatch, Metrics, Params, TrainState
 from jaxalign.models import lora
-from jaxalign.runtime import answers as reports
+from jaxalign.runtime import answers
+from jaxalign.runtime.answers import Tools
 from jaxalign.runtime.context import Context, due
-
-_log = logging.getLogger(__name__)
-
-Score = Callable[[list[str], list[str]], Float[np.ndarray, " B"]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tools:
-  """What a superbatch needs, as functions of plain values.
-
-  Attributes:
-    prompts: step -> the prompts of that superbatch.
-    sample: (params, prompts, samples a prompt, key) -> Answers.
-    score: (prompts, completions) -> raw logits, higher is better.
-    held_out: the same by a reward model that is never trained against.
-    encode: (answers, indices to keep) -> the updates' batches `[M, B, T]`.
-    diversity: (prompts, completions, kept completions) -> metrics.
-    evaluate: params -> metrics on prompts that are kept aside.
-  """
-
-  prompts: Callable[[int], list[str]]
-  sample: Callable[[Params, list[str], int, Array], Answers]
-  score: Score
-  held_out: Score | None
-  encode: Callable[[Answers, np.ndarray], list[KeptBatch]]
-  diversity: Callable[[list[str], list[str], list[str]], Metrics]
-  evaluate: Callable[[Params], Metrics] | None = None
 
 
 def run(
@@ -76,21 +48,14 @@ def run(
   prior = ctx.prior[1] if ctx.prior else None
   for step in ctx.steps():
     key = keys.fold(ctx.key, step)
-    metrics, rows = {}, []
-    try:
-      answers, scores = _sample_and_score(ctx, tools, state, step, key)
-      kept = keep_best(scores, config.superbatch)
-      batches = tools.encode(answers, kept)
-    except UserError:
-      raise  # a mistake in the input does not go away
-    except Exception:
-      # Out of memory, no usable answer: tolerated up to a set number, as in
-      # the released code, but never hidden.
-      ctx.counters["exceptions"] = ctx.counters.get("exceptions", 0) + 1
-      if ctx.counters["exceptions"] > config.max_exception_count:
-        raise
-      _log.exception("superbatch %d failed and is left out", step + 1)
-    else:
+    metrics, rows, chosen = {}, [], None
+    with answers.tolerated(ctx, step):
+      params = lora.join(state.params, ctx.frozen)
+      scored = answers.draw(ctx, tools, params, step, key)
+      kept = keep_best(scored.scores, config.superbatch)
+      chosen = scored, kept, tools.encode(scored.answers, kept)
+    if chosen:
+      scored, kept, batches = chosen
       with ctx.stage("update"):
         found = []
         for i, batch in enumerate(batches):
@@ -100,14 +65,11 @@ def run(
         # The next samples need these parameters anyway; waiting here costs
         # no overlap and keeps the stages' times honest.
         jax.block_until_ready(found)
-      with ctx.stage("score"):
-        test = due(step, config.validation_interval, config.steps)
-        tested = _held_out_scores(tools, answers) if test else None
-      metrics = _update_metrics(found)
-      metrics |= reports.measure(answers, scores, tested, kept)
-      texts = [answers.texts[i] for i in kept]
-      metrics |= tools.diversity(answers.asked, answers.texts, texts)
-      rows = reports.rows(step, answers, scores, tested, kept)
+      metrics = _update_metrics(found) | answers.measure(scored, kept)
+      texts = scored.answers.texts
+      best = [texts[i] for i in kept]
+      metrics |= tools.diversity(scored.answers.asked, texts, best)
+      rows = answers.rows(step, scored, kept)
     if tools.evaluate and due(step, config.evaluation.interval, config.steps):
       with ctx.stage("evaluate"):
         metrics |= tools.evaluate(lora.join(state.result, ctx.frozen))
@@ -210,29 +172,6 @@ def _text_losses(
   if ctx.model.lora is None or ctx.model.lora.dropout == 0:
     measured["logp_diff_max"] = jnp.where(known, gap, 0).max()
   return -logp.sum(), masked.row_means(kl, mask).sum(), measured
-
-
-def _sample_and_score(ctx, tools: Tools, state, step, key):
-  """Answers, and scores `[P, S]` with −inf where an answer is unusable."""
-  config = ctx.config
-  with ctx.stage("sample"):
-    params = lora.join(state.params, ctx.frozen)
-    answers = tools.sample(
-      params, tools.prompts(step), config.superbatch.samples_per_prompt, key
-    )
-  with ctx.stage("score"):
-    scores = np.array(tools.score(answers.asked, answers.texts), np.float64)
-  chars = np.array([len(t) for t in answers.texts])
-  # The option's help said λ · length; the code took the logarithm.
-  scores -= config.length_penalty * np.log(np.maximum(chars, 1))
-  scores[(chars == 0) | ~np.isfinite(scores)] = -np.inf
-  return answers, scores.reshape(len(answers.prompts), -1)
-
-
-def _held_out_scores(tools: Tools, answers: Answers):
-  if tools.held_out is None:
-    return None
-  return np.asarray(tools.held_out(answers.asked, answers.texts))
 
 
 @jax.jit

@@ -1,8 +1,8 @@
-"""The prompts of a SuperHF run, and whether each of them fits the model."""
+"""The prompts of an online run, and whether each of them fits the model."""
 
 import dataclasses
 
-from jaxalign.config import SuperHFConfig
+from jaxalign.config import OnlineConfig
 from jaxalign.data import prompts
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
@@ -19,7 +19,7 @@ class Questions:
 
 
 def load_questions(
-  config: SuperHFConfig, tokenizer: Tokenizer, context: int
+  config: OnlineConfig, tokenizer: Tokenizer, context: int
 ) -> Questions:
   """Loads, filters, shuffles and checks the prompts.
 
@@ -63,7 +63,7 @@ def load_questions(
 
 
 def check_lengths(
-  config: SuperHFConfig,
+  config: OnlineConfig,
   texts: tuple[str, ...],
   tokenizer: Tokenizer,
   context: int,

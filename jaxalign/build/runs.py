@@ -1,22 +1,26 @@
 """Runs a config: what `main` calls once it is valid."""
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from jaxalign.algorithms import dpo, reward_model, sft, superhf
+from jaxalign.algorithms import dpo, ppo, reward_model, sft, superhf
 from jaxalign.build import (
   export,
   models,
+  online,
   preferences,
   questions,
   session,
   supervised,
 )
-from jaxalign.build import superhf as superhf_tools
+from jaxalign.build import ppo as build_ppo
+from jaxalign.build.superhf import encode_kept
 from jaxalign.config import (
   DPOConfig,
+  PPOConfig,
   RewardModelConfig,
   SFTConfig,
   SuperHFConfig,
@@ -91,11 +95,12 @@ def run_superhf(config: SuperHFConfig, folder: pathlib.Path) -> int:
   """SuperHF."""
   mesh = _mesh(config)
   opened = models.open_policy(config, mesh, "lm")
-  scorers = superhf_tools.open_scorers(config, mesh)
+  scorers = online.open_scorers(config, mesh)
   context = opened.model.config.max_positions
   asked = questions.load_questions(config, opened.tokenizer, context)
   policy = opened.load()
-  tools = superhf_tools.make_tools(config, policy, mesh, asked, scorers)
+  encode = functools.partial(encode_kept, config, policy, mesh)
+  tools = online.make_tools(config, policy, mesh, asked, scorers, encode)
   return _train(
     superhf.run,
     config,
@@ -105,6 +110,33 @@ def run_superhf(config: SuperHFConfig, folder: pathlib.Path) -> int:
     tools,
     config.steps,
     reference=config.reference != "none",
+  )
+
+
+def run_ppo(config: PPOConfig, folder: pathlib.Path) -> int:
+  """PPO, and its group-baseline relatives."""
+  mesh = _mesh(config)
+  name = "micro_batch" if config.micro_batch else "minibatch"
+  meshes.check_rows(mesh, config.micro_rows, f"config.{name}")
+  opened = models.open_policy(config, mesh, "lm")
+  value = build_ppo.open_critic(config, opened, mesh)
+  scorers = online.open_scorers(config, mesh)
+  context = opened.model.config.max_positions
+  asked = questions.load_questions(config, opened.tokenizer, context)
+  policy = opened.load()
+  critic = value(policy)
+  encode = functools.partial(build_ppo.encode_rollout, config, policy, mesh)
+  tools = online.make_tools(config, policy, mesh, asked, scorers, encode)
+  return _train(
+    ppo.run,
+    config,
+    folder,
+    dataclasses.replace(policy, params=critic.beside(policy.params)),
+    mesh,
+    build_ppo.tools_of(tools, critic, policy.tokenizer),
+    config.steps,
+    reference=True,
+    carried=ppo.first_carried(config),
   )
 
 
@@ -127,10 +159,13 @@ def _train(
   task: Any,
   steps: int,
   reference: bool = False,
+  carried: Any = None,
 ) -> int:
   config = dataclasses.replace(config, steps=steps)
   policy = session.Policy(loaded.model, loaded.params, loaded.tokenizer, mesh)
-  opened = session.open_session(config, folder, policy, reference=reference)
+  opened = session.open_session(
+    config, folder, policy, reference=reference, carried=carried
+  )
   with opened as (ctx, stop):
     state = algorithm(
       ctx, task, session.make_optimizer(config), session.make_rate(config)
@@ -146,4 +181,5 @@ RUNS: dict[str, Callable[[Any, pathlib.Path], int]] = {
   "reward_model": run_reward_model,
   "dpo": run_dpo,
   "superhf": run_superhf,
+  "ppo": run_ppo,
 }

@@ -21,6 +21,7 @@ from jaxalign.core import optim
 from jaxalign.core.types import Params, TrainState
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.models import lora
+from jaxalign.models.heads import policy_of
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
 from jaxalign.runtime import (
@@ -71,6 +72,7 @@ def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
     eps=o.eps,
     weight_decay=o.weight_decay,
     clip_norm=o.clip_norm,
+    ratios=config.learning_rate_ratios,
   )
 
 
@@ -117,6 +119,7 @@ def open_session(
   policy: Policy,
   *,
   reference: bool = False,
+  carried: Any = None,
 ) -> Iterator[tuple[Context, signals.Stop]]:
   """Opens the run's folder and yields the `Context` its algorithm is handed.
 
@@ -125,6 +128,7 @@ def open_session(
     folder: the run's folder; a run that stands there already goes on.
     policy: its parameters are consumed by the first update.
     reference: keep the policy as it was before training, for a KL.
+    carried: what the algorithm keeps besides, before the first step.
   """
   with (
     contextlib.closing(open_folder(config, folder)) as run,
@@ -132,7 +136,7 @@ def open_session(
   ):
     environment.write(run.path)
     prior = _prior(policy) if reference else None
-    start, places = _begin(config, policy, saver)
+    start, places = _begin(config, policy, saver, carried)
     title = f"{config.algorithm} {run.path.name}"
     with (
       contextlib.closing(_open_metrics(config, run, start)) as log,
@@ -183,13 +187,17 @@ def _open_checkpoints(
 
 
 def _begin(
-  config: TrainingConfig, policy: Policy, saver: checkpoint.Checkpointer
+  config: TrainingConfig,
+  policy: Policy,
+  saver: checkpoint.Checkpointer,
+  carried: Any,
 ) -> tuple[checkpoint.Restored, TrainState]:
   """Where the run stands, new or restored, and the state's shardings."""
   init = functools.partial(
     optim.init_state,
     optimizer=make_optimizer(config),
     ema_decay=config.optimizer.ema,
+    carried=carried,
   )
   shapes = jax.eval_shape(init, policy.trained)
   places = meshes.shardings(shapes, policy.mesh)
@@ -254,5 +262,5 @@ def _prior(policy: Policy) -> tuple[Model, Params]:
   """The policy before training: adapters left out, or a copy of its own."""
   if policy.model.lora:
     return policy.model.without_lora(), policy.frozen
-  copy = jax.tree.map(lambda x: x.copy(), policy.params)
+  copy = jax.tree.map(lambda x: x.copy(), policy_of(policy.params))
   return policy.model, copy

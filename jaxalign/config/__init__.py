@@ -10,6 +10,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxalign.config.fields import Row, describe
+from jaxalign.config.online import OnlineConfig
+from jaxalign.config.ppo import (
+  KLConfig,
+  PPOConfig,
+  RolloutConfig,
+  ShapingConfig,
+)
 from jaxalign.config.read import override, read
 from jaxalign.config.sections import (
   CheckpointConfig,
@@ -42,16 +49,21 @@ __all__ = [
   "DPOConfig",
   "EvaluationConfig",
   "InitConfig",
+  "KLConfig",
   "LoraConfig",
   "MeshConfig",
   "MetricsConfig",
+  "OnlineConfig",
   "OptimizerConfig",
+  "PPOConfig",
   "PrecisionConfig",
   "RewardModelConfig",
+  "RolloutConfig",
   "Row",
   "SFTConfig",
   "SamplingConfig",
   "ScoringConfig",
+  "ShapingConfig",
   "SuperHFConfig",
   "SuperbatchConfig",
   "SupervisedConfig",
@@ -64,6 +76,7 @@ __all__ = [
 
 CONFIGS: dict[str, type[TrainingConfig]] = {
   "superhf": SuperHFConfig,
+  "ppo": PPOConfig,
   "sft": SFTConfig,
   "reward_model": RewardModelConfig,
   "dpo": DPOConfig,

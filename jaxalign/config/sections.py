@@ -262,6 +262,11 @@ class TrainingConfig:
     True, "keep compiled programs on disk for the next start"
   )
 
+  @property
+  def learning_rate_ratios(self) -> dict[str, float]:
+    """Parts of the parameters that have a learning rate of their own."""
+    return {}
+
   def rules(self) -> Iterator[Rule]:
     """What holds for every training run."""
     yield Rule(

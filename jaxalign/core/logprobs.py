@@ -240,6 +240,47 @@ def logprobs_and_kl(
   return over_counted(fn, mask, hidden, prior, targets)
 
 
+def logprobs_and_entropy(
+  hidden: Float[Array, "B T D"],
+  targets: Int[Array, "B T"],
+  mask: Bool[Array, "B T"],
+  unembed: Unembed,
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+  """The log p(target) and the entropy −Σ_v p(v) log p(v), in nats."""
+
+  def fn(h, t):
+    logp = jax.nn.log_softmax(unembed(h))
+    return _select(logp, t), _entropy(logp)
+
+  return over_counted(fn, mask, hidden, targets)
+
+
+def reverse_kl(
+  hidden: Float[Array, "B T D"],
+  prior: Float[Array, "B T D"],
+  mask: Bool[Array, "B T"],
+  unembed: Unembed,
+  prior_unembed: Unembed,
+) -> Float[Array, "B T"]:
+  """The exact KL(policy ‖ prior) at each position, in nats.
+
+  Σ_v p(v) (log p(v) − log p₀(v)); no gradient flows into the prior.
+  """
+
+  def fn(h, h0):
+    logp = jax.nn.log_softmax(unembed(h))
+    logp0 = jax.lax.stop_gradient(jax.nn.log_softmax(prior_unembed(h0)))
+    p = jnp.exp(logp)
+    return jnp.where(p > 0, p * (logp - logp0), 0).sum(axis=-1)
+
+  return over_counted(fn, mask, hidden, prior)
+
+
+def _entropy(logp: Array) -> Array:
+  p = jnp.exp(logp)
+  return -jnp.where(p > 0, p * logp, 0).sum(axis=-1)
+
+
 def _select(logp: Array, targets: Array) -> Array:
   return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
 

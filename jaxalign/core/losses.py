@@ -66,6 +66,70 @@ def preference(
   return (lead - 1 / (2 * beta)) ** 2
 
 
+def policy_gradient(
+  log_ratio: Float[Array, "*#B"],
+  advantage: Float[Array, "*#B"],
+  low: float,
+  high: float,
+  dual: float = 0.0,
+) -> Float[Array, "..."]:
+  """max(−Aρ, −A clip(ρ, 1 − low, 1 + high)), ρ = π/π_old (Schulman 2017).
+
+  Args:
+    log_ratio: ln ρ, in nats.
+    advantage: A.
+    low: how far ρ may fall, in [0, 1).
+    high: how far it may rise, > 0.
+    dual: c > 1; the loss of a bad action (A < 0) is at most −cA, however
+      likely the action has become (Ye 2020); 0 = no such bound.
+  """
+  ratio = jnp.exp(log_ratio)
+  clipped = jnp.clip(ratio, 1 - low, 1 + high)
+  loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
+  if dual:
+    loss = jnp.where(advantage < 0, jnp.minimum(loss, -dual * advantage), loss)
+  return loss
+
+
+def value(
+  values: Float[Array, "*#B"],
+  before: Float[Array, "*#B"],
+  returns: Float[Array, "*#B"],
+  clip: float = 0.0,
+) -> Float[Array, "..."]:
+  """½ max((V − R)², (clip(V, V_old ± ε) − R)²), as in OpenAI's baselines.
+
+  Args:
+    values: V, now.
+    before: V_old, when the answer was drawn.
+    returns: R.
+    clip: ε; 0 = ½ (V − R)².
+  """
+  loss = (values - returns) ** 2
+  if clip:
+    near = jnp.clip(values, before - clip, before + clip)
+    loss = jnp.maximum(loss, (near - returns) ** 2)
+  return 0.5 * loss
+
+
+def divergence(kind: str, log_ratio: Float[Array, "*B"]) -> Float[Array, "*B"]:
+  """What one token tells of KL(π ‖ π₀); Δ = ln π/π₀ of a token drawn from π.
+
+  k1: Δ, unbiased, may be negative.
+  k2: ½Δ², biased, small variance.
+  k3: exp(−Δ) − 1 + Δ, unbiased and never negative (Schulman 2020).
+  abs: |Δ|.
+  """
+  if kind == "k1":
+    return log_ratio
+  if kind == "k2":
+    return 0.5 * log_ratio**2
+  if kind == "k3":
+    return jnp.expm1(-log_ratio) + log_ratio
+  assert kind == "abs", kind
+  return jnp.abs(log_ratio)
+
+
 def inverse_loss(nll: Float[Array, ""], coefficient: float) -> Float[Array, ""]:
   """C / loss, SuperHF's guard against zero-entropy states; 0 turns it off.
 

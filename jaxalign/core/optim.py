@@ -6,7 +6,8 @@ that may take several optimizer updates.
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ def make_optimizer(
   eps: float,
   weight_decay: float,
   clip_norm: float,
+  ratios: Mapping[str, float] | None = None,
 ) -> optax.GradientTransformation:
   """The direction of an update; `apply_gradients` multiplies it by −lr.
 
@@ -35,6 +37,8 @@ def make_optimizer(
     weight_decay: decoupled, multiplied by the learning rate, on all leaves
       as torch's AdamW does.
     clip_norm: largest global gradient norm; 0 = no clipping.
+    ratios: top-level parts of the parameters whose learning rate is another,
+      as a share of it: `{"value": 10}`.
   """
   rules: dict[str, Callable[[], optax.GradientTransformation]] = {
     "adamw": lambda: optax.scale_by_adam(beta1, beta2, eps),
@@ -45,8 +49,17 @@ def make_optimizer(
   }
   clip = optax.clip_by_global_norm(clip_norm) if clip_norm else None
   decay = optax.add_decayed_weights(weight_decay) if weight_decay else None
-  parts = [clip, rules[name](), decay]
+  others = [_scaled(part, x) for part, x in (ratios or {}).items() if x != 1]
+  parts = [clip, rules[name](), decay, *others]
   return optax.chain(*[p for p in parts if p is not None])
+
+
+def _scaled(part: str, ratio: float) -> optax.GradientTransformation:
+  where = lambda params: {
+    name: jax.tree.map(lambda _, here=name == part: here, leaves)
+    for name, leaves in params.items()
+  }
+  return optax.masked(optax.scale(ratio), where)
 
 
 def learning_rate(
@@ -122,6 +135,7 @@ def apply_gradients(
     step=state.step,
     skipped=state.skipped + ~good,
     ema=pick(ema, state.ema),
+    carried=state.carried,
   ), norm
 
 
@@ -151,7 +165,10 @@ def train_step(
 
 
 def init_state(
-  params: Params, optimizer: optax.GradientTransformation, ema_decay: float = 0
+  params: Params,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float = 0,
+  carried: Any = None,
 ) -> TrainState:
   """A state before the first step."""
   return TrainState(
@@ -160,4 +177,5 @@ def init_state(
     step=jnp.zeros((), jnp.int32),
     skipped=jnp.zeros((), jnp.int32),
     ema=jax.tree.map(jnp.copy, params) if ema_decay else None,
+    carried=carried,
   )

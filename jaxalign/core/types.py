@@ -26,6 +26,7 @@ class TrainState:
   step: Int[Array, ""]  # steps done: superbatches or batches
   skipped: Int[Array, ""]  # updates left out because they were not finite
   ema: Params | None = None  # running mean of `params`, where it is kept
+  carried: Any = None  # what an algorithm keeps besides: controllers, moments
 
   @property
   def result(self) -> Params:
@@ -85,6 +86,7 @@ class Answers:
   texts: list[str]  # P S completions, truncated and stripped
   samples: Samples  # the tokens they were decoded from
   ended: list[bool]  # P S; False = cut at the length limit
+  trained: list[int] | None = None  # P S; drawn tokens that make up the text
 
   @property
   def asked(self) -> list[str]:

@@ -9,7 +9,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-CAUSAL_HEADS = ("lm", "score_last", "score_eos", "score_mean")
+from jaxalign.core.types import Params
+
+VALUE = "value"  # beside a policy's own parameters: those of its value model
+
+
+def policy_of(params: Params) -> Params:
+  """A policy's own parameters, without those of its value model."""
+  return {name: x for name, x in params.items() if name != VALUE}
 
 
 def pool(

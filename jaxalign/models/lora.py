@@ -13,10 +13,12 @@ from jaxtyping import Array, Float
 
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
+from jaxalign.models.heads import VALUE
 from jaxalign.models.model import Model
 
 LEAVES = ("lora_a", "lora_b")
-HEADS = ("score_head", "pooler")  # begin at random, so they are trained too
+# Begin at random, so they are trained too.
+HEADS = ("score_head", "pooler", VALUE)
 
 
 def split(params: Params) -> tuple[Params, Params]:

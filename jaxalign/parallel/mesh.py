@@ -67,6 +67,18 @@ def rows(mesh: AnyMesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
 
+def constrain_rows(tree: Any, axis: int = 0) -> Any:
+  """Inside a program: rows on `axis` stay split over the mesh in force.
+
+  What is gathered by index would otherwise lie on every device, and every
+  device would compute all of it.
+  """
+  if jax.sharding.get_abstract_mesh().empty:
+    return tree
+  spec = PartitionSpec(*[None] * axis, ROWS)
+  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+
+
 def row_count(mesh: AnyMesh) -> int:
   """Into how many parts the rows of a batch are split."""
   return mesh.shape["replica"] * mesh.shape["fsdp"]

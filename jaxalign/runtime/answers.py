@@ -1,27 +1,115 @@
-"""What is told of a batch of scored answers: its metrics and its rows."""
+"""Answers of the policy itself: drawn, scored, and what is told of them."""
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 
-from jaxalign.core.types import Answers, Metrics
-from jaxalign.runtime.context import Rows
+from jaxalign.core.types import Answers, Metrics, Params
+from jaxalign.errors import UserError
+from jaxalign.runtime.context import Context, Rows, due
+
+_log = logging.getLogger(__name__)
+
+Score = Callable[[list[str], list[str]], Float[np.ndarray, " B"]]
 
 
-def measure(
-  answers: Answers,
-  scores: Float[np.ndarray, "P S"],
-  tested: Float[np.ndarray, " B"] | None,
-  kept: Int[np.ndarray, " K"],
-) -> Metrics:
-  """Rewards, lengths and counts.
+@dataclasses.dataclass(frozen=True)
+class Tools:
+  """What a step needs that learns from the policy's own answers.
+
+  Attributes:
+    prompts: step -> the prompts of that step.
+    sample: (params, prompts, samples a prompt, key) -> Answers.
+    score: (prompts, completions) -> raw logits, higher is better.
+    held_out: the same by a reward model that is never trained against.
+    encode: the answers of a step -> what the algorithm's update takes.
+    diversity: (prompts, completions, kept completions) -> metrics.
+    evaluate: params -> metrics on prompts that are kept aside.
+  """
+
+  prompts: Callable[[int], list[str]]
+  sample: Callable[[Params, list[str], int, Array], Answers]
+  score: Score
+  held_out: Score | None
+  encode: Callable[..., Any]
+  diversity: Callable[[list[str], list[str], list[str]], Metrics]
+  evaluate: Callable[[Params], Metrics] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Scored:
+  """A step's answers with their scores."""
+
+  answers: Answers
+  scores: Float[np.ndarray, "P S"]  # -inf = unusable: empty or not finite
+  tested: Float[np.ndarray, " B"] | None  # by the held-out reward model
+
+
+def draw(
+  ctx: Context, tools: Tools, params: Params, step: int, key: Array
+) -> Scored:
+  """Answers a step's prompts and scores the answers.
 
   Args:
-    answers: of one superbatch.
-    scores: -inf where an answer is unusable; such answers count in no mean.
-    tested: the held-out reward model's scores, or None.
+    ctx: its config has `samples_per_prompt`, `length_penalty` and
+      `validation_interval`.
+    tools: see the class.
+    params: all of the policy's parameters.
+    step: counted from 0; says which prompts, and whether the held-out reward
+      model is due.
+    key: consumed.
+  """
+  config = ctx.config
+  with ctx.stage("sample"):
+    prompts = tools.prompts(step)
+    answers = tools.sample(params, prompts, config.samples_per_prompt, key)
+  test = tools.held_out and due(step, config.validation_interval, config.steps)
+  with ctx.stage("score"):
+    scores = np.array(tools.score(answers.asked, answers.texts), np.float64)
+    tested = None
+    if tools.held_out and test:
+      tested = np.asarray(tools.held_out(answers.asked, answers.texts))
+  chars = np.array([len(t) for t in answers.texts])
+  # The option's help said λ · length; the code took the logarithm.
+  scores -= config.length_penalty * np.log(np.maximum(chars, 1))
+  scores[(chars == 0) | ~np.isfinite(scores)] = -np.inf
+  return Scored(answers, scores.reshape(len(answers.prompts), -1), tested)
+
+
+@contextlib.contextmanager
+def tolerated(ctx: Context, step: int) -> Iterator[None]:
+  """Lets a step fail up to `config.max_exception_count` times.
+
+  Out of memory, no usable answer: tolerated up to a set number, as in
+  SuperHF's released code, but never hidden. A `UserError` is a mistake in the
+  input, which does not go away.
+  """
+  try:
+    yield
+  except UserError:
+    raise
+  except Exception:
+    ctx.counters["exceptions"] = ctx.counters.get("exceptions", 0) + 1
+    if ctx.counters["exceptions"] > ctx.config.max_exception_count:
+      raise
+    _log.exception("step %d failed and is left out", step + 1)
+
+
+def measure(scored: Scored, kept: Int[np.ndarray, " K"]) -> Metrics:
+  """Rewards, lengths and counts; unusable answers count in no mean.
+
+  Args:
+    scored: a step's answers.
     kept: flat indices of the answers that are trained on.
   """
-  flat, chars = scores.reshape(-1), np.array([len(t) for t in answers.texts])
+  answers, tested = scored.answers, scored.tested
+  flat = scored.scores.reshape(-1)
+  chars = np.array([len(t) for t in answers.texts])
   real = np.isfinite(flat)
   found = {
     "score/mean": flat[real].mean(),
@@ -40,15 +128,10 @@ def measure(
   return found
 
 
-def rows(
-  step: int,
-  answers: Answers,
-  scores: Float[np.ndarray, "P S"],
-  tested: Float[np.ndarray, " B"] | None,
-  kept: Int[np.ndarray, " K"],
-) -> Rows:
+def rows(step: int, scored: Scored, kept: Int[np.ndarray, " K"]) -> Rows:
   """Every answer as a row of samples.jsonl; arguments as for `measure`."""
-  flat, chosen = scores.reshape(-1), set(kept.tolist())
+  answers, tested = scored.answers, scored.tested
+  flat, chosen = scored.scores.reshape(-1), set(kept.tolist())
   return [
     {
       "step": step + 1,

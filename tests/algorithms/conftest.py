@@ -62,7 +62,7 @@ def rate_of(config):
   )
 
 
-def context(config, model, params, prior=None):
+def context(config, model, params, prior=None, carried=None):
   """A context whose reports and states are kept in lists, and those lists."""
   trained, frozen = lora.split(params) if model.lora else (params, {})
   log = types.SimpleNamespace(metrics=[], rows=[], states=[])
@@ -75,7 +75,9 @@ def context(config, model, params, prior=None):
   ctx = Context(
     config=config,
     model=model,
-    state=optim.init_state(trained, optimizer_of(config), config.optimizer.ema),
+    state=optim.init_state(
+      trained, optimizer_of(config), config.optimizer.ema, carried
+    ),
     frozen=frozen,
     prior=prior,
     key=jax.random.key(config.seed),

@@ -187,7 +187,7 @@ def test_failures_are_counted_and_tolerated(toy, caplog):
     ctx, log, state = run(toy, cfg, tools(toy, score=score))
   assert [m["exceptions"] for m in log.metrics] == [0, 1, 2, 2]
   assert ctx.counters == {"exceptions": 2}
-  assert "superbatch 2 failed" in caplog.text
+  assert "step 2 failed" in caplog.text
   assert "out of memory" in caplog.text
   # A failed superbatch is over all the same: the schedule goes on.
   assert [int(s.step) for s in log.states] == [1, 2, 3, 4]

@@ -59,7 +59,7 @@ def encode(cfg, found, kept, context=64):
   sizes = NeoXConfig(128, 8, 1, 1, 8, max_positions=context)
   policy = Loaded(Model.build(sizes), {}, TOKENIZER)
   mesh = meshes.make_mesh()
-  return superhf._encode(cfg, policy, mesh, found, np.array(kept))
+  return superhf.encode_kept(cfg, policy, mesh, found, np.array(kept))
 
 
 @pytest.mark.parametrize(

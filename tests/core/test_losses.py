@@ -96,3 +96,68 @@ def test_preference(kind, smoothing, wanted):
 def test_hinge_asks_for_a_lead_of_one():
   found = losses.preference("hinge", jnp.array([-1.0, 1.0, 3.0]), 0.5)
   np.testing.assert_allclose(found, [1.5, 0.5, 0.0])
+
+
+@WRAPS
+def test_policy_gradient(wrap):
+  """Ratios 1.5 and 0.5, clip 0.2 below and 0.3 above, good and bad actions.
+
+  A = 2: ρ = 1.5 counts as 1.3, −2.6; ρ = 0.5 counts as it is, −1.
+  A = −2: ρ = 1.5 counts as it is, 3; ρ = 0.5 counts as 0.8, 1.6.
+  """
+  ratio, good = jnp.log(jnp.array([1.5, 0.5])), jnp.array([2.0, 2.0])
+  clipped = lambda a: losses.policy_gradient(ratio, a, 0.2, 0.3)
+  np.testing.assert_allclose(wrap(clipped)(good), [-2.6, -1.0], rtol=1e-6)
+  np.testing.assert_allclose(wrap(clipped)(-good), [3.0, 1.6], rtol=1e-6)
+
+
+def test_dual_clip_bounds_bad_actions_only():
+  """ρ = 10, A = ∓1: the loss of a bad action is 3 and not 10."""
+  ratio, bad = jnp.log(jnp.array([10.0, 10.0])), jnp.array([-1.0, 1.0])
+  found = losses.policy_gradient(ratio, bad, 0.2, 0.2, 3.0)
+  np.testing.assert_allclose(found, [3.0, -1.2], rtol=1e-6)
+
+
+def test_a_ratio_of_one_makes_the_clip_inert():
+  advantage = jnp.array([-1.5, 0.3])
+  loss = lambda d, low: losses.policy_gradient(d, advantage, low, low).sum()
+  for low in (0.01, 0.9):
+    grad = jax.grad(loss)(jnp.zeros(2), low)
+    np.testing.assert_allclose(grad, -advantage, rtol=1e-6)
+
+
+@WRAPS
+def test_value(wrap):
+  """V = 2, V_old = 1, clip 0.2: V counts as 1.2 where that is worse.
+
+  R = 2: ½(1.2 − 2)² = 0.32 and not 0; R = 0: ½ 2² = 2 and not 0.72.
+  """
+  now, before = jnp.array([2.0, 2.0]), jnp.array([1.0, 1.0])
+  returns = jnp.array([2.0, 0.0])
+  found = wrap(lambda *x: losses.value(*x, 0.2))(now, before, returns)
+  np.testing.assert_allclose(found, [0.32, 2.0], rtol=1e-5)
+  plain = wrap(losses.value)(now, before, returns)
+  np.testing.assert_allclose(plain, [0.0, 2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+  ("kind", "wanted"),
+  [
+    # Δ = ln 2 and −ln 2.
+    ("k1", [0.693147, -0.693147]),
+    ("k2", [0.240227, 0.240227]),
+    ("k3", [0.5 - 1 + 0.693147, 2 - 1 - 0.693147]),
+    ("abs", [0.693147, 0.693147]),
+  ],
+)
+def test_divergence(kind, wanted):
+  ratio = jnp.log(jnp.array([2.0, 0.5]))
+  np.testing.assert_allclose(losses.divergence(kind, ratio), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["k1", "k3"])
+def test_estimators_are_unbiased(kind):
+  """Over p = (0.7, 0.3) against q = (0.4, 0.6) the mean is the exact KL."""
+  p, q = np.array([0.7, 0.3]), np.array([0.4, 0.6])
+  found = losses.divergence(kind, jnp.log(jnp.asarray(p / q)))
+  np.testing.assert_allclose((p * found).sum(), (p * np.log(p / q)).sum(), 1e-5)
