@@ -90,14 +90,14 @@ def test_checkpoints_of_an_unfinished_run(base, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, back, expected)
 
 
-ADAPTERS = LoraConfig(2, 4.0, targets=("q_proj",))
+ADAPTERS = LoraConfig(2, 4.0, targets=("q_proj", "lm_head"))
 
 
 @pytest.fixture
 def lora_run(base, tmp_path):
   """A run's folder, its model and parameters, and the trained adapters."""
   path, _, _ = base
-  settings = {"rank": 2, "alpha": 4.0, "targets": ("q_proj",)}
+  settings = {"rank": 2, "alpha": 4.0, "targets": ADAPTERS.targets}
   run = make_run(tmp_path / "run", path, lora=settings)
   model, params = folder.load(path, lora=ADAPTERS)
   trained = jax.tree.map(lambda x: x + 0.5, lora.split(params)[0])

@@ -278,7 +278,9 @@ def _forward(ctx: Context, critic: Model | None, params: Params, text):
     value = judge.score_head(judge(*inputs)[0][:, :-1])[..., 0]
   elif VALUE in params:
     head = params[VALUE]["value_head"]
-    value = (hidden.astype(jnp.float32) @ head["kernel"])[..., 0] + head["bias"]
+    # Behind the states proper may stand an output adapter's features.
+    states = hidden[..., : len(head["kernel"])].astype(jnp.float32)
+    value = (states @ head["kernel"])[..., 0] + head["bias"]
   value = jnp.where(mask, value.astype(jnp.float32), 0)
   return module, hidden, logp, entropy, value
 

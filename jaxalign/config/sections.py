@@ -159,7 +159,7 @@ class LoraConfig:
   )
   targets: tuple[str, ...] = field(
     (),
-    "linear layers of the blocks that get an adapter, e.g. query_key_value",
+    "linear layers that get an adapter, e.g. query_key_value,embed_out",
     also=("target_modules", "lora_target_modules"),
   )
 

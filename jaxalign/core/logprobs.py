@@ -217,7 +217,7 @@ def target_logprobs(
 
 def logprobs_and_kl(
   hidden: Float[Array, "B T D"],
-  prior: Float[Array, "B T D"],
+  prior: Float[Array, "B T E"],
   targets: Int[Array, "B T"],
   mask: Bool[Array, "B T"],
   unembed: Unembed,
@@ -257,7 +257,7 @@ def logprobs_and_entropy(
 
 def reverse_kl(
   hidden: Float[Array, "B T D"],
-  prior: Float[Array, "B T D"],
+  prior: Float[Array, "B T E"],
   mask: Bool[Array, "B T"],
   unembed: Unembed,
   prior_unembed: Unembed,

@@ -18,6 +18,8 @@ from jaxalign.models.cache import KV, attend
 from jaxalign.models.layers import (
   Embedding,
   Linear,
+  Output,
+  adapter,
   layer_params,
   stack,
 )
@@ -30,6 +32,7 @@ class CausalLM(nnx.Module):
   """
 
   block: type[Any]  # (config, lora=, rngs=) -> an nnx.Module
+  outputs: tuple[str, ...] = ("lm_head",)  # names of the output matrix
 
   def __init__(self, config, *, lora=None, rngs: nnx.Rngs):
     self.config = config
@@ -42,7 +45,8 @@ class CausalLM(nnx.Module):
     if config.head != "lm":
       self.score_head = Linear(width, 1, bias=False, rngs=rngs)
     elif not config.tied:
-      self.lm_head = Embedding(config.vocab_size, width, rngs=rngs)
+      own = adapter(lora, *self.outputs)
+      self.lm_head = Output(config.vocab_size, width, lora=own, rngs=rngs)
 
   def embed(
     self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
@@ -64,7 +68,7 @@ class CausalLM(nnx.Module):
     past: tuple[KV, ...] = (),
     keep: bool = False,
     dropout_key: Array | None = None,
-  ) -> tuple[Float[Array, "B T D"], KV | None]:
+  ) -> tuple[Float[Array, "B T E"], KV | None]:
     """Reads whole texts.
 
     Args:
@@ -77,7 +81,8 @@ class CausalLM(nnx.Module):
       dropout_key: turns LoRA dropout on (training); None turns it off.
 
     Returns:
-      Hidden states after the final norm, and the `KV` if `keep`.
+      Hidden states after the final norm, as `unembed` takes them (see
+      `Output`), and the `KV` if `keep`.
     """
     length = tokens.shape[1]
     causal = jnp.tril(jnp.ones((length, length), bool))
@@ -101,13 +106,14 @@ class CausalLM(nnx.Module):
       return x, kept if keep else []
 
     graph, params = layer_params(self.blocks, self.config.dtype)
-    keys = None
+    keys = head_key = None
     if dropout_key is not None:
-      keys = jax.random.split(dropout_key, self.config.layers)
+      keys = jax.random.split(dropout_key, self.config.layers + 1)
+      keys, head_key = keys[:-1], keys[-1]
     xs = (params, self._windows(), [(p.k, p.v) for p in past], keys)
     body = jax.checkpoint(layer) if self.config.remat else layer
     x, kept = jax.lax.scan(body, self.embed(tokens, positions), xs)
-    hidden = self.final_norm(x)
+    hidden = self._states(x, head_key)
     if not keep:
       return hidden, None
     [(k, v)] = kept
@@ -121,7 +127,7 @@ class CausalLM(nnx.Module):
     own: KV,
     column: Int[Array, ""],
     layers: list[Any] | None = None,
-  ) -> tuple[Float[Array, "B D"], KV]:
+  ) -> tuple[Float[Array, "B E"], KV]:
     """One more token a row: writes `column` of `own`, attends, returns both.
 
     Args:
@@ -134,7 +140,7 @@ class CausalLM(nnx.Module):
       layers: what `unstack` returned. A loop calls it once, outside.
 
     Returns:
-      Hidden states after the final norm, and `own` with one array a layer.
+      Hidden states as of a call, and `own` with one array a layer.
     """
     positions = positions[:, None]
     rope = self.rope(positions)
@@ -165,7 +171,7 @@ class CausalLM(nnx.Module):
       block = nnx.merge(graph, params)
       x = block(x, attention_of(layer, window), rope, None)
     k, v = zip(*cache, strict=True)
-    return self.final_norm(x)[:, 0], KV(k, v, own_positions, own_mask)
+    return self._states(x)[:, 0], KV(k, v, own_positions, own_mask)
 
   def unstack(self) -> list[Any]:
     """Each layer's parameters in the compute dtype, for `step`."""
@@ -174,8 +180,8 @@ class CausalLM(nnx.Module):
     count = self.config.layers
     return [jax.tree.map(take(i), params) for i in range(count)]
 
-  def unembed(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Float32 logits over the vocabulary."""
+  def unembed(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
+    """Float32 logits over the vocabulary, of a call's hidden states."""
     head = self.embedding if self.config.tied else self.lm_head
     return head.attend(hidden)
 
@@ -200,6 +206,14 @@ class CausalLM(nnx.Module):
     hidden, _ = self(tokens, positions, segments, dropout_key=dropout_key)
     pooled = heads.pool(self.config, hidden, tokens, mask)
     return self.score_head(pooled)[:, 0].astype(jnp.float32)
+
+  def _states(
+    self, x: Float[Array, "B T D"], dropout_key: Array | None = None
+  ) -> Float[Array, "B T E"]:
+    hidden = self.final_norm(x)
+    if "lm_head" not in vars(self):
+      return hidden
+    return self.lm_head.extend(hidden, dropout_key)
 
   def _windows(self) -> Int[Array, " L"] | None:
     windows = self.config.windows

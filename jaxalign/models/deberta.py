@@ -271,7 +271,8 @@ class Deberta(nnx.Module):
     if config.type_vocab_size:
       self.type_embeddings = Embedding(config.type_vocab_size, inner, rngs=rngs)
     if inner != width:
-      self.embed_proj = Linear(inner, width, bias=False, rngs=rngs)
+      own = adapter(lora, "embed_proj")
+      self.embed_proj = Linear(inner, width, bias=False, lora=own, rngs=rngs)
     self.embedding_norm = config.norm()
     self.blocks = stack(
       lambda r: DebertaBlock(config, lora=lora, rngs=r), config.layers, rngs
@@ -340,11 +341,11 @@ class Deberta(nnx.Module):
     )
     if types is not None:
       types = jnp.take_along_axis(types, columns, axis=1)
-    keys = None
+    keys = proj_key = None
     if dropout_key is not None:
-      dropout_key, layers_key = jax.random.split(dropout_key)
+      dropout_key, layers_key, proj_key = jax.random.split(dropout_key, 3)
       keys = jax.random.split(layers_key, config.layers)
-    embedded = self._embed(tokens, mask, types, dropout_key)
+    embedded = self._embed(tokens, mask, types, dropout_key, proj_key)
     relative = self._relative()
     graph, params = layer_params(self.blocks, config.dtype)
 
@@ -370,7 +371,7 @@ class Deberta(nnx.Module):
       x = layer(1)(x, one(-1)) if last < config.layers else x[:, :1]
     return x, mask
 
-  def _embed(self, tokens, mask, types, key) -> Float[Array, "B T D"]:
+  def _embed(self, tokens, mask, types, key, proj_key) -> Float[Array, "B T D"]:
     x = self.embedding(tokens)
     if self.config.position_biased_input:
       x = x + self.position_embeddings(jnp.arange(tokens.shape[1]))
@@ -378,7 +379,7 @@ class Deberta(nnx.Module):
       types = jnp.zeros_like(tokens) if types is None else types
       x = x + self.type_embeddings(types)
     if "embed_proj" in vars(self):
-      x = self.embed_proj(x)
+      x = self.embed_proj(x, proj_key)
     # Zero at padding: the convolution reads across the text's end.
     x = self.embedding_norm(x) * mask[..., None]
     return dropout(x, self.config.dropout, key).astype(self.config.dtype)

@@ -1,6 +1,6 @@
 """LoRA adapters in a parameter tree (Hu et al. 2021).
 
-An adapter is two more leaves beside a kernel, `lora_a` [.., in, r] and
+An adapter is two more leaves beside a weight, `lora_a` [.., in, r] and
 `lora_b` [.., r, out]. Training touches those alone; the same tree without
 them is the reference policy.
 """
@@ -17,6 +17,7 @@ from jaxalign.models.heads import VALUE
 from jaxalign.models.model import Model
 
 LEAVES = ("lora_a", "lora_b")
+WEIGHTS = ("kernel", "embedding")  # what an adapter adds to; the latter [V, D]
 # Begin at random, so they are trained too.
 HEADS = ("score_head", "pooler", VALUE)
 
@@ -48,12 +49,32 @@ def strip(params: Params) -> Params:
   return _pick(params, False)
 
 
-def linears(model: Model) -> tuple[str, ...]:
-  """Names of the layers that can carry an adapter."""
+def linears(model: Model) -> dict[str, str]:
+  """The layers that can carry an adapter: target name -> path in the tree.
+
+  These are all linear layers but the heads, which are trained in full.
+  """
   blocks = model.shapes["blocks"]
-  return tuple(
-    name for name, leaves in sorted(blocks.items()) if "kernel" in leaves
-  )
+  found = {
+    name: f"blocks.{name}"
+    for name, leaves in sorted(blocks.items())
+    if "kernel" in leaves
+  }
+  if "embed_proj" in model.shapes:
+    found["embed_proj"] = "embed_proj"
+  if "lm_head" in model.shapes:
+    found |= dict.fromkeys(model.config.module.outputs, "lm_head")
+  return found
+
+
+def known(model: Model) -> str:
+  """The target names, and what is no target though it is linear."""
+  names = ", ".join(linears(model))
+  if model.config.head != "lm":
+    return f"{names}; its score head is trained in full"
+  if model.config.tied:
+    return f"{names}; its output matrix is the embedding and cannot have one"
+  return names
 
 
 def check_targets(model: Model, where: str) -> None:
@@ -68,12 +89,12 @@ def check_targets(model: Model, where: str) -> None:
   """
   if model.lora is None:
     return
-  known = linears(model)
-  unknown = [name for name in model.lora.targets if name not in known]
+  found = linears(model)
+  unknown = [name for name in model.lora.targets if name not in found]
   if unknown or not model.lora.targets:
     raise UserError(
       f"{where} names {', '.join(unknown) or 'no layer'}; the model's linear "
-      f"layers are {', '.join(known)}"
+      f"layers are {known(model)}"
     )
 
 
@@ -88,20 +109,30 @@ def _pick(params: Params, adapters: bool) -> Params:
   return picked
 
 
-@functools.partial(jax.jit, static_argnames="scale")
+@functools.partial(jax.jit, static_argnames=("scale", "leaf"))
 def merged(
-  kernel: Float[Array, "*L I O"],
+  weight: Float[Array, "*L X Y"],
   a: Float[Array, "*L I R"],
   b: Float[Array, "*L R O"],
   scale: float,
-) -> Float[Array, "*L I O"]:
-  """W + (alpha / r) A B, summed in float32, in the kernel's dtype."""
+  leaf: str = "kernel",
+) -> Float[Array, "*L X Y"]:
+  """W + (alpha / r) A B, summed in float32, in the weight's dtype.
+
+  Args:
+    weight: W [.., in, out], or its transpose.
+    a: see the module.
+    b: see the module.
+    scale: alpha / r.
+    leaf: the weight's name, one of `WEIGHTS`.
+  """
   update = jnp.matmul(a.astype(jnp.float32), b.astype(jnp.float32))
-  return (kernel.astype(jnp.float32) + scale * update).astype(kernel.dtype)
+  update = update.mT if leaf == "embedding" else update
+  return (weight.astype(jnp.float32) + scale * update).astype(weight.dtype)
 
 
 def merge(model: Model, params: Params) -> tuple[Model, Params]:
-  """The plain model whose kernels hold the adapters' updates."""
+  """The plain model whose weights hold the adapters' updates."""
   if model.lora is None:
     return model, params
   return model.without_lora(), _merge(params, model.lora.scale)
@@ -112,8 +143,8 @@ def _merge(params: Params, scale: float) -> Params:
   for name, value in params.items():
     if isinstance(value, dict):
       out[name] = _merge(value, scale)
-    elif name == "kernel" and "lora_a" in params:
-      out[name] = merged(value, params["lora_a"], params["lora_b"], scale)
+    elif name in WEIGHTS and "lora_a" in params:
+      out[name] = merged(value, params["lora_a"], params["lora_b"], scale, name)
     elif name not in LEAVES:
       out[name] = value
   return out

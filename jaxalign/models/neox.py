@@ -112,6 +112,7 @@ class NeoX(CausalLM):
   """A GPT-NeoX language model or score model."""
 
   block = NeoXBlock
+  outputs = ("embed_out", "lm_head")  # in files, and in newer transformers
 
   def rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
     """Rotary angles of these positions."""

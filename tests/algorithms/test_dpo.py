@@ -163,9 +163,11 @@ def test_swapped_pairs_turn_the_signs(toy):
 
 def test_adapters_are_compared_with_their_base(toy):
   """With B = 0 the policy is the base: ln 2; then the adapters alone move."""
-  adapters = LoraConfig(rank=2, alpha=4.0, dropout=0.5, targets=("dense",))
+  targets = ("dense", "embed_out")
+  adapters = LoraConfig(rank=2, alpha=4.0, dropout=0.5, targets=targets)
   model, params = toy.build(adapters=adapters)
   params["blocks"]["dense"]["lora_b"] *= 0
+  params["lm_head"]["lora_b"] *= 0
   cfg = config()
   ctx, _ = toy.context(cfg, model, params)
   ctx = dataclasses.replace(ctx, prior=(model.without_lora(), ctx.frozen))
@@ -175,8 +177,8 @@ def test_adapters_are_compared_with_their_base(toy):
   )
   # No dropout either, or the two would differ.
   np.testing.assert_allclose(found["loss/total"], math.log(2), rtol=1e-6)
-  moved = state.params["blocks"]["dense"]["lora_b"]
-  assert float(jnp.abs(moved).max()) > 1e-3
+  for module in (state.params["blocks"]["dense"], state.params["lm_head"]):
+    assert float(jnp.abs(module["lora_b"]).max()) > 1e-3
 
 
 def test_run_learns_to_prefer(toy):

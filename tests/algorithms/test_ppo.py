@@ -301,9 +301,12 @@ def test_a_separate_critic_learns_alone(toy):
 
 
 def test_adapters_and_the_value_head_are_trained(toy):
-  adapters = LoraConfig(rank=2, alpha=4.0, dropout=0.5, targets=("dense",))
+  adapters = LoraConfig(
+    rank=2, alpha=4.0, dropout=0.5, targets=("dense", "embed_out")
+  )
   model, params = toy.build(adapters=adapters)
   params["blocks"]["dense"]["lora_b"] *= 0
+  params["lm_head"]["lora_b"] *= 0
   head = {"value_head": {"kernel": jnp.zeros((16, 1)), "bias": jnp.zeros(1)}}
   cfg = config()
   ctx, _ = toy.context(
@@ -321,4 +324,4 @@ def test_adapters_and_the_value_head_are_trained(toy):
   )
   assert moved["blocks"]["dense"]["lora_b"] > 0
   assert moved[VALUE]["value_head"]["kernel"] > 0
-  assert set(state.params) == {"blocks", VALUE}
+  assert set(state.params) == {"blocks", "lm_head", VALUE}

@@ -114,7 +114,7 @@ def test_micro_batches_change_no_update(toy, micro):
 
 
 def test_adapters_alone_are_trained(toy):
-  adapters = LoraConfig(rank=2, alpha=4.0, targets=("dense",))
+  adapters = LoraConfig(rank=2, alpha=4.0, targets=("dense", "embed_out"))
   model, params = toy.build(adapters=adapters)
   ctx, _ = toy.context(config(), model, params)
   update = jax.jit(
@@ -122,8 +122,9 @@ def test_adapters_alone_are_trained(toy):
   )
   batch = toy.text_batch(PAIRS, 8)
   state, _ = update(ctx.state, ctx.frozen, batch, ctx.key)
-  assert set(state.params) == {"blocks"}
-  assert set(state.params["blocks"]["dense"]) == {"lora_a", "lora_b"}
+  assert set(state.params) == {"blocks", "lm_head"}
+  for module in (state.params["blocks"]["dense"], state.params["lm_head"]):
+    assert set(module) == {"lora_a", "lora_b"}
   moved = jax.tree.map(
     lambda a, b: float(jnp.abs(a - b).max()), state.params, ctx.state.params
   )

@@ -122,7 +122,7 @@ def test_micro_batches_and_filler_rows_change_no_parameter(toy):
     )
 
 
-ADAPTERS = LoraConfig(rank=2, alpha=8.0, targets=("query_key_value", "dense"))
+ADAPTERS = LoraConfig(rank=2, alpha=8.0, targets=("dense", "embed_out"))
 
 
 def test_adapters_off_is_the_base_policy(toy):

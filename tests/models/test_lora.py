@@ -7,6 +7,7 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.models import lora
+from jaxalign.models.deberta import DebertaConfig
 from jaxalign.models.layers import Linear, LoraConfig, dropout
 from jaxalign.models.model import Model
 
@@ -88,6 +89,28 @@ def test_dropout_acts_on_the_adapter_with_a_key_alone():
   np.testing.assert_array_equal(frozen(x, jax.random.key(0)), frozen(x))
 
 
+def test_the_projection_of_debertas_embeddings():
+  config = LoraConfig(2, 4.0, dropout=0.5, targets=("embed_proj",))
+  model = Model.build(DebertaConfig(31, 12, 2, 3, 20, embedding_size=8), config)
+  rng = np.random.default_rng(0)
+  draw = lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
+  params = jax.tree.map(draw, model.shapes)
+  assert set(lora.split(params)[0]) == {"embed_proj", "pooler", "score_head"}
+  tokens = jnp.array([[3, 8, 1, 5], [4, 7, 1, 0]])
+
+  def score(model, params, key=None):
+    run = lambda p: model.bind(p).score(tokens, tokens > 0, dropout_key=key)
+    return jax.jit(run)(params)
+
+  found = score(model, params)
+  merged = score(*lora.merge(model, params))
+  np.testing.assert_allclose(merged, found, atol=1e-5)
+  plain = score(model.without_lora(), lora.strip(params))
+  dropped = score(model, params, jax.random.key(0))
+  for other in (plain, dropped):
+    assert abs(other - found).max() > 1e-3
+
+
 def test_dropout_keeps_the_mean():
   """At rate 1/4, ones become 4/3 in three of four places and 0 elsewhere."""
   x = jnp.ones((100, 100))
@@ -98,8 +121,25 @@ def test_dropout_keeps_the_mean():
   np.testing.assert_array_equal(dropout(x, 0.0, jax.random.key(0)), x)
 
 
-def test_a_misspelt_target_is_refused(make):
-  model, _ = make()
-  wrong = Model.build(model.config, LoraConfig(2, 2.0, targets=("q_prj",)))
-  with pytest.raises(UserError, match=r"q_prj; the model's .* are down_proj, "):
-    lora.check_targets(wrong, "config.lora.targets")
+LLAMA = "down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj"
+NEOX = "dense, dense_4h_to_h, dense_h_to_4h, query_key_value"
+
+
+@pytest.mark.parametrize(
+  ("name", "head", "target", "known"),
+  [
+    ("llama-3", "lm", "q_prj", f"{LLAMA}, lm_head"),
+    ("neox", "lm", "embed_in", f"{NEOX}, embed_out, lm_head"),
+    ("neox", "score_last", "score", f"{NEOX}; its score head is trained in "),
+    ("llama", "lm", "lm_head", f"{LLAMA}; its output matrix is the embedding "),
+  ],
+)
+def test_an_unknown_target_is_told_the_known_ones(
+  make, name, head, target, known
+):
+  model, _ = make(name, head, lora=LoraConfig(2, 2.0, targets=(target,)))
+  with pytest.raises(UserError) as caught:
+    lora.check_targets(model, "config.lora.targets")
+  assert str(caught.value).startswith(
+    f"config.lora.targets names {target}; the model's linear layers are {known}"
+  )

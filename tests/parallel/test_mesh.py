@@ -82,7 +82,11 @@ def test_rules_by_name():
   """Inputs of the first product of a pair stay whole over `tensor`."""
   tree = {
     "embedding": {"embedding": shape(64, 16)},
-    "lm_head": {"embedding": shape(64, 16)},
+    "lm_head": {
+      "embedding": shape(64, 16),
+      "lora_a": shape(16, 4),
+      "lora_b": shape(4, 64),
+    },
     "final_norm": {"scale": shape(16), "bias": shape(16)},
     "blocks": {
       "query_key_value": {
@@ -97,7 +101,11 @@ def test_rules_by_name():
   }
   found = specs(tree, abstract(1, 2, 2))
   assert found["embedding"]["embedding"] == P("tensor", "fsdp")
-  assert found["lm_head"]["embedding"] == P("tensor", "fsdp")
+  assert found["lm_head"] == {
+    "embedding": P("tensor", "fsdp"),
+    "lora_a": P("fsdp", None),
+    "lora_b": P("fsdp", None),
+  }
   assert found["final_norm"] == {"scale": P(), "bias": P()}
   assert found["blocks"]["query_key_value"] == {
     "kernel": P(None, "fsdp", "tensor"),

@@ -1,10 +1,13 @@
 """Adapters against the peft library, in both directions."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.errors import UserError
 from jaxalign.models import lora
 from jaxalign.models.hf import folder, peft
 from jaxalign.models.layers import LoraConfig
@@ -17,30 +20,49 @@ pytestmark = [
   pytest.mark.parity,
   # peft reads an attribute that transformers is renaming.
   pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),
+  # It stores lm_head itself beside the adapter of lm_head, and says so.
+  pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers`"),
 ]
 
 TOKENS = np.array([[5, 3, 11, 9, 2, 8, 14]], np.int32)
 
 
-@pytest.fixture(scope="module", params=["neox", "llama"])
+SIZES = {
+  "vocab_size": 29,
+  "hidden_size": 24,
+  "num_hidden_layers": 2,
+  "num_attention_heads": 3,
+  "intermediate_size": 20,
+}
+GPT_NEO = {
+  "num_layers": 2,
+  "attention_types": [[["global", "local"], 1]],
+  "tie_word_embeddings": False,
+}
+CONFIGS = {
+  "neox": transformers.GPTNeoXConfig(**SIZES),
+  "llama": transformers.LlamaConfig(**SIZES),
+  "gpt-neo": transformers.GPTNeoConfig(**SIZES, **GPT_NEO),
+}
+TARGETS = {
+  "neox": ["query_key_value", "dense"],
+  "llama": ["q_proj", "v_proj", "down_proj"],
+  "gpt-neo": ["out_proj", "c_fc"],
+}
+
+
+@pytest.fixture(scope="module", params=CONFIGS)
 def base(request, tmp_path_factory):
-  """(folder of a tiny model, targets as PEFT names them, and as we do)."""
-  torch.manual_seed(0)
+  """The folder of a tiny model, and linear layers of its blocks."""
   path = tmp_path_factory.mktemp(request.param)
-  sizes = {
-    "vocab_size": 29,
-    "hidden_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "intermediate_size": 20,
-  }
-  if request.param == "neox":
-    config = transformers.GPTNeoXConfig(**sizes)
-    transformers.GPTNeoXForCausalLM(config).save_pretrained(path)
-    return path, ["query_key_value", "dense"]
-  config = transformers.LlamaConfig(**sizes)
-  transformers.LlamaForCausalLM(config).save_pretrained(path)
-  return path, ["q_proj", "v_proj", "down_proj"]
+  save(CONFIGS[request.param], path)
+  return path, TARGETS[request.param]
+
+
+def save(config, path):
+  torch.manual_seed(0)
+  auto = transformers.AutoModelForCausalLM
+  auto.from_config(config).save_pretrained(path)
 
 
 def logits(model, params):
@@ -63,6 +85,7 @@ def filled(params):
 
 def test_export_loads_in_peft_and_merges(base, tmp_path):
   path, targets = base
+  targets = [*targets, "lm_head"]
   adapters = LoraConfig(3, 12.0, targets=tuple(targets))
   model, params = folder.load(path, lora=adapters)
   params = filled(params)
@@ -89,27 +112,83 @@ def test_export_loads_in_peft_and_merges(base, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, back, params)
 
 
-@pytest.mark.parametrize("rslora", [False, True])
-def test_peft_adapters_load_here(base, rslora, tmp_path):
-  path, targets = base
-  lm = transformers.AutoModelForCausalLM.from_pretrained(path)
+def save_peft(whole, targets, path, **settings):
+  """Writes drawn adapters with peft and returns its logits."""
   config = theirs.LoraConfig(
-    r=2,
-    lora_alpha=5,
-    target_modules=targets,
-    task_type="CAUSAL_LM",
-    use_rslora=rslora,
+    r=2, lora_alpha=5, target_modules=targets, **settings
   )
-  wrapped = theirs.get_peft_model(lm, config).eval()
+  wrapped = theirs.get_peft_model(whole, config).eval()
   torch.manual_seed(1)
   with torch.no_grad():
     for name, parameter in wrapped.named_parameters():
       if "lora_" in name:
         parameter.normal_(std=0.3)
     expected = wrapped(torch.tensor(TOKENS).long()).logits.numpy()
-  wrapped.save_pretrained(tmp_path)
+  wrapped.save_pretrained(path)
+  return expected
+
+
+def their_lm(path):
+  return transformers.AutoModelForCausalLM.from_pretrained(path)
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_adapters_load_here(base, rslora, tmp_path):
+  path, targets = base
+  targets = [*targets, "lm_head"] if rslora else targets
+  expected = save_peft(
+    their_lm(path), targets, tmp_path, task_type="CAUSAL_LM", use_rslora=rslora
+  )
+  model, params = folder.load(tmp_path)
+  assert sorted(model.lora.targets) == sorted(targets)
+  np.testing.assert_allclose(logits(model, params), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("targets", ["all-linear", r".*(v_proj|dense|c_fc)"])
+def test_all_linear_and_patterns_mean_the_same_here(base, targets, tmp_path):
+  """All linear layers are those of the blocks; the output is not among them."""
+  path, _ = base
+  expected = save_peft(their_lm(path), targets, tmp_path, task_type="CAUSAL_LM")
   model, params = folder.load(tmp_path)
   np.testing.assert_allclose(logits(model, params), expected, atol=1e-4)
+  blocks = {name for name, at in lora.linears(model).items() if at != "lm_head"}
+  if targets == "all-linear":
+    assert set(model.lora.targets) == blocks
+    config = tmp_path / "adapter_config.json"
+    values = json.loads(config.read_text()) | {"target_modules": "all-linear"}
+    config.write_text(json.dumps(values))
+    assert set(folder.describe(tmp_path).lora.targets) == blocks
+
+
+def test_adapters_that_older_transformers_named_load_here(tmp_path):
+  """There GPT-NeoX's output matrix was embed_out, and peft did not store it."""
+  from safetensors.torch import load_file, save_file
+
+  save(CONFIGS["neox"], tmp_path / "base")
+  lm = their_lm(tmp_path / "base")
+  new = tmp_path / "adapters"
+  expected = save_peft(lm, ["lm_head", "dense"], new, task_type="CAUSAL_LM")
+  config, file = new / "adapter_config.json", new / "adapter_model.safetensors"
+  config.write_text(config.read_text().replace("lm_head", "embed_out"))
+  tensors = load_file(file)
+  del tensors["base_model.model.lm_head.base_layer.weight"]
+  renamed = {k.replace("lm_head", "embed_out"): v for k, v in tensors.items()}
+  save_file(renamed, file)
+  model, params = folder.load(new)
+  np.testing.assert_allclose(logits(model, params), expected, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`")
+def test_an_adapter_on_a_tied_output_is_refused(tmp_path):
+  config = transformers.LlamaConfig(**SIZES, tie_word_embeddings=True)
+  save(config, tmp_path / "base")
+  lm, new = their_lm(tmp_path / "base"), tmp_path / "adapters"
+  save_peft(lm, ["q_proj", "lm_head"], new, task_type="CAUSAL_LM")
+  with pytest.raises(UserError) as caught:
+    folder.load(new)
+  message = str(caught.value)
+  assert "base_model.model.lm_head.base_layer.weight has no place" in message
+  assert "v_proj; its output matrix is the embedding" in message
 
 
 def test_score_head_travels_with_the_adapters(base, tmp_path):
@@ -127,3 +206,67 @@ def test_score_head_travels_with_the_adapters(base, tmp_path):
   for m, p in ((model, params), (again, back)):
     score = jax.jit(lambda p, t, m=m: m.bind(p).score(t, t > 0))(p, TOKENS)
     np.testing.assert_allclose(np.asarray(score), expected, atol=1e-4)
+
+
+@pytest.fixture(scope="module")
+def deberta(tmp_path_factory):
+  """The folder of a tiny DeBERTa whose embeddings are projected."""
+  path = tmp_path_factory.mktemp("deberta")
+  config = transformers.DebertaV2Config(
+    **SIZES,
+    embedding_size=16,
+    num_labels=1,
+    pad_token_id=0,
+    relative_attention=True,
+    pos_att_type=["c2p", "p2c"],
+  )
+  torch.manual_seed(0)
+  classifier = transformers.DebertaV2ForSequenceClassification(config)
+  classifier.save_pretrained(path)
+  return path
+
+
+def their_classifier(path):
+  auto = transformers.AutoModelForSequenceClassification
+  return auto.from_pretrained(path, num_labels=1)
+
+
+def score(model, params):
+  run = lambda p, t: model.bind(p).score(t, t > 0)
+  return np.asarray(jax.jit(run)(params, TOKENS))
+
+
+def test_deberta_with_its_projection_goes_both_ways(deberta, tmp_path):
+  """`output.dense` ends `attention.output.dense` too, which has no adapter."""
+  targets = ("output", "query_proj", "embed_proj")
+  config = LoraConfig(2, 4.0, targets=targets)
+  model, params = folder.load(deberta, lora=config)
+  params = filled(params)
+  peft.save(model, params, tmp_path / "ours", base=str(deberta))
+  wrapped = theirs.PeftModel.from_pretrained(
+    their_classifier(deberta), tmp_path / "ours"
+  ).eval()
+  pairs = sum("lora_A" in name for name, _ in wrapped.named_parameters())
+  assert pairs == 2 * 2 + 1
+  with torch.no_grad():
+    expected = wrapped(torch.tensor(TOKENS).long()).logits.numpy()[:, 0]
+  np.testing.assert_allclose(score(model, params), expected, atol=1e-4)
+  again, back = folder.load(tmp_path / "ours")
+  assert sorted(again.lora.targets) == sorted(targets)
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+
+  names = ["embed_proj", "key_proj"]
+  whole = their_classifier(deberta)
+  expected = save_peft(whole, names, tmp_path / "new", task_type="SEQ_CLS")
+  found = score(*folder.load(tmp_path / "new"))
+  np.testing.assert_allclose(found, expected[:, 0], atol=1e-4)
+
+
+def test_an_adapter_on_a_head_is_refused(deberta, tmp_path):
+  whole = their_classifier(deberta)
+  save_peft(whole, "all-linear", tmp_path, task_type="SEQ_CLS")
+  with pytest.raises(UserError) as caught:
+    folder.load(tmp_path)
+  message = str(caught.value)
+  assert "base_model.model.pooler.dense.lora_A.weight has no place" in message
+  assert "embed_proj; its score head is trained in full; merge" in message

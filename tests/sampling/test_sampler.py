@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from jaxalign.errors import UserError
+from jaxalign.models import lora
+from jaxalign.models.layers import LoraConfig
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
 from jaxalign.sampling import decode, settings
@@ -61,6 +63,23 @@ def test_model_logps_are_those_of_the_full_forward(sampler, params, model):
     full = np.asarray(logps(params, text))[0, len(prompt) - 1 : -1]
     full = full[np.arange(12), out.tokens[row]]
     np.testing.assert_allclose(out.model_logps[row], full, atol=1e-4)
+
+
+def test_an_adapted_output_samples_as_the_merged_model(sampler, params, model):
+  config = LoraConfig(2, 4.0, targets=("dense", "embed_out"))
+  adapted = Model.build(model.config, config)
+  rng = np.random.default_rng(0)
+  draw = lambda s: jnp.asarray(0.5 * rng.normal(size=s.shape), jnp.float32)
+  drawn = jax.tree.map(draw, lora.split(adapted.shapes)[0])
+  joined = lora.join(drawn, params)
+  own = Sampler(adapted, prompt_buckets=(8,), new_token_buckets=(16,))
+  greedy = settings.make(max_new_tokens=12, temperature=0.0)
+  found = own(joined, PROMPTS, greedy, KEY)
+  merged = sampler(lora.merge(adapted, joined)[1], PROMPTS, greedy, KEY)
+  np.testing.assert_array_equal(found.tokens, merged.tokens)
+  np.testing.assert_allclose(found.model_logps, merged.model_logps, atol=1e-4)
+  plain = sampler(params, PROMPTS, greedy, KEY)
+  assert (found.tokens != plain.tokens).any()
 
 
 def test_a_sample_does_not_depend_on_its_batch(sampler, params):

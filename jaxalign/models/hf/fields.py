@@ -86,7 +86,12 @@ class Fields:
         f"{self.where}: the classifier has {labels} labels; a reward model "
         "has num_labels=1"
       )
-    # transformers' causal classifiers read the last token, DeBERTa's the first.
+    return self.score_head
+
+  @property
+  def score_head(self) -> str:
+    """Where transformers' classifier of this architecture reads."""
+    # A causal one reads the last token, DeBERTa's the first.
     is_encoder = self.model_type == "deberta-v2"
     return "score_context" if is_encoder else "score_last"
 

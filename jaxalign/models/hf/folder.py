@@ -23,7 +23,7 @@ from jaxalign.models.hf.fields import Fields, read_config
 from jaxalign.models.hf.safetensors import Stored
 from jaxalign.models.hf.write import save
 from jaxalign.models.layers import ACTIVATIONS, LoraConfig
-from jaxalign.models.lora import LEAVES, check_targets
+from jaxalign.models.lora import LEAVES, check_targets, known
 from jaxalign.models.model import Model
 
 __all__ = ["describe", "load", "prepare", "save", "stored_dtype"]
@@ -103,14 +103,14 @@ def prepare(
     source, dtype=compute_dtype or dtype, head=head, lora=lora, remat=remat
   )
   folder, adapters = _folders(source)
-  tensors = weights.open_folder(folder)
-  entries = table.entries(architecture(model).names(model.config), model.shapes)
+  arch, tensors = architecture(model), weights.open_folder(folder)
+  entries = table.entries(arch.names(model.config), model.shapes)
   if adapters is not None:
     tensors |= weights.open_adapters(adapters)
     entries |= {
       path: entry
       for path, entry in peft.entries(model).items()
-      if path not in entries or entry.name in tensors
+      if path not in entries or _has(entry, arch, tensors)
     }
   found, drawn = _match(folder, model, entries, tensors, bool(head or adapters))
 
@@ -158,9 +158,11 @@ def describe(
       f"{fields.where}: quantised weights are not supported; use a float32, "
       "float16 or bfloat16 copy of the model"
     )
-  if head is None and adapters is not None:
-    head = peft.head(adapters)
-  model = assemble(fields, head or fields.head, dtype=dtype, remat=remat)
+  if head is None:
+    head = fields.head
+    if head == "lm" and adapters is not None and peft.is_scorer(adapters):
+      head = fields.score_head
+  model = assemble(fields, head, dtype=dtype, remat=remat)
   if adapters is not None:
     if lora is not None:
       raise UserError(
@@ -269,7 +271,7 @@ def _match(
       drawn.append(path)
     else:
       found[path] = _sources(folder, arch, entry, leaf.shape, tensors)
-  _refuse_extra(folder, arch, tensors, found)
+  _refuse_extra(folder, model, tensors, found)
   return found, drawn
 
 
@@ -279,12 +281,14 @@ def _candidates(name: str, arch: ModuleType) -> list[str]:
   Some files hold the bare backbone (`AutoModel`), others wrap it as `model`
   (SuperHF's reward models).
   """
+  prefix = peft.PREFIX if name.startswith(peft.PREFIX) else ""
+  name = name.removeprefix(prefix)
   bare = name.removeprefix(arch.BASE)
   names = [name] if bare == name else [name, bare, f"model.{bare}"]
   for theirs, other in arch.ALIASES:
     if name.startswith(theirs):
       names.append(other + name.removeprefix(theirs))
-  return names
+  return [prefix + name for name in names]
 
 
 def _has(entry: table.Entry, arch: ModuleType, tensors) -> bool:
@@ -318,20 +322,27 @@ def _sources(
   return sources
 
 
-def _refuse_extra(folder, arch, tensors, found) -> None:
+def _refuse_extra(folder, model, tensors, found) -> None:
   """An unknown tensor means that the model is not what config.json says."""
   used = {id(stored) for sources in found.values() for stored in sources}
-  ignored = re.compile("|".join(arch.IGNORED))
+  ignored = re.compile("|".join(architecture(model).IGNORED))
   extra = [
     name
     for name, stored in tensors.items()
     if id(stored) not in used and not ignored.search(name)
   ]
-  if extra:
+  if not extra:
+    return
+  first = min(extra)
+  if first.startswith(peft.PREFIX):
     raise UserError(
-      f"{folder}: {len(extra)} tensors have no place in the model of "
-      f"config.json, the first is {min(extra)}; is it another model's file?"
+      f"{tensors[first].where}: {first} has no place; adapters can be on "
+      f"{known(model)}; merge others with peft and load the whole model"
     )
+  raise UserError(
+    f"{folder}: {len(extra)} tensors have no place in the model of "
+    f"config.json, the first is {first}; is it another model's file?"
+  )
 
 
 def _draw(model, paths, where, seed) -> dict[str, Any]:

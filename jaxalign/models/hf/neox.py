@@ -16,7 +16,11 @@ CLASSES = {  # head -> the class that transformers loads it with
   "score_mean": "GPTNeoXForSequenceClassification",
 }
 HEADS = ("score_head",)  # leaves that may be drawn afresh
-ALIASES = (("embed_out.", "lm_head."), ("score.", "v_head."))
+ALIASES = (
+  ("embed_out.", "lm_head."),
+  ("lm_head.", "embed_out."),  # adapters of older transformers
+  ("score.", "v_head."),
+)
 IGNORED = (
   # Buffers that older files carry and nobody needs.
   r"attention\.(bias|masked_bias)$",

@@ -17,7 +17,7 @@ from jaxalign.models.layers import LoraConfig
 from jaxalign.models.model import Model
 
 CONFIG = "adapter_config.json"
-_PREFIX = "base_model.model."
+PREFIX = "base_model.model."  # of every tensor's name
 # Settings under which an adapter is more than W + scale A B.
 _REFUSED = (
   "use_dora",
@@ -39,10 +39,10 @@ def base(folder: pathlib.Path) -> str:
   return _fields(folder).get(str, "base_model_name_or_path")
 
 
-def head(folder: pathlib.Path) -> str | None:
-  """The head that the adapters were trained with, if they tell."""
+def is_scorer(folder: pathlib.Path) -> bool:
+  """Whether the adapters were trained with a score head."""
   task = _fields(folder).get(str, "task_type", default="CAUSAL_LM")
-  return "score_last" if task == "SEQ_CLS" else None
+  return task == "SEQ_CLS"
 
 
 def read_config(folder: pathlib.Path, model: Model) -> LoraConfig:
@@ -72,29 +72,37 @@ def read_config(folder: pathlib.Path, model: Model) -> LoraConfig:
     alpha *= rank**0.5  # there the update is scaled by alpha / sqrt(r)
   dropout = fields.get(float, "lora_dropout", default=0.0)
   wanted = fields.values.get("target_modules")
-  names = {ours: _theirs(model, ours) for ours in lora.linears(model)}
-  targets = tuple(o for o, t in names.items() if _is_target(t, wanted))
+  names = {path: name for name, path in lora.linears(model).items()}
+  targets = tuple(
+    name for path, name in names.items() if _is_target(model, path, wanted)
+  )
   if not targets:
     raise UserError(
       f"{fields.where}: target_modules {wanted!r} names no linear layer of the "
-      f"model; it has {', '.join(names.values())}"
+      f"model; it has {lora.known(model)}"
     )
   return LoraConfig(rank, alpha, dropout, targets)
 
 
 def entries(model: Model) -> dict[str, table.Entry]:
-  """Names of the adapters' tensors, and of the score head kept with them."""
-  names = architecture(model).names(model.config)
+  """Names of the adapters' tensors, and of the weights kept with them.
+
+  These are the score head, and in files of the peft library the output matrix.
+  """
+  names = _names(model)
   plain = table.entries(names, model.shapes)
   found = {}
+  if "lora_a" in model.shapes.get("lm_head", {}):
+    name = f"{PREFIX}{names['lm_head']}.base_layer.weight"
+    found["lm_head.embedding"] = table.Entry(name)
   for path in table.flatten(lora.split(model.shapes)[0]):
     module, _, leaf = path.rpartition(".")
     if leaf in lora.LEAVES:
-      name = f"{_PREFIX}{names[module]}.lora_{leaf[-1].upper()}.weight"
+      name = f"{PREFIX}{names[module]}.lora_{leaf[-1].upper()}.weight"
       found[path] = table.Entry(name, (1, 0))
     else:
       entry = plain[path]
-      found[path] = dataclasses.replace(entry, name=_PREFIX + entry.name)
+      found[path] = dataclasses.replace(entry, name=PREFIX + entry.name)
   return found
 
 
@@ -121,8 +129,9 @@ def save(
       f"{folder}: the model has no LoRA adapters; save it as a whole model"
     )
   leaves = table.flatten(params)
-  found = entries(model)
   shapes = lora.split(model.shapes)[0]
+  every = entries(model)
+  found = {path: every[path] for path in table.flatten(shapes)}
   dtype = jnp.dtype(leaves[next(iter(found))].dtype)
   plan = write.plan_files(found, shapes, dtype, 2**60, "adapter_model")
   with write.replacing(pathlib.Path(folder)) as new:
@@ -133,8 +142,9 @@ def save(
 
 def _config(model: Model, adapters: LoraConfig, base: str) -> dict[str, Any]:
   is_lm = model.config.head == "lm"
-  names = architecture(model).names(model.config)
+  names, paths = _names(model), lora.linears(model)
   heads = sorted({names[h] for h in lora.HEADS if h in model.shapes})
+  targets = [n for t in adapters.targets for n in _theirs(model, paths[t])]
   return {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM" if is_lm else "SEQ_CLS",
@@ -142,7 +152,7 @@ def _config(model: Model, adapters: LoraConfig, base: str) -> dict[str, Any]:
     "r": adapters.rank,
     "lora_alpha": adapters.alpha,
     "lora_dropout": adapters.dropout,
-    "target_modules": [_theirs(model, name) for name in adapters.targets],
+    "target_modules": list(dict.fromkeys(targets)),
     "modules_to_save": heads or None,
     "bias": "none",
     "fan_in_fan_out": False,
@@ -150,18 +160,27 @@ def _config(model: Model, adapters: LoraConfig, base: str) -> dict[str, Any]:
   }
 
 
-def _theirs(model: Model, ours: str) -> str:
-  """Hugging Face's name of a block's linear, without the layer's prefix."""
-  name = architecture(model).names(model.config)[f"blocks.{ours}"]
-  return name.partition("{i}.")[2]
+def _names(model: Model) -> dict[str, Any]:
+  """Our modules -> transformers', which has lm_head in GPT-NeoX as well."""
+  return architecture(model).names(model.config) | {"lm_head": "lm_head"}
 
 
-def _is_target(name: str, wanted: Any) -> bool:
+def _theirs(model: Model, path: str) -> list[str]:
+  """Names of a module in whole, one a layer: any part may be ambiguous."""
+  layers = model.config.layers if path.startswith("blocks.") else 0
+  return table.layer_names(table.Entry(_names(model)[path]), layers)
+
+
+def _is_target(model: Model, path: str, wanted: Any) -> bool:
+  """Whether `target_modules` names this module, by PEFT's rules."""
+  is_output = path == "lm_head"
   if wanted == "all-linear":
-    return True
+    return not is_output
+  names = model.config.module.outputs if is_output else _theirs(model, path)
   if isinstance(wanted, str):  # a pattern for the whole path
-    return re.fullmatch(wanted, f"model.layers.0.{name}") is not None
-  return any(f".{name}".endswith(f".{target}") for target in wanted or ())
+    return any(re.fullmatch(wanted, name) for name in names)
+  ends = tuple(f".{target}" for target in wanted or ())
+  return any(f".{name}".endswith(ends) for name in names)
 
 
 def _fields(folder: pathlib.Path) -> Fields:

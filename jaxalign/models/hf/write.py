@@ -19,7 +19,7 @@ from jaxalign.core.types import Params
 from jaxalign.errors import UserError
 from jaxalign.models.hf import safetensors, table
 from jaxalign.models.hf.architectures import architecture
-from jaxalign.models.lora import merged
+from jaxalign.models.lora import WEIGHTS, merged
 from jaxalign.models.model import Model
 
 SHARD_BYTES = 5_000_000_000
@@ -173,10 +173,10 @@ def write_tensors(
 def _host(model: Model, leaves: dict[str, Any], path: str) -> np.ndarray:
   """A leaf on this host, its adapter merged in."""
   leaf = leaves[path]
-  module = path.rpartition(".")[0]
+  module, _, name = path.rpartition(".")
   a = leaves.get(f"{module}.lora_a")
-  if model.lora and a is not None and path.endswith(".kernel"):
-    leaf = merged(leaf, a, leaves[f"{module}.lora_b"], model.lora.scale)
+  if model.lora and a is not None and name in WEIGHTS:
+    leaf = merged(leaf, a, leaves[f"{module}.lora_b"], model.lora.scale, name)
   return fetch(leaf)
 
 
