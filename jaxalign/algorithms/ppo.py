@@ -111,7 +111,7 @@ def run(
       scored = answers.draw(ctx, tools, policy, step, key)
       rolled = scored, *tools.encode(scored)
     if last:
-      _check_kl(step, *jax.device_get(last))
+      _check_kl(step, *(float(x) for x in jax.device_get(last)))
     if rolled:
       scored, kept, batch = rolled
       with ctx.stage("learn"):
@@ -457,7 +457,7 @@ def _explained(judged: Judged, mask: Bool[Array, "C B T"]) -> Metrics:
   }
 
 
-def _check_kl(step: int, kl: Array, gap: Array) -> None:
+def _check_kl(step: int, kl: float, gap: float) -> None:
   """An estimated KL far below 0 is a fault; says which it may be."""
   if kl < -0.05:
     _log.warning(
@@ -467,7 +467,7 @@ def _check_kl(step: int, kl: Array, gap: Array) -> None:
       "(sampling/logp_diff_max is %.2g; above 0.1 is a fault), or the policy "
       "goes where only the reference is likely: raise kl.coefficient or lower "
       "optimizer.learning_rate",
-      *(step, float(kl), float(gap)),
+      *(step, kl, gap),
     )
 
 

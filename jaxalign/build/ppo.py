@@ -22,6 +22,8 @@ from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
 from jaxalign.runtime.answers import Scored, Tools
 
+Decode = Callable[[Sequence[int]], str]
+
 PROBE = (
   "\n\nHuman: Is 7 a prime number?\n\nAssistant: Yes, it is; so are 2 and 5."
 )
@@ -97,12 +99,12 @@ def _check_critic(
 def tools_of(tools: Tools, critic: Critic, tokenizer: Tokenizer) -> PPOTools:
   """The tools of an online run as PPO asks for them."""
   fields = {f.name: getattr(tools, f.name) for f in dataclasses.fields(tools)}
-  fields["sample"] = exact(tools.sample, tokenizer)
+  fields["sample"] = exact(tools.sample, tokenizer.decode)
   return PPOTools(**fields, critic=critic.model)
 
 
 def exact(
-  sample: Callable[..., Answers], tokenizer: Tokenizer
+  sample: Callable[..., Answers], decode: Decode
 ) -> Callable[..., Answers]:
   """A sampler whose texts are those of whole tokens.
 
@@ -118,7 +120,7 @@ def exact(
       for ids, length in zip(drawn.tokens, drawn.lengths, strict=True)
     ]
     cut = [
-      cut_tokens(tokenizer.decode, ids, text)
+      cut_tokens(decode, ids, text)
       for ids, text in zip(rows, answers.texts, strict=True)
     ]
     return dataclasses.replace(
@@ -131,7 +133,7 @@ def exact(
 
 
 def cut_tokens(
-  decode: Callable[[Sequence[int]], str], ids: Sequence[int], text: str
+  decode: Decode, ids: Sequence[int], text: str
 ) -> tuple[int, str]:
   """How many ids make up `text`, the start of what they say, and what they say.
 
