@@ -325,7 +325,7 @@ def test_an_unknown_field_like_no_other_lists_its_section():
 def test_an_unknown_algorithm_names_the_nearest():
   assert fail({}, algorithm="superhv") == (
     "config.algorithm must be one of superhf, ppo, sft, reward_model, dpo, "
-    "got 'superhv'; did you mean 'superhf'?"
+    "kto, got 'superhv'; did you mean 'superhf'?"
   )
   with pytest.raises(UserError, match="got None"):
     configs.from_mapping({})
@@ -339,6 +339,17 @@ def test_smoothing_belongs_to_two_losses():
     "config.label_smoothing must be 0 while loss='ipo', got 0.1; sigmoid and "
     "robust have it"
   )
+
+
+def test_a_batch_of_one_has_no_mismatched_pair():
+  one = {"batch_size": 1}
+  assert fail(one, algorithm="kto") == (
+    "config.batch_size must be at least 2 while loss='kto', got 1; the KL is "
+    "estimated on prompts with the answers of other rows; raise it "
+    "(micro_batch may stay 1) or use loss='apo_zero_unpaired'"
+  )
+  apo = {"algorithm": "kto", "loss": "apo_zero_unpaired"} | one
+  assert configs.from_mapping(apo).batch_size == 1
 
 
 def test_supervised_rules():

@@ -22,7 +22,7 @@ def load(name: str, preset: str):
 
 ALL = [
   (name, preset)
-  for name in ("superhf", "sft", "reward_model")
+  for name in ("superhf", "sft", "reward_model", "dpo", "kto")
   for preset in get_config(name).__globals__["PRESETS"]
 ]
 
@@ -34,7 +34,9 @@ def test_every_preset_is_valid_and_complete_in_json(name, preset):
   assert configs.from_mapping(configs.to_mapping(config)) == config
 
 
-@pytest.mark.parametrize("name", ["superhf", "sft", "reward_model"])
+@pytest.mark.parametrize(
+  "name", ["superhf", "sft", "reward_model", "dpo", "kto"]
+)
 def test_files_document_their_presets_and_refuse_others(name):
   function = get_config(name)
   with pytest.raises(UserError, match=f"configs/{name}.py has no preset 'la'"):

@@ -18,29 +18,10 @@ import optax
 from jaxtyping import Array, Bool, Float
 
 from jaxalign.core import gradients, losses, optim
-from jaxalign.core.logprobs import target_logprobs
 from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models import lora
-from jaxalign.models.model import Model
 from jaxalign.runtime.context import Context, Task, fit
-
-
-def text_logps(
-  model: Model, params: Params, text: TextBatch
-) -> Float[Array, " B"]:
-  """log π(completion | prompt) of `[B, T]` texts, in nats, without dropout.
-
-  Args:
-    model: of the policy or the reference.
-    params: all of its parameters.
-    text: one text a row; its `loss_mask` says what the completion is.
-  """
-  module = model.bind(params)
-  hidden, _ = module(text.tokens, text.positions, text.segments)
-  mask = text.loss_mask[:, 1:]
-  return target_logprobs(
-    hidden[:, :-1], text.tokens[:, 1:], mask, module.unembed
-  ).sum(axis=1)
+from jaxalign.runtime.reference import reference_logps, text_logps
 
 
 def make_update(
@@ -79,9 +60,8 @@ def pair_losses(
 ) -> dict[str, Float[Array, " B"]]:
   """Loss and metrics of each pair of `[2B, T]` rows; 0 for filler pairs."""
   config = ctx.config
-  assert ctx.prior is not None
   logps = text_logps(ctx.model, params, text)
-  before = jax.lax.stop_gradient(text_logps(ctx.prior[0], prior, text))
+  before = reference_logps(ctx, prior, text)
   counts = jnp.maximum(text.loss_mask[:, 1:].sum(axis=1), 1)
   ratio = logps - before
   scaled = ratio / counts if config.length_normalised else ratio

@@ -6,9 +6,10 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
-from jaxalign.algorithms import dpo, ppo, reward_model, sft, superhf
+from jaxalign.algorithms import dpo, kto, ppo, reward_model, sft, superhf
 from jaxalign.build import (
   export,
+  labelled,
   models,
   online,
   preferences,
@@ -20,6 +21,7 @@ from jaxalign.build import ppo as build_ppo
 from jaxalign.build.superhf import encode_kept
 from jaxalign.config import (
   DPOConfig,
+  KTOConfig,
   PPOConfig,
   RewardModelConfig,
   SFTConfig,
@@ -88,6 +90,18 @@ def run_dpo(config: DPOConfig, folder: pathlib.Path) -> int:
   task, steps = preferences.pair_task(config, policy.tokenizer, context)
   return _train(
     dpo.run, config, folder, policy.load(), mesh, task, steps, reference=True
+  )
+
+
+def run_kto(config: KTOConfig, folder: pathlib.Path) -> int:
+  """Kahneman-Tversky optimisation."""
+  mesh = _mesh(config)
+  _check_rows(config, mesh)
+  policy = models.open_policy(config, mesh, "lm")
+  context = policy.model.config.max_positions
+  task, steps = labelled.labelled_task(config, policy.tokenizer, context)
+  return _train(
+    kto.run, config, folder, policy.load(), mesh, task, steps, reference=True
   )
 
 
@@ -180,6 +194,7 @@ RUNS: dict[str, Callable[[Any, pathlib.Path], int]] = {
   "sft": run_sft,
   "reward_model": run_reward_model,
   "dpo": run_dpo,
+  "kto": run_kto,
   "superhf": run_superhf,
   "ppo": run_ppo,
 }

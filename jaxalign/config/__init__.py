@@ -17,6 +17,7 @@ from jaxalign.config.ppo import (
   RolloutConfig,
   ShapingConfig,
 )
+from jaxalign.config.preferences import DPOConfig, KTOConfig
 from jaxalign.config.read import override, read
 from jaxalign.config.sections import (
   CheckpointConfig,
@@ -36,7 +37,6 @@ from jaxalign.config.stages import (
 )
 from jaxalign.config.superhf import SuperHFConfig
 from jaxalign.config.supervised import (
-  DPOConfig,
   RewardModelConfig,
   SFTConfig,
   SupervisedConfig,
@@ -50,6 +50,7 @@ __all__ = [
   "EvaluationConfig",
   "InitConfig",
   "KLConfig",
+  "KTOConfig",
   "LoraConfig",
   "MeshConfig",
   "MetricsConfig",
@@ -80,6 +81,7 @@ CONFIGS: dict[str, type[TrainingConfig]] = {
   "sft": SFTConfig,
   "reward_model": RewardModelConfig,
   "dpo": DPOConfig,
+  "kto": KTOConfig,
 }
 
 

@@ -91,50 +91,6 @@ class SFTConfig(SupervisedConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPOConfig(SupervisedConfig):
-  """Direct preference optimisation on stored comparisons."""
-
-  algorithm: str = field("dpo", "what to run", choices=("dpo",))
-  loss: str = field(
-    "sigmoid",
-    "of the two answers' log-ratios to the reference",
-    choices=("sigmoid", "robust", "hinge", "ipo"),
-    also=("loss_type",),
-  )
-  beta: float = field(
-    0.1,
-    "how strongly the reference holds the policy",
-    rule="> 0",
-    source="Rafailov 2023; TRL",
-  )
-  label_smoothing: float = field(
-    0.0,
-    "share of labels taken to be wrong (sigmoid, robust)",
-    rule="[0, 0.5)",
-  )
-  length_normalised: bool = field(
-    False, "log-ratios are means a token; TRL's ipo"
-  )
-  sft_coefficient: float = field(
-    0.0,
-    "weight of the chosen answers' -log p a token, which keeps them likely",
-    rule=">= 0",
-    also=("rpo_alpha",),
-  )
-  train_eos: bool = field(True, "put the end of text behind every answer")
-
-  def rules(self) -> Iterator[Rule]:
-    """What the losses ask for."""
-    yield from super().rules()
-    yield Rule(
-      "label_smoothing",
-      self.label_smoothing == 0 or self.loss in ("sigmoid", "robust"),
-      f"must be 0 while loss={self.loss!r}",
-      "sigmoid and robust have it",
-    )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class RewardModelConfig(SupervisedConfig):
   """A reward model, from preferences or from another model's scores."""
 

@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 
 def pairwise(
@@ -64,6 +64,33 @@ def preference(
   if kind == "hinge":
     return jax.nn.relu(1 - beta * lead)
   return (lead - 1 / (2 * beta)) ** 2
+
+
+def unpaired(
+  ratio: Float[Array, "*B"],
+  desirable: Bool[Array, "*B"],
+  kl: Float[Array, ""] | float,
+  beta: float,
+  desirable_weight: float = 1.0,
+  undesirable_weight: float = 1.0,
+) -> Float[Array, "*B"]:
+  """KTO's loss of ρ = log π(y|x)/π₀(y|x), without a second answer.
+
+  λ_D (1 − σ(β(ρ − z₀))) where y is desirable, λ_U (1 − σ(β(z₀ − ρ))) where it
+  is not: Ethayarajh 2024 (eq. 8). With z₀ = 0 it is APO-zero on unpaired rows:
+  D'Oosterlinck 2024 (eq. 7).
+
+  Args:
+    ratio: ρ, in nats, summed over the answer's tokens.
+    desirable: True = y is desirable.
+    kl: z₀ >= 0, in nats, what an answer's ρ is compared with; a constant.
+    beta: > 0, how soon the loss is saturated.
+    desirable_weight: λ_D.
+    undesirable_weight: λ_U.
+  """
+  lead = jnp.where(desirable, ratio - kl, kl - ratio)
+  weight = jnp.where(desirable, desirable_weight, undesirable_weight)
+  return weight * jax.nn.sigmoid(-beta * lead)
 
 
 def policy_gradient(

@@ -59,6 +59,32 @@ def rows_of_step(
   return rows
 
 
+def mismatch(
+  group: Int64[np.ndarray, " batch"],
+) -> Int64[np.ndarray, " batch"]:
+  """Whose completion each row is given, so that it belongs to another prompt.
+
+  The rows are laid out with those of one prompt side by side, the completions
+  moved on by as many places as the largest prompt has rows: by one where all
+  prompts differ. Then none meets a prompt of its own group, unless one group
+  is more than half of the batch; what it has beyond that half meets its own.
+
+  Args:
+    group: rows of one prompt carry one number.
+
+  Returns:
+    Indices of rows; each occurs once, none in its own place (of two or more).
+  """
+  _, first, number, count = np.unique(
+    group, return_index=True, return_inverse=True, return_counts=True
+  )
+  order = np.argsort(first[number], kind="stable")
+  by = int(count.max()) % len(group) or 1  # a single prompt: by one as well
+  mates = np.empty(len(group), dtype=np.int64)
+  mates[order] = np.roll(order, by)
+  return mates
+
+
 def bucket_length(n: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> int:
   """The smallest bucket that holds `n` tokens, or a multiple of `BEYOND`."""
   fitting = [bucket for bucket in buckets if bucket >= n]

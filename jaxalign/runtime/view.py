@@ -22,6 +22,7 @@ HEADLINES = {
   "margin": "margin",
   "loss/total": "loss",
   "kl/mean": "KL",
+  "kl": "KL",
   "objective/kl": "KL",
   "completion/tokens_mean": "tokens",
   "diversity/overlap": "overlap",

@@ -99,6 +99,39 @@ def test_hinge_asks_for_a_lead_of_one():
 
 
 @WRAPS
+@pytest.mark.parametrize(
+  ("kl", "wanted"),
+  [
+    # Desirable: β(ρ − z₀) = 0.5 (2 ln 3) = ln 3, 1 − σ = 1/4; undesirable the
+    # other way round: 3/4. At ρ = 0 half of the weight.
+    (0.0, [0.25, 0.75, 0.5, 0.5]),
+    # z₀ = 2 ln 3: 1/2 each at ρ = z₀; at ρ = 0 the answer is ln 3 behind it,
+    # which is bad for a desirable one: 3/4, and good for the other: 1/4.
+    (2 * math.log(3), [0.5, 0.5, 0.75, 0.25]),
+  ],
+)
+def test_unpaired(wrap, kl, wanted):
+  ratio = jnp.array([2 * math.log(3), 2 * math.log(3), 0.0, 0.0])
+  good = jnp.array([True, False, True, False])
+  loss = wrap(lambda r: losses.unpaired(r, good, kl, 0.5))
+  np.testing.assert_allclose(loss(ratio), wanted, rtol=1e-6)
+  # λ_D = 2 and λ_U = 3 multiply the two sides.
+  loss = wrap(lambda r: losses.unpaired(r, good, kl, 0.5, 2.0, 3.0))
+  weighted = np.array(wanted) * [2, 3, 2, 3]
+  np.testing.assert_allclose(loss(ratio), weighted, rtol=1e-6)
+
+
+def test_unpaired_gradient():
+  """∓λ β σ(x) σ(−x): at ρ = z₀ that is ∓λ β / 4; 0 and finite far out."""
+  good = jnp.array([True, False, True, False])
+  loss = lambda r: losses.unpaired(r, good, 1.0, 0.5, 2.0, 3.0).sum()
+  grad = jax.grad(loss)(jnp.array([1.0, 1.0, 1e6, 1e6]))
+  np.testing.assert_allclose(grad, [-0.25, 0.375, 0, 0], atol=1e-6)
+  grad = jax.grad(loss)(jnp.array([-jnp.inf, jnp.inf, jnp.inf, -jnp.inf]))
+  assert np.isfinite(grad).all()
+
+
+@WRAPS
 def test_policy_gradient(wrap):
   """Ratios 1.5 and 0.5, clip 0.2 below and 0.3 above, good and bad actions.
 

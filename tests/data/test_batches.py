@@ -64,3 +64,26 @@ def test_pad_rows_on_both_sides():
   assert tokens.tolist() == [[9, 7, 0], [9, 9, 9], [1, 2, 3]]
   assert mask[0].tolist() == [False, True, True]
   assert tokens.dtype == np.int32
+
+
+def test_mismatch_moves_on_by_the_largest_prompt():
+  """All different: by one, as [last, first, ...]; a pair: by two."""
+  found = batches.mismatch(np.array([5, 3, 9, 1]))
+  assert found.tolist() == [3, 0, 1, 2]
+  # Side by side: rows 0, 2 (prompt 7), 1, 3; their mates two further back.
+  found = batches.mismatch(np.array([7, 4, 7, 8]))
+  assert found.tolist() == [1, 0, 3, 2]
+  assert batches.mismatch(np.array([6, 6, 6])).tolist() == [2, 0, 1]
+
+
+@given(st.lists(st.integers(0, 5), min_size=2, max_size=24))
+def test_mismatch_meets_an_own_prompt_only_where_it_must(groups):
+  group = np.array(groups)
+  mates = batches.mismatch(group)
+  count = len(group)
+  assert sorted(mates) == list(range(count))  # every completion once
+  assert (mates != np.arange(count)).all()
+  largest = int(np.bincount(group).max())
+  # Its rows need others' completions, of which there are count - largest.
+  least = max(0, 2 * largest - count)
+  assert (group[mates] == group).sum() == least

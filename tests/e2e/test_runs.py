@@ -245,6 +245,36 @@ def test_reward_model(supervised, lab, tmp_path, read):
 
 
 @pytest.mark.parametrize("rank", [0, 2], ids=["copy", "adapters"])
+def test_kto(rank, supervised, lab, tmp_path, read):
+  """Comparisons become labelled rows, each with a mismatched pair."""
+  command = supervised(
+    "kto.py",
+    tmp_path / "run",
+    steps=30,
+    policy=lab.policy,
+    data=lab.pairs,
+    validation_data=lab.pairs,
+    batch_size=16,
+    micro_batch=8,
+    beta=0.5,
+    lora__rank=rank,
+    lora__targets="query_key_value,dense" if rank else "",
+  )
+  assert main.main(command) == 0
+  rows = read(tmp_path / "run" / "metrics.jsonl")
+  assert rows[0]["loss/total"] == pytest.approx(0.5, rel=1e-5)
+  assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+  assert rows[-1]["rewards/margins"] > 0.1
+  assert rows[-1]["eval_prompts"] == 24
+  # 24 pairs: 0.9 is four sigma above a coin's.
+  assert rows[-1]["eval_rewards/accuracies"] > 0.9
+  theirs, ours = loads_in_transformers(
+    str(tmp_path / "run" / "model"), "AutoModelForCausalLM"
+  )
+  np.testing.assert_allclose(ours, theirs, atol=1e-4)
+
+
+@pytest.mark.parametrize("rank", [0, 2], ids=["copy", "adapters"])
 def test_dpo(rank, supervised, lab, tmp_path, read):
   command = supervised(
     "dpo.py",

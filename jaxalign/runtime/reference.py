@@ -1,0 +1,41 @@
+"""The reference that preference losses compare a policy with."""
+
+import jax
+from jaxtyping import Array, Float
+
+from jaxalign.core.logprobs import target_logprobs
+from jaxalign.core.types import Params, TextBatch
+from jaxalign.models.model import Model
+from jaxalign.runtime.context import Context
+
+
+def text_logps(
+  model: Model, params: Params, text: TextBatch
+) -> Float[Array, " B"]:
+  """log π(completion | prompt) of `[B, T]` texts, in nats, without dropout.
+
+  Args:
+    model: of the policy or the reference.
+    params: all of its parameters.
+    text: one text a row; its `loss_mask` says what the completion is.
+  """
+  module = model.bind(params)
+  hidden, _ = module(text.tokens, text.positions, text.segments)
+  mask = text.loss_mask[:, 1:]
+  return target_logprobs(
+    hidden[:, :-1], text.tokens[:, 1:], mask, module.unembed
+  ).sum(axis=1)
+
+
+def reference_logps(
+  ctx: Context, prior: Params, text: TextBatch
+) -> Float[Array, " B"]:
+  """log π₀(completion | prompt) of `[B, T]` texts, without gradient.
+
+  Args:
+    ctx: the run; its `prior` is the reference.
+    prior: the reference's parameters, an argument of the traced step.
+    text: as in `text_logps`.
+  """
+  assert ctx.prior is not None
+  return jax.lax.stop_gradient(text_logps(ctx.prior[0], prior, text))
