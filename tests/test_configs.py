@@ -20,9 +20,10 @@ def load(name: str, preset: str):
   return configs.from_mapping(get_config(name)(preset))
 
 
+NAMES = ("superhf", "sft", "reward_model", "dpo", "kto", "ppo")
 ALL = [
   (name, preset)
-  for name in ("superhf", "sft", "reward_model", "dpo", "kto")
+  for name in NAMES
   for preset in get_config(name).__globals__["PRESETS"]
 ]
 
@@ -30,13 +31,11 @@ ALL = [
 @pytest.mark.parametrize(("name", "preset"), ALL)
 def test_every_preset_is_valid_and_complete_in_json(name, preset):
   config = load(name, preset)
-  assert config.algorithm == name
+  assert config.algorithm in (name, f"online_{name}")
   assert configs.from_mapping(configs.to_mapping(config)) == config
 
 
-@pytest.mark.parametrize(
-  "name", ["superhf", "sft", "reward_model", "dpo", "kto"]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_files_document_their_presets_and_refuse_others(name):
   function = get_config(name)
   with pytest.raises(UserError, match=f"configs/{name}.py has no preset 'la'"):

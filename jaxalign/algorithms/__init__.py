@@ -7,6 +7,7 @@ ALGORITHMS = {
   "sft": sft,
   "reward_model": reward_model,
   "dpo": dpo,
+  "online_dpo": dpo,
   "kto": kto,
   "ppo": ppo,
 }

@@ -5,23 +5,47 @@ and is trained on comparisons by the loss of one (`losses.preference`). The
 reference π₀ is the policy before training: a frozen copy, or the base under
 LoRA adapters.
 
+`run` learns from stored comparisons. `run_online` answers every prompt twice
+with the policy as it is, asks a reward model, a function or people which answer
+is better, and learns from that by the same loss.
+
 Differs from TRL's DPOTrainer: (1) losses are divided once by the pairs of the
 whole batch, so micro-batches and sharding change no gradient; (2) `ipo` takes
 sums over tokens, as its paper does, unless `length_normalised` is set.
 """
 
+import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
-from jaxalign.core import gradients, losses, optim
+from jaxalign.core import gradients, keys, losses, optim
 from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models import lora
-from jaxalign.runtime.context import Context, Task, fit
+from jaxalign.runtime import answers
+from jaxalign.runtime.answers import Scored, Tools
+from jaxalign.runtime.context import Context, Task, due, fit
 from jaxalign.runtime.reference import reference_logps, text_logps
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineTools(Tools):
+  """The tools of a run that compares its own answers.
+
+  Attributes:
+    prefer: (step, scored answers, whether the run was asked to stop) -> of
+      each prompt which of its two answers is better, 0 or 1, or -1 for neither;
+      None if the run has to stop before people have answered.
+  """
+
+  prefer: Callable[
+    [int, Scored, Callable[[], bool]], Int[np.ndarray, " P"] | None
+  ]
 
 
 def make_update(
@@ -135,3 +159,90 @@ def make_validate(
     )
 
   return validate
+
+
+def run_online(
+  ctx: Context,
+  tools: OnlineTools,
+  optimizer: optax.GradientTransformation,
+  rate: Callable[[Array], Array],
+) -> TrainState:
+  """Answers twice, asks which is better, learns; repeats."""
+  config, state = ctx.config, ctx.state
+  assert ctx.prior is not None
+  prior = ctx.prior[1]
+  update = ctx.compile(make_update(ctx, optimizer, rate))
+  for step in ctx.steps():
+    key = keys.fold(ctx.key, step)
+    metrics, rows, pairs = {}, [], None
+    with answers.tolerated(ctx, step):
+      params = lora.join(state.params, ctx.frozen)
+      scored = answers.draw(ctx, tools, params, step, key)
+      with ctx.stage("judge"):
+        choice = tools.prefer(step, scored, ctx.stopping)
+      if choice is None:
+        return state
+      better, worse = ordered(choice)
+      pairs = tools.encode(scored.answers, better, worse)
+    if pairs is None:
+      state = dataclasses.replace(state, step=_next(state.step))
+    else:
+      with ctx.stage("update"):
+        state, metrics = update(state, ctx.frozen, prior, pairs, key)
+        jax.block_until_ready(metrics)
+      metrics |= measure(config.beta, metrics, scored, better, worse)
+      texts = scored.answers.texts
+      metrics |= tools.diversity(
+        scored.answers.asked, texts, [texts[i] for i in better]
+      )
+      rows = answers.rows(step, scored, better)
+    if tools.evaluate and due(step, config.evaluation.interval, config.steps):
+      with ctx.stage("evaluate"):
+        metrics |= tools.evaluate(lora.join(state.result, ctx.frozen))
+    metrics["exceptions"] = ctx.counters.get("exceptions", 0)
+    ctx.report(step, metrics, rows)
+    ctx.save(step, state)
+  return state
+
+
+def ordered(
+  choice: Int[np.ndarray, " P"],
+) -> tuple[Int[np.ndarray, " N"], Int[np.ndarray, " N"]]:
+  """Flat indices of the better and of the worse answers, undecided left out.
+
+  Raises:
+    ValueError: all prompts are undecided.
+  """
+  prompts = np.flatnonzero(choice >= 0)
+  if not len(prompts):
+    raise ValueError("no prompt has an answer that is better than the other")
+  picked = choice[prompts]
+  return 2 * prompts + picked, 2 * prompts + 1 - picked
+
+
+def measure(
+  beta: float,
+  metrics: Metrics,
+  scored: Scored,
+  better: Int[np.ndarray, " N"],
+  worse: Int[np.ndarray, " N"],
+) -> Metrics:
+  """What is told of a step's answers, besides the loss."""
+  flat = scored.scores.reshape(-1)
+  return answers.measure(scored, better) | {
+    "objective/kl": _kl(beta, metrics),
+    "objective/scores_margin": (flat[better] - flat[worse]).mean(),
+    "num_pairs": len(better),
+  }
+
+
+@functools.partial(jax.jit, static_argnames="beta")
+def _kl(beta: float, metrics: Metrics) -> Array:
+  """Mean log π/π₀ of answers that the policy drew: its KL, nats an answer."""
+  rewards = metrics["rewards/chosen"] + metrics["rewards/rejected"]
+  return rewards / (2 * beta)
+
+
+@jax.jit
+def _next(step: Array) -> Array:
+  return step + 1

@@ -2,9 +2,13 @@
 
 import math
 
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxalign.build.session import put_rows
 from jaxalign.build.supervised import fits, parts, reading, text_batch, width_of
-from jaxalign.config import DPOConfig
-from jaxalign.core.types import TextBatch
+from jaxalign.config import DPOConfig, OnlineDPOConfig
+from jaxalign.core.types import Answers, TextBatch
 from jaxalign.data import batches, encode, formats
 from jaxalign.data.encode import Encoded
 from jaxalign.data.tokenizer import Tokenizer
@@ -75,6 +79,39 @@ def _pairs(
       f"a prompt below {length} tokens; raise it or config.max_length"
     )
   return pairs
+
+
+FILLER = Encoded((), 0, (), True)
+
+
+def encode_pairs(
+  config: OnlineDPOConfig,
+  tokenizer: Tokenizer,
+  length: int,
+  mesh: Mesh,
+  answers: Answers,
+  better: np.ndarray,
+  worse: np.ndarray,
+) -> TextBatch:
+  """Pairs of the policy's own answers, filled up to `config.pairs`.
+
+  Args:
+    config: of the run.
+    tokenizer: the policy's.
+    length: tokens of a text at most.
+    mesh: over which rows are laid.
+    answers: of one step.
+    better: flat indices of the preferred answers.
+    worse: of the others, in the same order.
+  """
+  sides = [
+    encode.encode_answers(tokenizer, answers, side, length, config.train_eos)
+    for side in (better, worse)
+  ]
+  pairs = list(zip(*sides, strict=True))
+  pairs += [(FILLER, FILLER)] * (config.pairs - len(pairs))
+  micro = config.micro_batch or config.pairs
+  return put_rows(mesh, _batch(pairs, micro, length, tokenizer.pad_id), 1)
 
 
 def _batch(

@@ -9,6 +9,7 @@ from typing import Any
 from jaxalign.algorithms import dpo, kto, ppo, reward_model, sft, superhf
 from jaxalign.build import (
   export,
+  judges,
   labelled,
   models,
   online,
@@ -22,6 +23,7 @@ from jaxalign.build.superhf import encode_kept
 from jaxalign.config import (
   DPOConfig,
   KTOConfig,
+  OnlineDPOConfig,
   PPOConfig,
   RewardModelConfig,
   SFTConfig,
@@ -127,6 +129,36 @@ def run_superhf(config: SuperHFConfig, folder: pathlib.Path) -> int:
   )
 
 
+def run_online_dpo(config: OnlineDPOConfig, folder: pathlib.Path) -> int:
+  """DPO on the policy's own answers."""
+  mesh = _mesh(config)
+  name = "micro_batch" if config.micro_batch else "pairs"
+  micro = config.micro_batch or config.pairs
+  meshes.check_rows(mesh, micro, f"config.{name}")
+  prefer = judges.make_judge(config, folder)
+  opened = models.open_policy(config, mesh, "lm")
+  scorers = online.open_scorers(config, mesh)
+  context = opened.model.config.max_positions
+  asked = questions.load_questions(config, opened.tokenizer, context)
+  policy = opened.load()
+  length = min(config.max_length, context)
+  encode = functools.partial(
+    preferences.encode_pairs, config, policy.tokenizer, length, mesh
+  )
+  tools = online.make_tools(config, policy, mesh, asked, scorers, encode)
+  fields = {f.name: getattr(tools, f.name) for f in dataclasses.fields(tools)}
+  return _train(
+    dpo.run_online,
+    config,
+    folder,
+    policy,
+    mesh,
+    dpo.OnlineTools(**fields, prefer=prefer),
+    config.steps,
+    reference=True,
+  )
+
+
 def run_ppo(config: PPOConfig, folder: pathlib.Path) -> int:
   """PPO, and its group-baseline relatives."""
   mesh = _mesh(config)
@@ -197,4 +229,5 @@ RUNS: dict[str, Callable[[Any, pathlib.Path], int]] = {
   "kto": run_kto,
   "superhf": run_superhf,
   "ppo": run_ppo,
+  "online_dpo": run_online_dpo,
 }

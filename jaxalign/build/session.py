@@ -169,6 +169,7 @@ def open_session(
         report=recorder.report,
         save=recorder.save,
         counters=recorder.counters,
+        stopping=lambda: stop.requested,
       )
       yield context, stop
       saver.wait()

@@ -1,6 +1,5 @@
 """Kept answers as the batches of SuperHF's updates."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -42,18 +41,9 @@ def encode_kept(
   tokenizer = policy.tokenizer
   # A text that is cut and encoded again may gain a token.
   limit = min(config.max_length, policy.model.config.max_positions)
-  rows = encode.encode_rows(
-    tokenizer,
-    [answers.asked[i] for i in kept],
-    [answers.texts[i] for i in kept],
-    max_length=limit,
-  ).rows
-  rows = [
-    _with_end(row, tokenizer.eos_id)
-    if config.train_eos and answers.ended[i] and len(row) < limit
-    else row
-    for row, i in zip(rows, kept, strict=True)
-  ]
+  rows = encode.encode_answers(
+    tokenizer, answers, kept, limit, config.train_eos
+  )
   return [
     put_rows(
       mesh,
@@ -69,14 +59,6 @@ def encode_kept(
     )
     for i in range(0, len(rows), size)
   ]
-
-
-def _with_end(row: Encoded, eos_id: int | None) -> Encoded:
-  if eos_id is None:
-    return row
-  return dataclasses.replace(
-    row, ids=(*row.ids, eos_id), loss_mask=(*row.loss_mask, True)
-  )
 
 
 def _kept_batch(

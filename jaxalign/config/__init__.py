@@ -17,7 +17,7 @@ from jaxalign.config.ppo import (
   RolloutConfig,
   ShapingConfig,
 )
-from jaxalign.config.preferences import DPOConfig, KTOConfig
+from jaxalign.config.preferences import DPOConfig, KTOConfig, OnlineDPOConfig
 from jaxalign.config.read import override, read
 from jaxalign.config.sections import (
   CheckpointConfig,
@@ -55,6 +55,7 @@ __all__ = [
   "MeshConfig",
   "MetricsConfig",
   "OnlineConfig",
+  "OnlineDPOConfig",
   "OptimizerConfig",
   "PPOConfig",
   "PrecisionConfig",
@@ -78,6 +79,7 @@ __all__ = [
 CONFIGS: dict[str, type[TrainingConfig]] = {
   "superhf": SuperHFConfig,
   "ppo": PPOConfig,
+  "online_dpo": OnlineDPOConfig,
   "sft": SFTConfig,
   "reward_model": RewardModelConfig,
   "dpo": DPOConfig,

@@ -1,14 +1,16 @@
 """The configs that learn from preferences without a reward model."""
 
 import dataclasses
+import re
 from collections.abc import Iterator
 
-from jaxalign.config.fields import Rule, field
+from jaxalign.config.fields import Rule, divides, field
+from jaxalign.config.online import OnlineConfig
 from jaxalign.config.supervised import SupervisedConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PreferenceConfig(SupervisedConfig):
+class ReferenceConfig:
   """What learning against a reference needs, whatever the loss."""
 
   beta: float = field(
@@ -17,14 +19,19 @@ class PreferenceConfig(SupervisedConfig):
     rule="> 0",
     source="Rafailov 2023; TRL",
   )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PreferenceConfig(ReferenceConfig, SupervisedConfig):
+  """The same with a data set."""
+
   train_eos: bool = field(True, "put the end of text behind every answer")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DPOConfig(PreferenceConfig):
-  """Direct preference optimisation on stored comparisons."""
+class PairLossConfig(ReferenceConfig):
+  """DPO's losses of a pair of answers."""
 
-  algorithm: str = field("dpo", "what to run", choices=("dpo",))
   loss: str = field(
     "sigmoid",
     "of the two answers' log-ratios to the reference",
@@ -46,14 +53,78 @@ class DPOConfig(PreferenceConfig):
     also=("rpo_alpha",),
   )
 
-  def rules(self) -> Iterator[Rule]:
+  def pair_rules(self) -> Iterator[Rule]:
     """What the losses ask for."""
-    yield from super().rules()
     yield Rule(
       "label_smoothing",
       self.label_smoothing == 0 or self.loss in ("sigmoid", "robust"),
       f"must be 0 while loss={self.loss!r}",
       "sigmoid and robust have it",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPOConfig(PairLossConfig, PreferenceConfig):
+  """Direct preference optimisation on stored comparisons."""
+
+  algorithm: str = field("dpo", "what to run", choices=("dpo",))
+
+  def rules(self) -> Iterator[Rule]:
+    """What the data and the losses ask for."""
+    yield from super().rules()
+    yield from self.pair_rules()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineDPOConfig(PairLossConfig, OnlineConfig):
+  """DPO on two answers of the policy itself, compared as they come."""
+
+  algorithm: str = field("online_dpo", "what to run", choices=("online_dpo",))
+  pairs: int = field(
+    32,
+    "prompts in a step, each answered twice",
+    rule=">= 1",
+    also=("batch_size",),
+  )
+  micro_batch: int = field(
+    0,
+    "pairs in one forward and backward pass; 0 = pairs",
+    rule=">= 0",
+    also=("gradient_accumulation_steps",),
+  )
+  judge: str = field(
+    "reward_model",
+    "who says which answer is better: reward_model; people, by a queue file in "
+    "the run's folder; or FILE.py:FUNCTION of (prompts, first, second)",
+  )
+  missing_eos_penalty: float = field(
+    0.0,
+    "taken off the score of an answer that was cut (reward_model)",
+    rule=">= 0",
+  )
+  train_eos: bool = field(True, "put the end of text behind answers that ended")
+
+  @property
+  def prompts_per_step(self) -> int:
+    """Distinct prompts in a step."""
+    return self.pairs
+
+  @property
+  def samples_per_prompt(self) -> int:
+    """Answers to each of them: the two that are compared."""
+    return 2
+
+  def rules(self) -> Iterator[Rule]:
+    """What the answers and the losses ask for."""
+    yield from super().rules()
+    yield from self.pair_rules()
+    yield divides("micro_batch", self.micro_batch, "pairs", self.pairs)
+    yield Rule(
+      "judge",
+      self.judge in ("reward_model", "people")
+      or re.fullmatch(r".+\.py:\w+", self.judge) is not None,
+      "must be reward_model, people or FILE.py:FUNCTION",
+      "write my_judge.py:prefer for the function prefer in my_judge.py",
     )
 
 

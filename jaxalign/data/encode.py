@@ -3,6 +3,10 @@
 import dataclasses
 from collections.abc import Sequence
 
+import numpy as np
+from jaxtyping import Int
+
+from jaxalign.core.types import Answers
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.text import templates
@@ -92,6 +96,42 @@ def encode_rows(
     rows.append(_row(ids, len(start), loss, complete))
     kept.append(index)
   return EncodedRows(tuple(rows), tuple(kept), len(texts) - len(rows))
+
+
+def encode_answers(
+  tokenizer: Tokenizer,
+  answers: Answers,
+  chosen: Int[np.ndarray, " N"],
+  max_length: int,
+  train_eos: bool,
+) -> list[Encoded]:
+  """Some of the policy's own answers, as the texts that are trained on.
+
+  Args:
+    tokenizer: of the model.
+    answers: of one step.
+    chosen: flat indices of the answers.
+    max_length: ids a row at most.
+    train_eos: append the eos id to answers that ended and were not cut.
+  """
+  rows = encode_rows(
+    tokenizer,
+    [answers.asked[i] for i in chosen],
+    [answers.texts[i] for i in chosen],
+    max_length=max_length,
+  ).rows
+  eos = tokenizer.eos_id
+  return [
+    dataclasses.replace(
+      row, ids=(*row.ids, eos), loss_mask=(*row.loss_mask, True)
+    )
+    if train_eos
+    and eos is not None
+    and answers.ended[i]
+    and len(row) < max_length
+    else row
+    for row, i in zip(rows, chosen, strict=True)
+  ]
 
 
 def _row(ids: list[int], start: int, loss: str, complete: bool) -> Encoded:

@@ -45,6 +45,7 @@ class Context:
     report: `report(step, metrics, rows)`; metrics may still be on the device.
     save: `save(step, state)` after every step; saves when it is due.
     counters: numbers that live through restarts; saved with the state.
+    stopping: whether the run was asked to stop; for what waits within a step.
   """
 
   config: Any
@@ -60,6 +61,7 @@ class Context:
   report: Callable[[int, Metrics, Rows], None]
   save: Callable[[int, TrainState], None]
   counters: dict[str, int]
+  stopping: Callable[[], bool] = lambda: False
 
 
 @dataclasses.dataclass(frozen=True)

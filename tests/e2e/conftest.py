@@ -167,33 +167,29 @@ def superhf(lab):
 
 
 @pytest.fixture(scope="session")
-def ppo(lab):
-  """(workdir, changed fields) -> the command line of a small PPO run."""
+def online(lab):
+  """(config file, workdir, changed fields) -> a small run on own answers."""
 
-  def command(workdir, **changes):
+  def command(config, workdir, **changes):
     fields = {
       "steps": 3,
       "policy": lab.policy,
       "reward_model": lab.reward,
       "test_reward_model": lab.test_reward,
       "prompts": lab.prompts,
-      "rollout.prompts": 4,
-      "minibatch": 2,
       "sampling.max_new_tokens": 8,
       "sampling.length_buckets": 32,
       "scoring.max_length": 64,
       "scoring.length_buckets": 64,
       "scoring.batch_size": 8,
       "scoring.encoding": "concat",
-      "kl.target": 1.0,
-      "shaping.scaling": "running",
       "optimizer.learning_rate": 0.01,
       "optimizer.warmup_steps": 0,
       "checkpoint.every_steps": 1,
       "compilation_cache": "false",
     }
     given = {k.replace("__", "."): v for k, v in changes.items()}
-    return flags("ppo.py", workdir, fields | given)
+    return flags(config, workdir, fields | given)
 
   return command
 

@@ -1,0 +1,136 @@
+"""PPO and online DPO from the command line, stopped and taken up."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+import jaxalign
+from jaxalign import main
+
+NOT_COMPARED = ("time/", "throughput/", "memory/")
+PPO = {
+  "rollout.prompts": 4,
+  "minibatch": 2,
+  "kl.target": 1.0,
+  "shaping.scaling": "running",
+}
+VARIANTS = {
+  "shared": ("ppo.py", PPO),
+  "separate": ("ppo.py", PPO | {"value_model": "separate"}),
+  "rloo": (
+    "ppo.py",
+    PPO
+    | {
+      "advantage": "rloo",
+      "rollout.prompts": 2,
+      "rollout.samples_per_prompt": 2,
+      "lora.rank": 2,
+      "lora.targets": "dense,embed_out",
+      "sampling.top_p": 0.9,
+      "sampling_correction": 2.0,
+    },
+  ),
+  "dpo": (
+    "dpo.py:online",
+    {"pairs": 4, "micro_batch": 2, "max_length": 64, "steps": 3},
+  ),
+}
+
+
+def measured(folder, read):
+  return [
+    {k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)}
+    for row in read(folder / "metrics.jsonl")
+  ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_and_what_it_is_when_taken_up(
+  variant, online, lab, read, tmp_path
+):
+  """What a stopped run ends with is bit for bit what a whole one does."""
+  config, fields = VARIANTS[variant]
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  assert main.main(online(config, whole, **fields)) == 0
+  rows = measured(whole, read)
+  assert [row["step"] for row in rows] == [1, 2, 3]
+  assert rows[0]["objective/kl"] == pytest.approx(0.0, abs=1e-5)
+  assert abs(rows[2]["objective/kl"]) > 1e-5
+  if variant != "dpo":
+    assert all(row["sampling/logp_diff_max"] < 1e-4 for row in rows)
+    assert rows[0]["objective/kl_coef"] > rows[2]["objective/kl_coef"]
+    assert ("loss/value_avg" in rows[0]) == (variant != "rloo")
+  before, after = (
+    jaxalign.load(name).params for name in (lab.policy, whole / "model")
+  )
+  moved = [np.asarray(p["lm_head"]["embedding"]) for p in (before, after)]
+  assert np.abs(moved[0] - moved[1]).max() > 1e-4
+  # As if it had been killed after step 2.
+  shutil.copytree(whole, cut)
+  (cut / "finished.json").unlink()
+  shutil.rmtree(cut / "model")
+  for path in (cut / "checkpoints").glob("*3"):
+    shutil.rmtree(path)
+  assert main.main(online(config, cut, **fields)) == 0
+  assert measured(cut, read) == rows
+  for name in ("model/model.safetensors", "samples.jsonl"):
+    assert (cut / name).read_bytes() == (whole / name).read_bytes()
+
+
+def test_people_judge(online, read, tmp_path):
+  """Labels that are there already are not waited for."""
+  folder = tmp_path / "run"
+  fields = {"pairs": 4, "max_length": 64, "judge": "people", "steps": 1}
+  folder.mkdir()
+  labels = [{"id": f"1-{i}", "choice": i % 2} for i in (1, 2, 3, 4)]
+  (folder / "labels.jsonl").write_text(
+    "".join(json.dumps(row) + "\n" for row in labels)
+  )
+  assert main.main(online("dpo.py:online", folder, **fields)) == 0
+  asked = {row["id"]: row["answers"] for row in read(folder / "queue.jsonl")}
+  kept = {r["completion"] for r in read(folder / "samples.jsonl") if r["kept"]}
+  chosen = {asked[r["id"]][r["choice"]] for r in labels if r["id"] in asked}
+  assert kept == chosen
+
+
+@pytest.mark.parametrize(
+  ("config", "fields", "said"),
+  [
+    (
+      "ppo.py",
+      PPO | {"sampling.top_p": 0.9},
+      "config.sampling_correction must be above 0 while sampling.top_p changes "
+      "what is drawn from",
+    ),
+    (
+      "ppo.py",
+      PPO | {"advantage": "grpo"},
+      "config.rollout.samples_per_prompt must be >= 2 while advantage='grpo'",
+    ),
+    (
+      "ppo.py",
+      PPO | {"minibatch": 3},
+      "config.minibatch must be 0 or divide the rollout's answers=4, got 3",
+    ),
+    ("ppo.py", PPO | {"value_model": "reward"}, "config.value_model: "),
+    (
+      "dpo.py:online",
+      {"judge": "someone"},
+      "config.judge must be reward_model, people or FILE.py:FUNCTION, got",
+    ),
+    ("dpo.py:online", {"judge": "no.py:f"}, "config.judge: no.py does not"),
+  ],
+)
+def test_what_is_refused(config, fields, said, online, lab, tmp_path, capsys):
+  fields = {
+    name: getattr(lab, value) if value == "reward" else value
+    for name, value in fields.items()
+  }
+  assert main.main(online(config, tmp_path / "run", **fields)) == 2
+  error = capsys.readouterr().err
+  assert said in error
+  assert error.count("\n") == 1
+  assert not (tmp_path / "run").exists()
