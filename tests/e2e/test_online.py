@@ -2,12 +2,15 @@
 
 import json
 import shutil
+import threading
+import time
 
 import numpy as np
 import pytest
 
 import jaxalign
 from jaxalign import main
+from jaxalign.build import judges
 
 NOT_COMPARED = ("time/", "throughput/", "memory/")
 PPO = {
@@ -80,20 +83,27 @@ def test_a_run_and_what_it_is_when_taken_up(
     assert (cut / name).read_bytes() == (whole / name).read_bytes()
 
 
-def test_people_judge(online, read, tmp_path):
-  """Labels that are there already are not waited for."""
+def test_people_judge(online, read, tmp_path, monkeypatch):
+  """Someone who always likes the second answer better."""
+  monkeypatch.setattr(judges, "POLL_S", 0.05)
   folder = tmp_path / "run"
+  queue, labels = folder / judges.QUEUE, folder / judges.LABELS
+
+  def person():
+    while not queue.exists() or not queue.read_text().endswith("\n"):
+      time.sleep(0.05)
+    names = [row["id"] for row in read(queue)]
+    rows = [json.dumps({"id": name, "choice": 1}) for name in names]
+    labels.write_text("\n".join(rows) + "\n")
+
+  thread = threading.Thread(target=person, daemon=True)
+  thread.start()
   fields = {"pairs": 4, "max_length": 64, "judge": "people", "steps": 1}
-  folder.mkdir()
-  labels = [{"id": f"1-{i}", "choice": i % 2} for i in (1, 2, 3, 4)]
-  (folder / "labels.jsonl").write_text(
-    "".join(json.dumps(row) + "\n" for row in labels)
-  )
   assert main.main(online("dpo.py:online", folder, **fields)) == 0
-  asked = {row["id"]: row["answers"] for row in read(folder / "queue.jsonl")}
-  kept = {r["completion"] for r in read(folder / "samples.jsonl") if r["kept"]}
-  chosen = {asked[r["id"]][r["choice"]] for r in labels if r["id"] in asked}
-  assert kept == chosen
+  thread.join()
+  wanted = [row["answers"][1] for row in read(queue)]
+  kept = [r["completion"] for r in read(folder / "samples.jsonl") if r["kept"]]
+  assert sorted(kept) == sorted(wanted)
 
 
 @pytest.mark.parametrize(
