@@ -84,14 +84,6 @@ class PPOTools(Tools):
   critic: Model | None = None
 
 
-def first_carried(config: Any) -> dict[str, Any]:
-  """What a run keeps beside its parameters, before the first step."""
-  return {
-    "kl_coef": jnp.float32(config.kl.coefficient),
-    "scores": rewards.Moments.none(),
-  }
-
-
 def run(
   ctx: Context,
   tools: PPOTools,
@@ -155,10 +147,13 @@ def make_learn(
     look = lambda text: _look(ctx, critic, params, prior, text)
     seen = jax.lax.map(look, batch.text)
     mask = batch.text.loss_mask[..., 1:]
-    shaped, carried, metrics = shape_rewards(
-      config, batch, seen["kl"], state.carried
+    shaped, carried, metrics = rewards.shape(
+      *(config.shaping, config.kl, batch.score, batch.ended),
+      *(seen["kl"], mask, state.carried),
     )
-    advantage, returns = estimate(config, shaped, seen["value"], mask)
+    advantage, returns = advantages.estimate(
+      config, shaped, seen["value"], mask
+    )
     drawn_from = batch.sampling_logps[..., 1:]
     judged = Judged(
       batch.text,
@@ -181,88 +176,6 @@ def make_learn(
     return state, metrics | found | _explained(judged, mask)
 
   return learn
-
-
-def shape_rewards(
-  config: Any,
-  batch: Rollout,
-  kl: Float[Array, "C B T"],
-  carried: dict[str, Any],
-) -> tuple[Float[Array, "C B T"], dict[str, Any], Metrics]:
-  """Rewards of all tokens, what the next step needs, and metrics.
-
-  Args:
-    config: its sections `kl` and `shaping`.
-    batch: scores and masks.
-    kl: of each token to the reference, nats; 0 outside of answers.
-    carried: see `first_carried`.
-  """
-  mask = batch.text.loss_mask[..., 1:]
-  usable = mask.any(axis=-1)
-  shaping, coefficient = config.shaping, carried["kl_coef"]
-  count = jnp.maximum(usable.sum(), 1)
-  mean = lambda x: jnp.where(usable, x, 0).sum() / count
-  score = jnp.where(usable, batch.score, 0)
-  score -= shaping.missing_eos_penalty * ~batch.ended
-  moments = carried["scores"]
-  grown = moments.add(score, usable)
-  if shaping.scaling == "reference":
-    first = moments.count == 0
-    grown = jax.tree.map(lambda a, b: jnp.where(first, a, b), grown, moments)
-  if shaping.scaling != "none":
-    score /= grown.deviation
-  if shaping.clip:
-    score = jnp.clip(score, -shaping.clip, shaping.clip)
-  if config.kl.clip:
-    kl = jnp.maximum(kl, 0)
-  penalty = coefficient * kl
-  shaped = rewards.at_end(score, mask)
-  if config.kl.place == "reward":
-    shaped -= penalty
-  if shaping.whiten:
-    shaped = advantages.whiten(shaped, mask, shift=False)
-  spent = kl.sum(axis=-1)
-  after = coefficient
-  if config.kl.target:
-    after = rewards.adapt(
-      coefficient, mean(spent), config.kl.target, config.kl.horizon, count
-    )
-  return (
-    shaped,
-    {"kl_coef": after, "scores": grown},
-    {
-      "objective/kl": mean(spent),
-      "objective/kl_coef": coefficient,
-      "objective/scores": mean(score),
-      "objective/non_score_reward": -mean(penalty.sum(axis=-1)),
-      "objective/rlhf_reward": mean(score - penalty.sum(axis=-1)),
-    },
-  )
-
-
-def estimate(
-  config: Any,
-  shaped: Float[Array, "C B T"],
-  value: Float[Array, "C B T"],
-  mask: Bool[Array, "C B T"],
-) -> tuple[Float[Array, "C B T"], Float[Array, "C B T"]]:
-  """Advantages and returns, by `config.advantage`."""
-  rows = lambda x: x.reshape(-1, x.shape[-1])
-  if config.advantage == "gae":
-    found, returns = advantages.gae(
-      rows(shaped), rows(value), rows(mask), config.gamma, config.lam
-    )
-    found, returns = (x.reshape(mask.shape) for x in (found, returns))
-    if config.whiten_advantages:
-      found = advantages.whiten(found, mask)
-    return found, returns
-  # An answer is one action: each of its tokens has the answer's advantage.
-  baseline = {"rloo": advantages.rloo, "grpo": advantages.grpo}
-  groups = lambda x: x.reshape(-1, config.samples_per_prompt)
-  totals = groups(jnp.where(mask, shaped, 0).sum(axis=-1))
-  found = baseline[config.advantage](totals, groups(mask.any(axis=-1)))
-  found = jnp.where(mask, found.reshape(*mask.shape[:2], 1), 0)
-  return found, jnp.zeros_like(found)
 
 
 def _forward(ctx: Context, critic: Model | None, params: Params, text):

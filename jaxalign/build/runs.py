@@ -31,6 +31,7 @@ from jaxalign.config import (
   SupervisedConfig,
   TrainingConfig,
 )
+from jaxalign.core import rewards
 from jaxalign.errors import UserError
 from jaxalign.parallel import mesh as meshes
 from jaxalign.runtime import cache, workdir
@@ -182,7 +183,7 @@ def run_ppo(config: PPOConfig, folder: pathlib.Path) -> int:
     build_ppo.tools_of(tools, critic, policy.tokenizer),
     config.steps,
     reference=True,
-    carried=ppo.first_carried(config),
+    carried=rewards.first_carried(config.kl.coefficient),
   )
 
 

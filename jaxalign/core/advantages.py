@@ -4,6 +4,8 @@ Times are columns of `[B, T]` rows; a row's True positions are one unbroken
 span, the tokens of its answer.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -95,3 +97,35 @@ def whiten(
   variance /= jnp.maximum(count - 1, 1)
   scaled = (x - mean) * jax.lax.rsqrt(variance + 1e-8)
   return jnp.where(mask, scaled if shift else scaled + mean, 0)
+
+
+def estimate(
+  config: Any,
+  shaped: Float[Array, "C B T"],
+  value: Float[Array, "C B T"],
+  mask: Bool[Array, "C B T"],
+) -> tuple[Float[Array, "C B T"], Float[Array, "C B T"]]:
+  """Advantages and returns of a step's answers, by `config.advantage`.
+
+  Args:
+    config: of a PPO run.
+    shaped: rewards.
+    value: V before each token; read by `gae`.
+    mask: True = a token of an answer; rows go prompt by prompt.
+  """
+  rows = lambda x: x.reshape(-1, x.shape[-1])
+  if config.advantage == "gae":
+    found, returns = gae(
+      rows(shaped), rows(value), rows(mask), config.gamma, config.lam
+    )
+    found, returns = (x.reshape(mask.shape) for x in (found, returns))
+    if config.whiten_advantages:
+      found = whiten(found, mask)
+    return found, returns
+  # An answer is one action: each of its tokens has the answer's advantage.
+  baseline = {"rloo": rloo, "grpo": grpo}
+  groups = lambda x: x.reshape(-1, config.samples_per_prompt)
+  totals = groups(jnp.where(mask, shaped, 0).sum(axis=-1))
+  found = baseline[config.advantage](totals, groups(mask.any(axis=-1)))
+  found = jnp.where(mask, found.reshape(*mask.shape[:2], 1), 0)
+  return found, jnp.zeros_like(found)

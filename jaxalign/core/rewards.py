@@ -2,10 +2,14 @@
 
 import dataclasses
 import typing
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxalign.core.advantages import whiten
+from jaxalign.core.types import Metrics
 
 
 @typing.no_type_check  # also holds shapes and shardings
@@ -70,3 +74,73 @@ def adapt(
   """
   error = jnp.clip(kl / target - 1, -0.2, 0.2)
   return coefficient * (1 + error * answers / horizon)
+
+
+def first_carried(coefficient: float) -> dict[str, Any]:
+  """What a run keeps beside its parameters, before the first step."""
+  return {
+    "kl_coef": jnp.float32(coefficient),
+    "scores": Moments.none(),
+  }
+
+
+def shape(
+  shaping: Any,
+  control: Any,
+  score: Float[Array, "C B"],
+  ended: Bool[Array, "C B"],
+  kl: Float[Array, "C B T"],
+  mask: Bool[Array, "C B T"],
+  carried: dict[str, Any],
+) -> tuple[Float[Array, "C B T"], dict[str, Any], Metrics]:
+  """Rewards of all tokens, what the next step needs, and metrics.
+
+  Args:
+    shaping: the section of a PPO config.
+    control: its section `kl`.
+    score: of each answer, raw logit.
+    ended: False = cut at the length limit.
+    kl: of each token to the reference, nats; 0 outside of answers.
+    mask: True = a token of an answer; a row without any counts nowhere.
+    carried: see `first_carried`.
+  """
+  usable = mask.any(axis=-1)
+  coefficient = carried["kl_coef"]
+  count = jnp.maximum(usable.sum(), 1)
+  mean = lambda x: jnp.where(usable, x, 0).sum() / count
+  score = jnp.where(usable, score, 0)
+  score -= shaping.missing_eos_penalty * ~ended
+  moments = carried["scores"]
+  grown = moments.add(score, usable)
+  if shaping.scaling == "reference":
+    first = moments.count == 0
+    grown = jax.tree.map(lambda a, b: jnp.where(first, a, b), grown, moments)
+  if shaping.scaling != "none":
+    score /= grown.deviation
+  if shaping.clip:
+    score = jnp.clip(score, -shaping.clip, shaping.clip)
+  if control.clip:
+    kl = jnp.maximum(kl, 0)
+  penalty = coefficient * kl
+  shaped = at_end(score, mask)
+  if control.place == "reward":
+    shaped -= penalty
+  if shaping.whiten:
+    shaped = whiten(shaped, mask, shift=False)
+  spent = kl.sum(axis=-1)
+  after = coefficient
+  if control.target:
+    after = adapt(
+      coefficient, mean(spent), control.target, control.horizon, count
+    )
+  return (
+    shaped,
+    {"kl_coef": after, "scores": grown},
+    {
+      "objective/kl": mean(spent),
+      "objective/kl_coef": coefficient,
+      "objective/scores": mean(score),
+      "objective/non_score_reward": -mean(penalty.sum(axis=-1)),
+      "objective/rlhf_reward": mean(score - penalty.sum(axis=-1)),
+    },
+  )

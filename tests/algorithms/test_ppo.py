@@ -11,6 +11,7 @@ import pytest
 from jaxalign.algorithms import ppo
 from jaxalign.config import KLConfig, PPOConfig, RolloutConfig, ShapingConfig
 from jaxalign.config.sections import OptimizerConfig
+from jaxalign.core import rewards
 from jaxalign.models.heads import VALUE
 from jaxalign.models.layers import LoraConfig
 
@@ -34,6 +35,10 @@ def config(**changes):
   return PPOConfig(**given | changes)
 
 
+def first(cfg):
+  return rewards.first_carried(cfg.kl.coefficient)
+
+
 def rollout(toy, cfg, width=9, pairs=PAIRS, scores=SCORES, ended=ENDED):
   text = toy.text_batch(pairs, width, cfg.micro_rows)
   cut = lambda x: jnp.asarray(x).reshape(-1, cfg.micro_rows)
@@ -50,9 +55,7 @@ def prepared(toy, cfg, moved=0.0, head=0.0):
     kernel = head * jax.random.normal(jax.random.key(5), (16, 1))
     bias = jnp.full(1, head)
     params |= {VALUE: {"value_head": {"kernel": kernel, "bias": bias}}}
-  return toy.context(
-    cfg, model, params, (model, prior), carried=ppo.first_carried(cfg)
-  )
+  return toy.context(cfg, model, params, (model, prior), carried=first(cfg))
 
 
 def learned(toy, cfg, batch=None, **given):
@@ -82,11 +85,11 @@ def by_hand(toy, ctx, params):
   return found
 
 
-def gae(rewards, values, lam=0.95):
-  out, advantage = np.zeros(len(rewards)), 0.0
+def gae(earned, values, lam=0.95):
+  out, advantage = np.zeros(len(earned)), 0.0
   following = np.append(values[1:], 0.0)
-  for t in reversed(range(len(rewards))):
-    advantage = rewards[t] + following[t] - values[t] + lam * advantage
+  for t in reversed(range(len(earned))):
+    advantage = earned[t] + following[t] - values[t] + lam * advantage
     out[t] = advantage
   return out
 
@@ -103,10 +106,10 @@ def test_the_step_by_hand(toy):
   prior = by_hand(toy, ctx, ctx.prior[1])
   every, spent = [], []
   for (logp, value), (before, _), score in zip(now, prior, SCORES, strict=True):
-    rewards = -0.5 * (logp - before)
+    earned = -0.5 * (logp - before)
     spent.append((logp - before).sum())
-    rewards[-1] += score
-    every.append(gae(rewards, value))
+    earned[-1] += score
+    every.append(gae(earned, value))
   flat = np.concatenate(every)
   policy, value = -flat.mean(), 0.5 * (flat**2).mean()
   wanted = {
@@ -176,8 +179,11 @@ def test_an_answer_without_tokens_counts_nowhere(toy):
 def shaped(toy, cfg, carried=None):
   batch = rollout(toy, cfg)
   kl = jnp.where(batch.text.loss_mask[..., 1:], -0.5, 0)
-  carried = carried or ppo.first_carried(cfg)
-  return ppo.shape_rewards(cfg, batch, kl, carried)
+  mask = batch.text.loss_mask[..., 1:]
+  return rewards.shape(
+    *(cfg.shaping, cfg.kl, batch.score, batch.ended, kl, mask),
+    carried or first(cfg),
+  )
 
 
 def test_penalty_scaling_and_clip_by_hand(toy):
@@ -187,9 +193,9 @@ def test_penalty_scaling_and_clip_by_hand(toy):
   """
   shaping = ShapingConfig(missing_eos_penalty=1.0, scaling="running", clip=1.0)
   cfg = config(shaping=shaping, kl=KLConfig(coefficient=0.0))
-  rewards, carried, found = shaped(toy, cfg)
+  earned, carried, found = shaped(toy, cfg)
   last = np.array([0.4006683, -1.0, 0.2003342, 1.0])
-  np.testing.assert_allclose(rewards.sum(axis=-1)[0], last, rtol=1e-5)
+  np.testing.assert_allclose(earned.sum(axis=-1)[0], last, rtol=1e-5)
   assert float(found["objective/scores"]) == pytest.approx(last.mean(), 1e-5)
   # Running: the next step's scores join; reference: they do not.
   _, later, _ = shaped(toy, cfg, carried)
@@ -203,16 +209,16 @@ def test_penalty_scaling_and_clip_by_hand(toy):
 
 def test_kl_below_zero_can_be_clipped_and_the_coefficient_adapts(toy):
   kl = KLConfig(coefficient=0.2, target=6.0, horizon=100)
-  rewards, carried, found = shaped(toy, config(kl=kl))
+  earned, carried, found = shaped(toy, config(kl=kl))
   # Ten tokens of −0.5 in four answers: −1.25 each; the error is −0.2 at most.
   assert float(found["objective/kl"]) == pytest.approx(-1.25)
   assert float(carried["kl_coef"]) == pytest.approx(0.2 * (1 - 0.2 * 4 / 100))
   np.testing.assert_allclose(
-    rewards.sum(), sum(SCORES) + 0.2 * 0.5 * 10, rtol=1e-5
+    earned.sum(), sum(SCORES) + 0.2 * 0.5 * 10, rtol=1e-5
   )
-  rewards, _, found = shaped(toy, config(kl=dataclasses.replace(kl, clip=True)))
+  earned, _, found = shaped(toy, config(kl=dataclasses.replace(kl, clip=True)))
   assert float(found["objective/kl"]) == 0.0
-  np.testing.assert_allclose(rewards.sum(), sum(SCORES), rtol=1e-5)
+  np.testing.assert_allclose(earned.sum(), sum(SCORES), rtol=1e-5)
 
 
 @pytest.mark.parametrize("estimator", ["k3", "full"])
@@ -285,7 +291,7 @@ def test_a_separate_critic_learns_alone(toy):
   critic, values = toy.build(head="score_last", seed=3)
   ctx, _ = toy.context(
     *(cfg, model, params | {VALUE: values}, (model, params)),
-    carried=ppo.first_carried(cfg),
+    carried=first(cfg),
   )
   learn = ppo.make_learn(ctx, critic, toy.optimizer(cfg), toy.rate(cfg))
   state, found = jax.jit(learn)(
@@ -309,9 +315,7 @@ def test_adapters_and_the_value_head_are_trained(toy):
   params["lm_head"]["lora_b"] *= 0
   head = {"value_head": {"kernel": jnp.zeros((16, 1)), "bias": jnp.zeros(1)}}
   cfg = config()
-  ctx, _ = toy.context(
-    cfg, model, params | {VALUE: head}, carried=ppo.first_carried(cfg)
-  )
+  ctx, _ = toy.context(cfg, model, params | {VALUE: head}, carried=first(cfg))
   ctx = dataclasses.replace(ctx, prior=(model.without_lora(), ctx.frozen))
   learn = ppo.make_learn(ctx, None, toy.optimizer(cfg), toy.rate(cfg))
   state, found = jax.jit(learn)(

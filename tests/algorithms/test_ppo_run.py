@@ -11,6 +11,7 @@ import pytest
 from jaxalign.algorithms import ppo
 from jaxalign.config import KLConfig, PPOConfig, RolloutConfig
 from jaxalign.config.sections import OptimizerConfig
+from jaxalign.core import rewards
 from jaxalign.models.heads import VALUE
 from jaxalign.sampling import settings
 from jaxalign.sampling.sampler import Sampler
@@ -78,7 +79,11 @@ def start(toy, cfg):
     head = {"kernel": jnp.zeros((16, 1)), "bias": jnp.zeros(1)}
     params = params | {VALUE: {"value_head": head}}
   return toy.context(
-    cfg, model, params, (model, prior), carried=ppo.first_carried(cfg)
+    cfg,
+    model,
+    params,
+    (model, prior),
+    carried=rewards.first_carried(cfg.kl.coefficient),
   )
 
 
