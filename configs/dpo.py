@@ -26,10 +26,9 @@ Deviations: see the head of jaxalign/algorithms/dpo.py.
 Expected result: `rewards/accuracies` rises above one half. No run of either
 preset is on record yet.
 
-Time and memory: a full fine-tuning of N
-parameters takes 16 N bytes for parameters, gradients and Adam, and 4 N for the
-reference; with LoRA the reference costs nothing. A sum over the shapes, not a
-measurement.
+Time and memory: a full fine-tuning of N parameters takes 16 N bytes for
+parameters, gradients and Adam, and 4 N for the reference, which costs nothing
+with LoRA or reference="stored". A sum over the shapes, not a measurement.
 """
 
 from ml_collections import ConfigDict

@@ -21,10 +21,10 @@ Deviations: see the head of jaxalign/algorithms/kto.py.
 Expected result: `rewards/margins` rises above 0. No run of either preset is on
 record yet.
 
-Time and memory: a full fine-tuning of N
-parameters takes 16 N bytes for parameters, gradients and Adam, and 4 N for the
-reference; with LoRA the reference costs nothing. A sum over the shapes, not a
-measurement. The KL estimate adds a forward pass of each model.
+Time and memory: a full fine-tuning of N parameters takes 16 N bytes for
+parameters, gradients and Adam, and 4 N for the reference, which costs nothing
+with LoRA or reference="stored". A sum over the shapes, not a measurement. The
+KL estimate adds a forward pass of each model.
 """
 
 from ml_collections import ConfigDict

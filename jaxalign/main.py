@@ -171,6 +171,10 @@ def in_file(path: pathlib.Path, call: Any) -> Any:
     return call()
   except UserError:
     raise
+  except ModuleNotFoundError as error:
+    raise UserError(
+      f"{path}: {error}; install it, e.g. pip install -e . for jaxalign's own"
+    ) from error
   except Exception as error:
     inside = [
       frame.lineno

@@ -352,6 +352,17 @@ def test_a_batch_of_one_has_no_mismatched_pair():
   assert configs.from_mapping(apo).batch_size == 1
 
 
+@pytest.mark.parametrize("algorithm", ["dpo", "kto"])
+def test_a_stored_reference_is_asked_for(algorithm):
+  wrong = {"reference_logps": "runs/a/reference.npz"}
+  assert fail(wrong, algorithm=algorithm) == (
+    "config.reference_logps must be empty while reference='auto', got "
+    "'runs/a/reference.npz'; set reference='stored' to use it"
+  )
+  wrong = {"reference": "frozen_copy"}
+  assert "one of auto, stored" in fail(wrong, algorithm=algorithm)
+
+
 def test_supervised_rules():
   assert fail({"batch_size": 8, "micro_batch": 3}, algorithm="sft") == (
     "config.micro_batch must be 0 or divide batch_size=8, got 3; gradients "

@@ -46,7 +46,7 @@ def test_presets_overrides_and_workdir_reach_the_run(started):
     f"--config={CONFIG}:pythia-1b",
     *("--config.steps", "3"),
     "--config.optimizer.learning_rate=3e-5",
-    "--profile_steps=10:13",
+    "--profile_steps=1:3",
   ]
   assert main.main(argv) == 0
   assert main.main([*argv, "--workdir", "elsewhere"]) == 0
@@ -54,7 +54,7 @@ def test_presets_overrides_and_workdir_reach_the_run(started):
   assert config.policy == "theblackcat102/pythia-1b-deduped-sft"
   assert config.steps == 3
   assert config.optimizer.learning_rate == 3e-5
-  assert config.profile_steps == "10:13"
+  assert config.profile_steps == "1:3"
   assert workdir == pathlib.Path("runs/superhf-pythia-1b")
   assert elsewhere == pathlib.Path("elsewhere")
 

@@ -2,8 +2,8 @@
 
 Rafailov 2023: the policy itself is the reward model, r(y) = β log π(y)/π₀(y),
 and is trained on comparisons by the loss of one (`losses.preference`). The
-reference π₀ is the policy before training: a frozen copy, or the base under
-LoRA adapters.
+reference π₀ is the policy before training: a frozen copy, the base under LoRA
+adapters, or what it found of every text before the first step.
 
 `run` learns from stored comparisons. `run_online` answers every prompt twice
 with the policy as it is, asks a reward model, a function or people which answer
@@ -30,7 +30,11 @@ from jaxalign.models import lora
 from jaxalign.runtime import answers
 from jaxalign.runtime.answers import Scored, Tools
 from jaxalign.runtime.context import Context, Task, due, fit
-from jaxalign.runtime.reference import reference_logps, text_logps
+from jaxalign.runtime.reference import (
+  prior_params,
+  reference_logps,
+  text_logps,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -124,8 +128,7 @@ def run(
   rate: Callable[[Array], Array],
 ) -> TrainState:
   """Trains for the config's steps; validates at its interval and at the end."""
-  assert ctx.prior is not None
-  prior = ctx.prior[1]
+  prior = prior_params(ctx)
   update = ctx.compile(make_update(ctx, optimizer, rate))
   validate = make_validate(ctx, task.validation) if task.validation else None
   step = lambda state, frozen, rows, key: update(
@@ -152,8 +155,7 @@ def make_validate(
     return {f"eval_{k}": v / count for k, v in total.items()}
 
   def validate(state: TrainState) -> Metrics:
-    assert ctx.prior is not None
-    prior = ctx.prior[1]
+    prior = prior_params(ctx)
     return means(
       [totals(state.result, ctx.frozen, prior, ctx.put(b, 1)) for b in batches]
     )

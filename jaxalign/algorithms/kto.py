@@ -3,8 +3,9 @@
 Ethayarajh 2024: an answer's reward ρ = log π(y|x)/π₀(y|x) is compared not with
 another answer's but with a point of reference z₀, how far the policy has moved
 on average, and its utility saturates on both sides (`losses.unpaired`). The
-reference π₀ is the policy before training: a frozen copy, or the base under
-LoRA adapters. Rows with a label, or comparisons, each of which gives two.
+reference π₀ is the policy before training: a frozen copy, the base under LoRA
+adapters, or what it found of every text before the first step. Rows have a
+label, or are comparisons, each of which gives two.
 
 z₀ = max(0, mean ρ of mismatched pairs), prompts with answers to *other*
 prompts, over the whole batch and without gradient (§4.1).
@@ -30,7 +31,11 @@ from jaxalign.core import gradients, losses, optim
 from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models import lora
 from jaxalign.runtime.context import Context, Task, fit
-from jaxalign.runtime.reference import reference_logps, text_logps
+from jaxalign.runtime.reference import (
+  prior_params,
+  reference_logps,
+  text_logps,
+)
 
 
 @typing.no_type_check  # holds numpy rows on the host
@@ -166,8 +171,7 @@ def run(
   rate: Callable[[Array], Array],
 ) -> TrainState:
   """Trains for the config's steps; validates at its interval and at the end."""
-  assert ctx.prior is not None
-  prior = ctx.prior[1]
+  prior = prior_params(ctx)
   update = ctx.compile(make_update(ctx, optimizer, rate))
   validate = make_validate(ctx, task.validation) if task.validation else None
   step = lambda state, frozen, rows, key: update(
@@ -205,8 +209,7 @@ def make_validate(
     return {f"eval_{name}": value for name, value in found.items()}
 
   def validate(state: TrainState) -> Metrics:
-    assert ctx.prior is not None
-    given = state.result, ctx.frozen, ctx.prior[1]
+    given = state.result, ctx.frozen, prior_params(ctx)
     put = [ctx.put(b, 1) for b in batches]
     known, kl = {}, ctx.put(np.float32(0))
     if batches[0].mismatched is not None:

@@ -3,13 +3,14 @@
 import dataclasses
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from jaxalign.algorithms.kto import LabelledBatch
 from jaxalign.build.supervised import fits, reading, text_batch, width_of
 from jaxalign.config import KTOConfig
+from jaxalign.core.types import TextBatch
 from jaxalign.data import batches, encode, formats
 from jaxalign.data.encode import Encoded
 from jaxalign.data.tokenizer import Tokenizer
@@ -72,7 +73,19 @@ def labelled_task(
       )
       for i in range(0, len(found), micro)
     )
-  return Task(batch, held), steps
+
+  def texts() -> Iterator[TextBatch]:
+    by_length = sorted(rows, key=lambda row: len(row.text))
+    for i in range(0, len(rows), micro):
+      part = by_length[i : i + micro]
+      yield _batch(part, [], micro, length, tokenizer.pad_id).text
+    # Mismatched pairs are the steps' own: who meets whom is drawn with them.
+    for step in range(steps if config.loss == "kto" else 0):
+      pairs = batch(step).mismatched
+      assert pairs is not None
+      yield pairs
+
+  return Task(batch, held, texts), steps
 
 
 def _rows(

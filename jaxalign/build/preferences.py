@@ -1,6 +1,7 @@
 """Data of the runs that learn from comparisons without a reward model."""
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 from jax.sharding import Mesh
@@ -48,7 +49,13 @@ def pair_task(
       _batch(part, micro, length, tokenizer.pad_id)
       for part in parts(found, micro)
     )
-  return Task(batch, held), steps
+
+  def texts() -> Iterator[TextBatch]:
+    by_length = sorted(pairs, key=lambda pair: max(map(len, pair)))
+    for part in parts(by_length, micro):
+      yield _batch(part, micro, length, tokenizer.pad_id)
+
+  return Task(batch, held, texts), steps
 
 
 def _pairs(

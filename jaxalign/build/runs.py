@@ -15,6 +15,7 @@ from jaxalign.build import (
   online,
   preferences,
   questions,
+  references,
   session,
   supervised,
 )
@@ -25,6 +26,7 @@ from jaxalign.config import (
   KTOConfig,
   OnlineDPOConfig,
   PPOConfig,
+  PreferenceConfig,
   RewardModelConfig,
   SFTConfig,
   SuperHFConfig,
@@ -91,9 +93,7 @@ def run_dpo(config: DPOConfig, folder: pathlib.Path) -> int:
   policy = models.open_policy(config, mesh, "lm")
   context = policy.model.config.max_positions
   task, steps = preferences.pair_task(config, policy.tokenizer, context)
-  return _train(
-    dpo.run, config, folder, policy.load(), mesh, task, steps, reference=True
-  )
+  return _compare(dpo.run, config, folder, policy, mesh, task, steps)
 
 
 def run_kto(config: KTOConfig, folder: pathlib.Path) -> int:
@@ -103,9 +103,7 @@ def run_kto(config: KTOConfig, folder: pathlib.Path) -> int:
   policy = models.open_policy(config, mesh, "lm")
   context = policy.model.config.max_positions
   task, steps = labelled.labelled_task(config, policy.tokenizer, context)
-  return _train(
-    kto.run, config, folder, policy.load(), mesh, task, steps, reference=True
-  )
+  return _compare(kto.run, config, folder, policy, mesh, task, steps)
 
 
 def run_superhf(config: SuperHFConfig, folder: pathlib.Path) -> int:
@@ -195,6 +193,28 @@ def _check_rows(config: SupervisedConfig, mesh: Any) -> None:
 def _mesh(config: TrainingConfig):
   sizes = config.mesh
   return meshes.make_mesh(sizes.replica, sizes.fsdp, sizes.tensor)
+
+
+def _compare(
+  algorithm: Any,
+  config: PreferenceConfig,
+  folder: pathlib.Path,
+  opened: models.Opened,
+  mesh: Any,
+  task: Any,
+  steps: int,
+) -> int:
+  """`_train` against a reference, which is live or stored."""
+  config = dataclasses.replace(config, steps=steps)
+  live = config.reference == "auto"
+  found = None if live else references.find(config, folder, task)
+  loaded = opened.load()
+  if not live:
+    policy = session.Policy(loaded.model, loaded.params, loaded.tokenizer, mesh)
+    task = references.with_stored(config, folder, policy, task, found)
+  return _train(
+    algorithm, config, folder, loaded, mesh, task, steps, reference=live
+  )
 
 
 def _train(

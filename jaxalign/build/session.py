@@ -61,6 +61,13 @@ class Policy:
     """The leaves that do not: the base under adapters, or none."""
     return lora.split(self.params)[1] if self.model.lora else {}
 
+  @property
+  def reference(self) -> tuple[Model, Params]:
+    """The policy as it is now, without adapters; its leaves are shared."""
+    if self.model.lora:
+      return self.model.without_lora(), self.frozen
+    return self.model, policy_of(self.params)
+
 
 def make_optimizer(config: TrainingConfig) -> optax.GradientTransformation:
   """The optimizer of `config.optimizer`."""
@@ -261,7 +268,7 @@ def _compile(update: Callable, places: TrainState, mesh: Mesh) -> Callable:
 
 def _prior(policy: Policy) -> tuple[Model, Params]:
   """The policy before training: adapters left out, or a copy of its own."""
-  if policy.model.lora:
-    return policy.model.without_lora(), policy.frozen
-  copy = jax.tree.map(lambda x: x.copy(), policy_of(policy.params))
-  return policy.model, copy
+  model, params = policy.reference
+  if policy.model.lora:  # the base is never changed
+    return model, params
+  return model, jax.tree.map(lambda x: x.copy(), params)

@@ -17,7 +17,12 @@ from jaxalign.config.ppo import (
   RolloutConfig,
   ShapingConfig,
 )
-from jaxalign.config.preferences import DPOConfig, KTOConfig, OnlineDPOConfig
+from jaxalign.config.preferences import (
+  DPOConfig,
+  KTOConfig,
+  OnlineDPOConfig,
+  PreferenceConfig,
+)
 from jaxalign.config.read import override, read
 from jaxalign.config.sections import (
   CheckpointConfig,
@@ -59,6 +64,7 @@ __all__ = [
   "OptimizerConfig",
   "PPOConfig",
   "PrecisionConfig",
+  "PreferenceConfig",
   "RewardModelConfig",
   "RolloutConfig",
   "Row",

@@ -26,6 +26,29 @@ class PreferenceConfig(ReferenceConfig, SupervisedConfig):
   """The same with a data set."""
 
   train_eos: bool = field(True, "put the end of text behind every answer")
+  reference: str = field(
+    "auto",
+    "auto = the policy before training stays in memory, as a copy or as the "
+    "base under adapters; stored = it is run once over all texts, and what it "
+    "found is kept in the run's folder",
+    choices=("auto", "stored"),
+    also=("precompute_ref_log_probs", "ref_model"),
+  )
+  reference_logps: str = field(
+    "",
+    "reference.npz of an earlier run of the same policy and data, read instead "
+    "of running the reference; empty = run it",
+  )
+
+  def rules(self) -> Iterator[Rule]:
+    """What a stored reference asks for."""
+    yield from super().rules()
+    yield Rule(
+      "reference_logps",
+      not self.reference_logps or self.reference == "stored",
+      f"must be empty while reference={self.reference!r}",
+      "set reference='stored' to use it",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,8 @@ class TextBatch:
   positions: Int[Array, "*M B T"]  # position of each token in its own text
   segments: Int[Array, "*M B T"]  # 0 = padding; equal = one text
   loss_mask: Bool[Array, "*M B T"]  # True = this token is to be predicted
+  # Σ log π₀ of the tokens to be predicted, where the reference's are stored.
+  reference_logps: Float[Array, "*M B"] | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -9,13 +9,13 @@ import dataclasses
 import difflib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 
 from jaxalign.core import keys
-from jaxalign.core.types import Metrics, Params, TrainState
+from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models.model import Model
 from jaxalign.runtime import profile
 
@@ -71,10 +71,13 @@ class Task:
   Attributes:
     batch: step -> numpy rows `[M, B, ...]`, M micro-batches; a pure function.
     validation: batches `[1, B, ...]` that are never trained on.
+    texts: gives every text that a step may hold, as `TextBatch`es `[M, B, T]`,
+      for a reference that is run once over all of them.
   """
 
   batch: Callable[[int], Any]
   validation: tuple[Any, ...] = ()
+  texts: Callable[[], Iterable[TextBatch]] = tuple
 
 
 def due(step: int, interval: int, steps: int) -> bool:

@@ -100,16 +100,16 @@ class Growing:
     self._file.close()
 
 
-def write_atomic(path: pathlib.Path, text: str) -> None:
-  """Writes `text` so that a reader, or a crash, finds the old or the new file.
+def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
+  """Writes so that a reader, or a crash, finds the old or the new file.
 
   Raises:
     UserError: the disk is full; the old file, if any, is untouched.
   """
   draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
-    with open(draft, "w", encoding="utf-8") as file:
-      file.write(text)
+    with open(draft, "wb") as file:
+      file.write(content.encode() if isinstance(content, str) else content)
       file.flush()
       os.fsync(file.fileno())
     os.replace(draft, path)

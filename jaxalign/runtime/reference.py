@@ -1,4 +1,8 @@
-"""The reference that preference losses compare a policy with."""
+"""The reference that preference losses compare a policy with.
+
+Live it is a model that every step runs; stored, each text brings what the model
+found of it before training (`runtime.stored`), and no model is kept.
+"""
 
 import jax
 from jaxtyping import Array, Float
@@ -27,15 +31,22 @@ def text_logps(
   ).sum(axis=1)
 
 
+def prior_params(ctx: Context) -> Params:
+  """The live reference's parameters; none where what it found is stored."""
+  return ctx.prior[1] if ctx.prior is not None else {}
+
+
 def reference_logps(
   ctx: Context, prior: Params, text: TextBatch
 ) -> Float[Array, " B"]:
   """log π₀(completion | prompt) of `[B, T]` texts, without gradient.
 
   Args:
-    ctx: the run; its `prior` is the reference.
-    prior: the reference's parameters, an argument of the traced step.
+    ctx: the run; its `prior` is the reference, unless the texts have theirs.
+    prior: of `prior_params`, an argument of the traced step.
     text: as in `text_logps`.
   """
+  if text.reference_logps is not None:
+    return text.reference_logps
   assert ctx.prior is not None
   return jax.lax.stop_gradient(text_logps(ctx.prior[0], prior, text))

@@ -10,12 +10,14 @@ import sys
 
 import pytest
 
+from jaxalign.runtime import stored
+
 RUN = """
 import sys
 import jax
 from jaxalign import main
 assert len(jax.devices()) == 8
-for sizes in ("1,1,1", "1,8,1", "2,2,2"):
+for sizes in sys.argv.pop(1).split():
   replica, fsdp, tensor = sizes.split(",")
   status = main.main([
     *sys.argv[2:],
@@ -29,6 +31,25 @@ for sizes in ("1,1,1", "1,8,1", "2,2,2"):
 NOT_COMPARED = ("time/", "throughput/", "memory/")
 
 
+def on_meshes(sizes, folder, command):
+  """Runs a command on meshes `replica,fsdp,tensor`, a folder for each."""
+  command = [word for word in command if not word.startswith("--workdir")]
+  env = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", RUN, sizes, str(folder), *command],
+    env=env,
+    capture_output=True,
+    text=True,
+    check=False,
+    timeout=1200,
+  )
+  assert done.returncode == 0, done.stderr
+  return folder
+
+
 @pytest.fixture(scope="module")
 def runs(superhf, tmp_path_factory):
   folder = tmp_path_factory.mktemp("meshes")
@@ -40,21 +61,7 @@ def runs(superhf, tmp_path_factory):
     optimizer__warmup_steps=0,
     checkpoint__every_steps=0,
   )
-  command = [word for word in command if not word.startswith("--workdir")]
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", RUN, str(folder), *command],
-    env=env,
-    capture_output=True,
-    text=True,
-    check=False,
-    timeout=1200,
-  )
-  assert done.returncode == 0, done.stderr
-  return folder
+  return on_meshes("1,1,1 1,8,1 2,2,2", folder, command)
 
 
 @pytest.mark.slow
@@ -73,3 +80,36 @@ def test_metrics_do_not_depend_on_the_mesh(runs, sizes, read):
     for s in ("1,1,1", sizes)
   ]
   assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+def test_kto_and_its_stored_reference_on_a_mesh(
+  supervised, lab, tmp_path, read
+):
+  """The KL's rows lie on four devices; parameters are split in two ways."""
+  command = supervised(
+    "kto.py",
+    tmp_path,
+    steps=3,
+    policy=lab.policy,
+    data=lab.pairs,
+    validation_data=lab.pairs,
+    validation_rows=10,
+    batch_size=16,
+    micro_batch=8,
+    beta=0.5,
+    reference="stored",
+  )
+  on_meshes("1,1,1 2,2,2", tmp_path, command)
+  one, many = (tmp_path / sizes for sizes in ("1,1,1", "2,2,2"))
+  for a, b in zip(
+    read(one / "metrics.jsonl"), read(many / "metrics.jsonl"), strict=True
+  ):
+    assert a.keys() == b.keys()
+    for name in a:
+      if not name.startswith(NOT_COMPARED):
+        assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), name
+  # The same model, wherever its parameters lie.
+  first, second = (stored.read(x / "reference.npz") for x in (one, many))
+  assert first.model == second.model
+  assert second.logps == pytest.approx(first.logps, abs=1e-3)

@@ -114,3 +114,29 @@ def test_killed_at_random_is_bit_identical(superhf, tmp_path, read):
   names = ("metrics", "samples", "weights")
   for name, a, b in zip(names, wanted, found, strict=True):
     assert a == b, f"{name} differ"
+
+
+@pytest.mark.slow
+def test_killed_against_a_stored_reference(supervised, lab, tmp_path, read):
+  """Killed while it starts, then twice while it trains."""
+  whole, cut = tmp_path / "whole", tmp_path / "cut"
+  fields = {
+    "steps": 12,
+    "policy": lab.policy,
+    "data": lab.pairs,
+    "batch_size": 4,
+    "reference": "stored",
+    "checkpoint.every_steps": 2,
+    "compilation_cache": "true",
+  }
+  cache = tmp_path / "cache"
+  finish(supervised("kto.py", whole, **fields), cache)
+  command = supervised("kto.py", cut, **fields)
+  rng = random.Random(0)
+  killed = kill_after(command, cache, 0, rng.uniform(4, 8))
+  killed += sum(
+    kill_after(command, cache, lines, rng.uniform(0, 0.1)) for lines in (1, 6)
+  )
+  assert killed >= 2
+  finish(command, cache)
+  assert result(cut, read) == result(whole, read)
