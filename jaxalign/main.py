@@ -171,10 +171,6 @@ def in_file(path: pathlib.Path, call: Any) -> Any:
     return call()
   except UserError:
     raise
-  except ModuleNotFoundError as error:
-    raise UserError(
-      f"{path}: {error}; install it, e.g. pip install -e . for jaxalign's own"
-    ) from error
   except Exception as error:
     inside = [
       frame.lineno
@@ -182,9 +178,11 @@ def in_file(path: pathlib.Path, call: Any) -> Any:
       if frame.filename == str(path.absolute()) or frame.filename == str(path)
     ]
     line = getattr(error, "lineno", None) or (inside or [0])[-1]
+    remedy = "mend the config file"
+    if isinstance(error, ModuleNotFoundError):
+      remedy += f", or install {error.name}; pip install -e . has all of ours"
     raise UserError(
-      f"{path} line {line}: {type(error).__name__}: {error}; "
-      "mend the config file"
+      f"{path} line {line}: {type(error).__name__}: {error}; {remedy}"
     ) from error
 
 
