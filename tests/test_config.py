@@ -324,8 +324,8 @@ def test_an_unknown_field_like_no_other_lists_its_section():
 
 def test_an_unknown_algorithm_names_the_nearest():
   assert fail({}, algorithm="superhv") == (
-    "config.algorithm must be one of superhf, ppo, sft, reward_model, dpo, "
-    "kto, got 'superhv'; did you mean 'superhf'?"
+    f"config.algorithm must be one of {', '.join(configs.CONFIGS)}, "
+    "got 'superhv'; did you mean 'superhf'?"
   )
   with pytest.raises(UserError, match="got None"):
     configs.from_mapping({})
