@@ -74,9 +74,14 @@ class ShapingConfig:
   scaling: str = field(
     "none",
     "deviation that scores are divided by: running = of all so far, reference "
-    "= of the first step's",
+    "= of the first step's; none = none",
     choices=("none", "running", "reference"),
     also=("scale_reward", "use_score_scaling"),
+  )
+  centre: bool = field(
+    False,
+    "take off the scores' mean, by the same rule as scaling: values start at 0",
+    also=("use_score_norm", "normalize_reward"),
   )
   clip: float = field(
     0.0,

@@ -115,6 +115,8 @@ def shape(
   if shaping.scaling == "reference":
     first = moments.count == 0
     grown = jax.tree.map(lambda a, b: jnp.where(first, a, b), grown, moments)
+  if shaping.centre:
+    score -= jnp.where(usable, grown.mean, 0)
   if shaping.scaling != "none":
     score /= grown.deviation
   if shaping.clip:

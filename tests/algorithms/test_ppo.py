@@ -197,6 +197,11 @@ def test_penalty_scaling_and_clip_by_hand(toy):
   last = np.array([0.4006683, -1.0, 0.2003342, 1.0])
   np.testing.assert_allclose(earned.sum(axis=-1)[0], last, rtol=1e-5)
   assert float(found["objective/scores"]) == pytest.approx(last.mean(), 1e-5)
+  # Centred before it is divided: 0.625 / 2.49583 and so on.
+  centred = dataclasses.replace(shaping, centre=True, clip=0.0)
+  earned, _, found = shaped(toy, config(shaping=centred, kl=cfg.kl))
+  last = np.array([0.2504177, -1.3522555, 0.0500835, 1.0517543])
+  np.testing.assert_allclose(earned.sum(axis=-1)[0], last, rtol=1e-5)
   # Running: the next step's scores join; reference: they do not.
   _, later, _ = shaped(toy, cfg, carried)
   assert float(later["scores"].count) == 8
