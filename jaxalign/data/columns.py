@@ -32,6 +32,7 @@ ALIASES = {
   "messages": ("conversations", "dialogue", "dialog"),
   "text": ("content", "document"),
 }
+MEANING = {"label": " (true = desirable, false = not)"}
 
 
 def lacking_columns(table: Table, wanted: tuple[str, ...]) -> None:
@@ -65,7 +66,7 @@ def _conversion(found: set[str], options: list[set[str]]) -> str:
   # Fewest columns to invent, then fewest to rename.
   renames, absent = min(plans, key=lambda plan: (len(plan[1]), len(plan[0])))
   steps = [f"rename {old} to {new}" for old, new in renames]
-  steps += [f"add the column {name}" for name in absent]
+  steps += [f"add the column {name}{MEANING.get(name, '')}" for name in absent]
   return "nearest format: " + ", ".join(steps)
 
 

@@ -193,7 +193,8 @@ def preference_of(
   parts = templates.split_pair(chosen, rejected)
   if parts is None:
     raise BadRow(
-      "has no \\n\\nAssistant: that chosen and rejected share, so no prompt"
+      "has no \\n\\nAssistant: that chosen and rejected share, so no prompt; "
+      "write it into a column prompt"
     )
   return parts
 
@@ -229,6 +230,12 @@ def _preference_of_lists(
     # Also with a string prompt: UltraFeedback repeats it inside the lists.
     shared = _common_turns(chosen, rejected)
     chosen, rejected = chosen[len(shared) :], rejected[len(shared) :]
+    given = bool(shared) or isinstance(prompt, str)
+    if not given or {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
+      raise BadRow(
+        "has no turns in front of the answers that chosen and rejected share, "
+        "so no prompt; write it into a column prompt"
+      )
     if isinstance(prompt, str) and not shared:
       shared = [{"role": "user", "content": check_text(prompt, "prompt")}]
   start, better = _after(shared, chosen, tokenizer)
@@ -263,7 +270,10 @@ def number_of(row: Row, column: str, needed: bool = False) -> float | None:
   return float(value)
 
 
-_TRUTH = {"true": True, "1": True, "false": False, "0": False}
+_TRUTH = {
+  **dict.fromkeys(("true", "1", "1.0"), True),
+  **dict.fromkeys(("false", "0", "0.0"), False),
+}
 
 
 def truth_of(row: Row, column: str, needed: bool = False) -> bool | None:
@@ -275,5 +285,8 @@ def truth_of(row: Row, column: str, needed: bool = False) -> bool | None:
     return None
   found = _TRUTH.get(str(value).lower())
   if found is None and needed:
-    raise BadRow(f"has {value!r} in {column}, need true or false")
+    raise BadRow(
+      f"has {value!r} in {column}, need true or false (1 and 0 do as well); "
+      f"turn grades into these first, say {column} = grade > 3"
+    )
   return found

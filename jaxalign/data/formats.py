@@ -12,6 +12,7 @@ Values are strings or lists of `{"role", "content"}`. Optional everywhere:
 decided row by row: one odd row costs itself and not the data set.
 """
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,7 +31,6 @@ from jaxalign.data.rows import (
   CompletionRow,
   Loaded,
   PreferenceRow,
-  Row,
 )
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
@@ -51,7 +51,8 @@ def load_completions(
   Args:
     source: see `sources.read`.
     need: `label` or `reward`: a column every row must have. With `label` a
-      preference gives two rows, a desirable and an undesirable one.
+      preference gives two rows, a desirable and an undesirable one, or none
+      where `load_preferences` would drop it.
     tokenizer: writes role lists with its chat template, if it has one.
     split: of a hub set or folder.
     max_bad_share: unusable rows are skipped up to this share.
@@ -62,7 +63,7 @@ def load_completions(
     UserError: see `sources.read`; missing columns; nothing left.
   """
 
-  def build(row: sources.Row) -> list[CompletionRow]:
+  def build(row: sources.Row) -> list[CompletionRow | PreferenceRow]:
     group = str(row.get("group") or row.get("category") or "")
     if "instruction" in row and "response" in row and not need:
       return [CompletionRow(*instruction_of(row), group=group)]
@@ -70,11 +71,7 @@ def load_completions(
       prompt, chosen, _ = preference_of(row, tokenizer)
       return [CompletionRow(prompt, chosen, group=group)]
     if "chosen" in row and need == "label":
-      prompt, chosen, rejected = preference_of(row, tokenizer)
-      return [
-        CompletionRow(prompt, chosen, label=True, group=group),
-        CompletionRow(prompt, rejected, label=False, group=group),
-      ]
+      return [PreferenceRow(*preference_of(row, tokenizer), group=group)]
     prompt, completion = prompt_completion_of(row, tokenizer)
     reward = number_of(row, "reward", need == "reward")
     label = truth_of(row, "label", need == "label")
@@ -92,9 +89,9 @@ def load_completions(
     "reward": ("prompt, completion, reward",),
   }[need]
   tables = _tables(source, split, max_bad_share, part, columns or {})
-  return _load(
-    tables, build, wanted, max_bad_share, lambda row: row.completion.strip()
-  )
+  found = _load(tables, build, wanted, max_bad_share)
+  rows = [made for row in found.rows for made in _completions_of(row)]
+  return dataclasses.replace(found, rows=tuple(rows))
 
 
 def load_preferences(
@@ -110,7 +107,8 @@ def load_preferences(
 
   Without a `prompt` column two dialogues are split at the last
   `\n\nAssistant:` they share, two role lists behind their common turns.
-  Rows whose two answers are equal (or tie) are dropped and counted.
+  Rows with an empty answer, and those whose answers are equal or tie, are
+  dropped and counted.
 
   Args and raises: as `load_completions`.
   """
@@ -122,27 +120,12 @@ def load_preferences(
     return [PreferenceRow(prompt, chosen, rejected, margin, group)]
 
   tables = _tables(source, split, max_bad_share, part, columns or {})
-  found = _load(
-    tables,
-    build,
-    (
-      "prompt, chosen, rejected",
-      "chosen, rejected",
-      "question, answer_0, answer_1, score_0, score_1",
-    ),
-    max_bad_share,
-    lambda row: True,
+  wanted = (
+    "prompt, chosen, rejected",
+    "chosen, rejected",
+    "question, answer_0, answer_1, score_0, score_1",
   )
-  rows = tuple(
-    row for row in found.rows if row.chosen.strip() != row.rejected.strip()
-  )
-  if not rows:
-    raise UserError(
-      f"{source}: chosen equals rejected in all {len(found.rows)} rows; there "
-      "is nothing to prefer"
-    )
-  equal = ("without a preference", len(found.rows) - len(rows))
-  return dataclasses.replace(found, rows=rows, dropped=(equal,))
+  return _load(tables, build, wanted, max_bad_share)
 
 
 def half(rows: tuple, part: str) -> tuple:
@@ -180,32 +163,52 @@ def _tables(
   ]
 
 
+def _completions_of(row: CompletionRow | PreferenceRow) -> list[CompletionRow]:
+  """A row itself, or the desirable and the undesirable one of a preference."""
+  if isinstance(row, CompletionRow):
+    return [row]
+  return [
+    CompletionRow(row.prompt, row.chosen, label=True, group=row.group),
+    CompletionRow(row.prompt, row.rejected, label=False, group=row.group),
+  ]
+
+
+def _useless(row: CompletionRow | PreferenceRow) -> str:
+  """Why nothing can be learned from a row that is as it should be, or ""."""
+  if isinstance(row, CompletionRow):
+    return "" if row.completion.strip() else "empty"
+  chosen, rejected = row.chosen.strip(), row.rejected.strip()
+  if not chosen or not rejected:
+    return "empty"
+  return "without a preference" if chosen == rejected else ""
+
+
 def _load(
   tables: list[sources.Table],
-  build: Callable[[sources.Row], list[Row]],
+  build: Callable[[sources.Row], list[Any]],
   wanted: tuple[str, ...],
   max_bad_share: float,
-  holds: Callable[[Row], Any],
-) -> Loaded[Row]:
+) -> Loaded[Any]:
   """Builds the rows of every table; bad ones are counted by table."""
-  rows: list[Row] = []
+  rows: list[Any] = []
   bad: list[str] = []
-  empty = 0
+  dropped: collections.Counter[str] = collections.Counter()
   for table in tables:
     lacking_columns(table, wanted)
     made, problems = collect(table, build)
     problems = [*table.bad, *problems]
-    kept = [row for row in made if holds(row)]
-    empty += len(made) - len(kept)
-    rows.extend(kept)
+    reasons = [_useless(row) for row in made]
+    dropped.update(filter(None, reasons))
+    rows += [r for r, why in zip(made, reasons, strict=True) if not why]
     good = len(table.rows) + len(table.bad) - len(problems)
     sources.check_bad(table.name, tuple(problems), good, max_bad_share)
     bad.extend(problems)
   read = sum(len(table.rows) + len(table.bad) for table in tables)
   if not rows:
     names = ",".join(table.name for table in tables)
+    counts = [f"{n} {why}" for why, n in [*dropped.items(), ("bad", len(bad))]]
     raise UserError(
-      f"{names}: nothing is left of {read} rows ({empty} empty, {len(bad)} "
-      "bad); give a source with usable rows"
+      f"{names}: nothing is left of {read} rows ({', '.join(counts)}); give a "
+      "source with usable rows"
     )
-  return Loaded(tuple(rows), read, tuple(bad), (("empty", empty),))
+  return Loaded(tuple(rows), read, tuple(bad), tuple(sorted(dropped.items())))

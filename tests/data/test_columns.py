@@ -46,6 +46,25 @@ def test_preferences_say_how_to_convert(write, row, message):
     formats.load_preferences(write([row]))
 
 
+@pytest.mark.parametrize(
+  ("row", "message"),
+  [
+    (
+      {"prompt": "a", "completion": "b"},
+      "nearest format: add the column label (true = desirable, false = not)",
+    ),
+    ({"prompt": "a", "completion": "b", "thumbs": 1}, "rename thumbs to label"),
+    ({"prompt": "a", "chosen": "b"}, "add the column rejected"),
+  ],
+)
+def test_labelled_answers_say_how_to_convert(write, row, message):
+  with pytest.raises(UserError) as told:
+    formats.load_completions(write([row]), need="label")
+  line = str(told.value)
+  assert message in line
+  assert "need (prompt, completion, label) or (chosen, rejected)" in line
+
+
 def test_distillation_needs_a_reward(write):
   path = write([{"prompt": "a", "completion": "b", "train_reward": 1.0}])
   with pytest.raises(UserError, match="rename train_reward to reward"):

@@ -10,6 +10,7 @@ from jaxalign.text import templates
 
 HEAD = "\n\nHuman: q\n\nAssistant:"
 USER = {"role": "user", "content": "q"}
+SYSTEM = {"role": "system", "content": "s"}
 
 
 def said(text):
@@ -81,8 +82,39 @@ def test_equal_pairs_are_dropped_and_counted(write):
   assert len(found.rows) == 1
   assert found.dropped == (("without a preference", 2),)
   assert str(found) == ("1 rows from 3 (left out: 2 without a preference)")
-  with pytest.raises(UserError, match="chosen equals rejected in all 1 rows"):
+  with pytest.raises(
+    UserError, match=r"is left of 1 rows \(1 without a preference, 0 bad\)"
+  ):
     formats.load_preferences(write([same]))
+
+
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_pairs_with_an_empty_answer_are_dropped_and_counted(
+  write, side, answer
+):
+  good = {"chosen": HEAD + " a", "rejected": HEAD + " b"}
+  empty = good | {side: HEAD + answer}
+  found = formats.load_preferences(write([good, empty, empty]))
+  assert found.rows == (PreferenceRow(HEAD, " a", " b"),)
+  assert str(found) == "1 rows from 3 (left out: 2 empty)"
+  both = {"chosen": HEAD, "rejected": HEAD}
+  with pytest.raises(UserError, match=r"of 2 rows \(2 empty, 0 bad\)"):
+    formats.load_preferences(write([empty, both]))
+
+
+def test_what_no_pair_can_be_made_of_gives_no_labelled_rows(write):
+  good = {"chosen": HEAD + " a", "rejected": HEAD + " b"}
+  same = {"chosen": HEAD + " a", "rejected": HEAD + " a"}
+  empty = {"chosen": HEAD + " a", "rejected": HEAD}
+  rows = [good, same, empty, {"prompt": "p", "completion": " ", "label": 1}]
+  found = formats.load_completions(write(rows), need="label")
+  assert [row.label for row in found.rows] == [True, False]
+  assert str(found) == (
+    "2 rows from 4 (left out: 2 empty, 1 without a preference)"
+  )
+  # For SFT the chosen answer is all that counts.
+  assert len(formats.load_completions(write([same, empty])).rows) == 2
 
 
 def test_webgpt_comparisons(write):
@@ -130,14 +162,14 @@ def test_completions_of_every_format(write):
 
 
 def test_labels_and_their_spellings(write):
-  values = [True, False, 1, 0, "True", "false", "1"]
+  values = [True, False, 1, 0, "True", "false", "1", 0.0]
   rows = completions(
     write,
     *({"prompt": "p", "completion": "c", "label": v} for v in values),
     need="label",
   )
   assert [row.label for row in rows] == [
-    True, False, True, False, True, False, True,
+    True, False, True, False, True, False, True, False,
   ]  # fmt: skip
 
 
@@ -188,16 +220,53 @@ def test_bad_values_name_the_line_and_the_rule(write, change, message):
   assert str(told.value).startswith(f"{path}:2 ")
 
 
-def test_bad_labels(write):
-  path = write([GOOD, GOOD | {"label": "maybe"}])
-  with pytest.raises(UserError, match="'maybe' in label, need true or false"):
+@pytest.mark.parametrize(
+  ("label", "message"),
+  [
+    ("maybe", "has 'maybe' in label, need true or false (1 and 0 do as well)"),
+    (-1, "has -1 in label, need true or false"),
+    (4.5, "turn grades into these first, say label = grade > 3"),
+    ([True], "has [True] in label, need true or false"),
+    (None, "has no label"),
+    ("", "has no label"),
+  ],
+)
+def test_bad_labels_name_the_line_the_value_and_what_to_do(
+  write, label, message
+):
+  path = write([GOOD, GOOD | {"label": label}])
+  with pytest.raises(UserError) as told:
     formats.load_completions(path, need="label")
+  assert str(told.value).startswith(f"{path}:2 ")
+  assert message in str(told.value)
 
 
 @pytest.mark.parametrize(
   ("row", "message"),
   [
     ({"chosen": "a", "rejected": "b"}, r"no \\n\\nAssistant: that chosen and"),
+    (
+      {"chosen": HEAD + " a", "rejected": HEAD.replace("q", "p") + " b"},
+      "so no prompt; write it into a column prompt",
+    ),
+    # Another question, none at all, a question that only one of them has.
+    (
+      {"chosen": [USER, said("a")], "rejected": [SYSTEM, said("b")]},
+      "no turns in front of the answers that chosen and rejected share",
+    ),
+    ({"chosen": [said("a")], "rejected": [said("b")]}, "share, so no prompt"),
+    (
+      {"chosen": [SYSTEM, USER, said("a")], "rejected": [SYSTEM, said("b")]},
+      "share, so no prompt; write it into a column prompt",
+    ),
+    (
+      {
+        "prompt": "q",
+        "chosen": [USER, said("a")],
+        "rejected": [{"role": "user", "content": "p"}, said("b")],
+      },
+      "share, so no prompt",
+    ),
     ({"chosen": HEAD + "a"}, "has no column rejected"),
     ({"chosen": [USER], "rejected": "b"}, "mixes a string and a list"),
     (
@@ -236,7 +305,7 @@ def test_unreadable_lines_and_bad_rows_share_one_limit(write):
 def test_halves_are_disjoint_in_every_source(write):
   def rows(name):
     return [
-      {"prompt": "p", "chosen": f"{name}{i}", "rejected": ""} for i in range(5)
+      {"prompt": "p", "chosen": f"{name}{i}", "rejected": "z"} for i in range(5)
     ]
 
   source = f"{write(rows('a'), 'a.jsonl')},{write(rows('b'), 'b.jsonl')}"
@@ -251,20 +320,21 @@ def test_halves_are_disjoint_in_every_source(write):
 
 
 @pytest.mark.parametrize(
-  ("name", "read", "equal", "played_on"),
+  ("name", "read", "equal", "empty", "played_on"),
   [
-    ("harmless-base", 1156, 0, 0),
-    ("helpful-base", 1177, 1, 7),
-    ("helpful-online", 1137, 2, 0),
-    ("helpful-rejection-sampled", 2747, 32, 3),
+    ("harmless-base", 1156, 0, 4, 0),
+    ("helpful-base", 1177, 1, 2, 7),
+    ("helpful-online", 1137, 2, 3, 0),
+    ("helpful-rejection-sampled", 2747, 32, 0, 3),
   ],
 )
-def test_hh_rows(shared_data, name, read, equal, played_on):
+def test_hh_rows(shared_data, name, read, equal, empty, played_on):
   """Every row parses; prompts end at a delimiter and parts add up."""
   source = f"{shared_data}/hh:{name}"
   found = formats.load_preferences(source, split="test", max_bad_share=0.0)
   assert found.read == read
-  assert found.dropped == (("without a preference", equal),)
+  counts = {"empty": empty, "without a preference": equal}
+  assert dict(found.dropped) == {k: n for k, n in counts.items() if n}
   simulated = 0
   for row in found.rows:
     assert row.prompt.startswith(templates.HUMAN)
