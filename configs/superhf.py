@@ -13,6 +13,7 @@ from Human Feedback", CS224N 2023; "repo" is openfeedback/superhf on GitHub;
   preset             source
   lab                none: small models, so that a laptop finishes in minutes
   lab-collapse       lab without KL at thrice the rate: reward hacking
+  lab-percentile     lab with a growing percentile instead of the best one
   pythia-1b          Table 2 of the CS224N paper, the gold run
   pythia-1b-repo     repo, best-model-push.yaml v1 (2023-03-17)
   pythia-1b-cs224n   repo, default.yaml of the same time
@@ -21,6 +22,10 @@ from Human Feedback", CS224N 2023; "repo" is openfeedback/superhf on GitHub;
   llama-7b-2048      repo, llama.yaml
   pythia-70m ... pythia-12b   later, with the sweep's Pythia models
   pythia-1b-deduped-sft       another name of pythia-1b, after its model
+  raft               "RAFT" (Dong and others, 2304.06767), from the script that
+                     LMFlow released with it, scripts/run_raft_align.sh
+  rest               pythia-1b with the percentiles of trlX's RFTConfig, its
+                     version of "ReST" (Gulcehre and others, 2308.08998)
 
 Settings, in the papers' words and ours:
 
@@ -56,12 +61,23 @@ superbatch is sampled at once, which changes no result.
    `:superhf-test` make them. Base parameters are kept in bfloat16, which the
    source leaves open, and validation runs every 10 superbatches.
  * `pythia-12b` takes the sweep's own 1e-4 and KL 0.23.
+ * `raft`: 20 stages of 1024 prompts x 8 samples (top share 0.125), the best of
+   each, temperature 0.85, constant 2e-5, 128 tokens, no KL. Each stage is
+   trained on once, there 4 times; the texts in an update are left open there
+   (one a device). Its policy is the user's own, LLaMA-7B after SFT on HH-RLHF's
+   chosen answers; its reward model was trained on "###Human:" where the prompts
+   here say "Human:".
+ * `rest`: 32 samples a prompt; those above a percentile of the prompt that
+   grows from 0.7 to 0.95, no KL. There the four percentiles of an epoch come
+   in turn on the same samples and end below 0.95; here every superbatch
+   samples anew and the percentile grows over the run.
 
 Expected result:
   lab           held-out reward -2.9 -> -2.3 (five seeds, +0.52 to +0.73), word
                 overlap of answers at 1.1 to 1.25 times its start (docs/log.md)
   lab-collapse  one word again and again by superbatch 30; both rewards rise,
                 overlap to 8 times its start
+  lab-percentile, raft, rest    no full run is on record yet
   pythia-1b     mean reward logit rises steadily and ends near or above 0
                 (Fig. 2 of the paper), without collapse
   llama-7b      mean test score about -0.54 -> -0.13 (repo's score files, test
@@ -136,6 +152,13 @@ def lab_collapse() -> ConfigDict:
   return config
 
 
+def lab_percentile() -> ConfigDict:
+  """The lab with the best three tenths kept at first, the best one at last."""
+  config = lab()
+  config.superbatch.percentile = (0.7, 0.95)
+  return config
+
+
 def pythia_1b() -> ConfigDict:
   """Table 2 of the CS224N paper."""
   config = ConfigDict({"algorithm": "superhf", "seed": 66, "steps": 2000})
@@ -207,6 +230,32 @@ def pythia_1b_mixed() -> ConfigDict:
   config.superbatch.mode = "mixed_prompts"
   config.superbatch.prompts = 32
   config.superbatch.samples_per_prompt = 1
+  return config
+
+
+def rest() -> ConfigDict:
+  """Percentiles that grow, as in trlX's RFTConfig."""
+  config = pythia_1b()
+  config.superbatch.percentile = (0.7, 0.95)
+  return config
+
+
+def raft() -> ConfigDict:
+  """The best of eight, as in the script that LMFlow released."""
+  config = ConfigDict({"algorithm": "superhf", "seed": 0, "steps": 20})
+  config.policy = "runs/sft-raft/model"
+  config.prompts = "Anthropic/hh-rlhf:helpful-base"
+  config.reward_model = "weqweasdas/hh_rlhf_rm_open_llama_3b"
+  config.superbatch = {"prompts": 1024, "samples_per_prompt": 8, "keep": 1}
+  config.sampling = {
+    "temperature": 0.85,
+    "max_new_tokens": 128,
+    "batch_prompts": 32,
+  }
+  config.optimizer = {"learning_rate": 2e-5, "schedule": "constant"}
+  config.precision = {"compute": "bfloat16"}
+  config.finetune_batch = 8
+  config.kl_coefficient = -1.0
   return config
 
 
@@ -286,11 +335,14 @@ def pythia(size: str) -> ConfigDict:
 PRESETS = {
   "lab": lab,
   "lab-collapse": lab_collapse,
+  "lab-percentile": lab_percentile,
   "pythia-1b": pythia_1b,
   "pythia-1b-deduped-sft": pythia_1b,
   "pythia-1b-repo": pythia_1b_repo,
   "pythia-1b-cs224n": pythia_1b_cs224n,
   "pythia-1b-mixed": pythia_1b_mixed,
+  "raft": raft,
+  "rest": rest,
   "llama-7b": llama_7b,
   "llama-7b-2048": llama_7b_2048,
   **{f"pythia-{size}": lambda size=size: pythia(size) for size in SIZES},

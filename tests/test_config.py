@@ -49,6 +49,21 @@ def test_a_whole_number_counts_as_a_number():
       "lower keep or raise samples_per_prompt",
     ),
     (
+      {"superbatch": {"keep": 2, "percentile": (0.5,)}},
+      "config.superbatch.keep must be left at 1 while percentile says what is "
+      "kept, got 2; leave out keep, or percentile",
+    ),
+    (
+      {"superbatch": {"percentile": (0.7, 0.8, 0.9)}},
+      "config.superbatch.percentile must be empty, one number, or two: at the "
+      "start and at the end, got (0.7, 0.8, 0.9); write 0.7,0.95",
+    ),
+    (
+      {"superbatch": {"percentile": (70.0,)}},
+      "config.superbatch.percentile must be in [0, 1], got (70.0,); the "
+      "default is ()",
+    ),
+    (
       {"steps": True},
       "config.steps must be a whole number, got True (bool); write it like "
       "the default 200",
@@ -258,6 +273,8 @@ def test_single_pass_is_one_step_of_groups_of_prompts():
       32,
       3,
     ),
+    # All may pass a percentile: equal scores stay together.
+    ({"prompts": 4, "samples_per_prompt": 16, "percentile": (0.9,)}, 64, 64),
   ],
 )
 def test_rows_and_kept_rows_follow_from_the_mode(superbatch, rows, kept):
@@ -410,6 +427,7 @@ def test_flags_are_typed_by_their_fields_and_the_last_one_counts():
     ("policy", "12"),
     ("lora.rank", "4"),
     ("lora.targets", "q_proj,v_proj"),
+    ("superbatch.percentile", "0.7,1"),
     ("sampling.length_buckets", "(32, 64)"),
   ]
   config = configs.from_mapping({"algorithm": "superhf", "steps": 3}, flags)
@@ -419,6 +437,7 @@ def test_flags_are_typed_by_their_fields_and_the_last_one_counts():
   assert config.deduplicate is False
   assert config.policy == "12"
   assert config.lora.targets == ("q_proj", "v_proj")
+  assert config.superbatch.percentile == (0.7, 1.0)
   assert config.sampling.length_buckets == (32, 64)
 
 

@@ -110,12 +110,26 @@ def test_the_released_files_differ_where_they_should():
     "sampling.temperature": 0.9,
     "inverse_loss_penalty": 0.001,
   }
+  # Defaults of trlX's RFTConfig; 32 samples are Table 2's as well.
+  assert changed("rest", "pythia-1b") == {"superbatch.percentile": (0.7, 0.95)}
   assert changed("pythia-12b", "pythia-6.9b") == {
     "policy": "EleutherAI/pythia-12b",
     "optimizer.learning_rate": 1e-4,
     "kl_coefficient": 0.23,
   }
   assert changed("lab-collapse", "lab")["kl_coefficient"] == 0
+
+
+def test_raft_is_the_released_script():
+  """LMFlow's run_raft_align.sh: a top share of 0.125 is the best of eight."""
+  config = load("superhf", "raft")
+  batch = config.superbatch
+  assert (batch.prompts, batch.samples_per_prompt, batch.keep) == (1024, 8, 1)
+  assert batch.keep / batch.samples_per_prompt == 0.125
+  assert (config.steps, config.sampling.temperature) == (20, 0.85)
+  assert config.optimizer.learning_rate == 2e-5
+  assert config.optimizer.schedule == "constant"
+  assert config.reference == "none"
 
 
 def test_llama_7b_is_the_later_default():

@@ -52,7 +52,8 @@ def run(
     with answers.tolerated(ctx, step):
       params = lora.join(state.params, ctx.frozen)
       scored = answers.draw(ctx, tools, params, step, key)
-      kept = keep_best(scored.scores, config.superbatch)
+      done = step / max(config.steps - 1, 1)
+      kept = keep_best(scored.scores, config.superbatch, done)
       chosen = scored, kept, tools.encode(scored.answers, kept)
     if chosen:
       scored, kept, batches = chosen
@@ -64,7 +65,7 @@ def run(
           found.append(measured)
         # The next samples need these parameters anyway; waiting here costs
         # no overlap and keeps the stages' times honest.
-        jax.block_until_ready(found)
+        found = jax.device_get(found)
       metrics = _update_metrics(found) | answers.measure(scored, kept)
       texts = scored.answers.texts
       best = [texts[i] for i in kept]
@@ -81,17 +82,27 @@ def run(
 
 
 def keep_best(
-  scores: Float[np.ndarray, "P S"], superbatch: SuperbatchConfig
+  scores: Float[np.ndarray, "P S"],
+  superbatch: SuperbatchConfig,
+  done: float = 0.0,
 ) -> Int[np.ndarray, " K"]:
-  """Flat indices of the answers to train on; see `superbatch.mode`.
+  """Flat indices of the answers to train on.
+
+  Args:
+    scores: of a superbatch, -inf = unusable.
+    superbatch: see `mode`, `keep` and `percentile`.
+    done: how much of the run is done, in [0, 1]; a percentile grows with it.
 
   Raises:
     ValueError: no answer is usable.
   """
-  if superbatch.filters_per_prompt:
-    kept = filters.top_k_per_prompt(scores, superbatch.keep)
-  else:
-    kept = filters.top_k(scores.reshape(-1), superbatch.keep)
+  choose = lambda row: filters.top_k(row, superbatch.keep)
+  if superbatch.percentile:
+    start, end = superbatch.percentile[0], superbatch.percentile[-1]
+    share = (1 - done) * start + done * end
+    choose = lambda row: filters.from_percentile(row, share)
+  groups = scores if superbatch.filters_per_prompt else scores.reshape(1, -1)
+  kept = filters.per_prompt(choose, groups)
   if not len(kept):
     raise ValueError("every completion was empty or had no finite score")
   return kept
@@ -179,8 +190,8 @@ def _next(step: Array) -> Array:
   return step + 1
 
 
-@jax.jit
 def _update_metrics(found: list[Metrics]) -> Metrics:
+  """Means over a superbatch's updates, however many there were."""
   mean = lambda name: sum(m[name] for m in found) / len(found)
   metrics = {
     "loss/total": mean("total"),

@@ -82,6 +82,7 @@ class SuperbatchConfig:
     prompt_accumulation: A prompts, S samples each, the best K of each.
     mixed_prompts: A prompts, one sample each, the best K of all.
     single_pass: every prompt once, S samples each, the best K of each.
+  With `percentile`, those from a percentile on instead of the best K.
   """
 
   mode: str = field(
@@ -115,6 +116,14 @@ class SuperbatchConfig:
     source="SuperHF Table 2",
     also=("completion_filter_top_k",),
   )
+  percentile: tuple[float, ...] = field(
+    (),
+    "keep what scores at or above this percentile of its prompt, or of the "
+    "superbatch where prompts are mixed; 0.7,0.95 grows over the run; "
+    "empty = the best K",
+    rule="[0, 1]",
+    also=("threshold", "start_percentile", "end_percentile"),
+  )
 
   @property
   def rows(self) -> int:
@@ -123,12 +132,14 @@ class SuperbatchConfig:
 
   @property
   def filters_per_prompt(self) -> bool:
-    """Whether the best K are taken of each prompt or of the superbatch."""
+    """Whether answers are compared within a prompt or a superbatch."""
     return self.mode != "mixed_prompts"
 
   @property
   def kept_rows(self) -> int:
-    """Texts trained on in a superbatch; 0 where A is not known here."""
+    """Texts trained on in a superbatch at most; 0 where A is not known here."""
+    if self.percentile:  # equal scores stay together, at worst all of them
+      return self.rows
     return self.keep * (self.prompts if self.filters_per_prompt else 1)
 
   def rules(self) -> Iterator[Rule]:
@@ -162,6 +173,18 @@ class SuperbatchConfig:
       self.keep <= most,
       f"must be in [1, {name}={most}]",
       f"lower keep or raise {name}",
+    )
+    yield Rule(
+      "keep",
+      self.keep == 1 or not self.percentile,
+      "must be left at 1 while percentile says what is kept",
+      "leave out keep, or percentile",
+    )
+    yield Rule(
+      "percentile",
+      len(self.percentile) <= 2,
+      "must be empty, one number, or two: at the start and at the end",
+      "write 0.7,0.95",
     )
 
 

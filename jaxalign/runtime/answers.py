@@ -120,6 +120,7 @@ def measure(scored: Scored, kept: Int[np.ndarray, " K"]) -> Metrics:
     "completion/empty_fraction": np.mean(chars == 0),
     "completion/ended_fraction": np.mean(answers.ended),
     "num_prompts": len(answers.prompts),
+    "num_kept": len(kept),
     "num_sampled_tokens": int(np.sum(answers.samples.lengths)),
   }
   if tested is not None:

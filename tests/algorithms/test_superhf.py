@@ -23,9 +23,15 @@ TEXTS = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff"]
 SCORES = [0.5, 2.0, -1.0, 3.0, 3.5, 1.0]
 
 
-def superbatch(mode="prompt_accumulation", prompts=2, each=3, keep=1):
+def superbatch(
+  mode="prompt_accumulation", prompts=2, each=3, keep=1, percentile=()
+):
   return SuperbatchConfig(
-    mode=mode, prompts=prompts, samples_per_prompt=each, keep=keep
+    mode=mode,
+    prompts=prompts,
+    samples_per_prompt=each,
+    keep=keep,
+    percentile=percentile,
   )
 
 
@@ -75,8 +81,14 @@ def run(toy, cfg, with_tools, model=None, params=None, prior=None):
     (superbatch("mixed_prompts", 6, 1, 3), [4, 3, 1]),
     (superbatch("single_prompt", 1, 6, 2), [4, 3]),
     (superbatch("single_pass", 0, 2, 1), [1, 3, 4]),
+    # The median or better of each three, and of all six (2 and above).
+    (superbatch(percentile=(0.5,)), [1, 0, 4, 3]),
+    (superbatch("mixed_prompts", 6, 1, percentile=(0.5,)), [4, 3, 1]),
   ],
-  ids=["accumulation", "accumulation-2", "mixed", "single", "pass"],
+  ids=[
+    *("accumulation", "accumulation-2", "mixed", "single", "pass"),
+    *("percentile", "mixed-percentile"),
+  ],
 )
 def test_the_best_are_kept(toy, batch, kept):
   each = batch.samples_per_prompt
@@ -98,6 +110,24 @@ def test_the_best_are_kept(toy, batch, kept):
     p for p in prompts for _ in range(each)
   ]
   assert {r["step"] for r in rows} == {1}
+
+
+def test_a_percentile_grows_over_the_run(toy):
+  """0, ½ and 1 in three superbatches: three, two and one of each three."""
+  counts = []
+
+  def encode(answers, chosen):
+    counts.append(len(chosen))
+    return [toy.kept_batch([("a", answers.texts[i]) for i in chosen])]
+
+  cfg = config(steps=3, superbatch=superbatch(percentile=(0.0, 1.0)))
+  _, log, _ = run(toy, cfg, tools(toy, encode=encode))
+  assert counts == [6, 4, 2]
+  assert [m["num_kept"] for m in log.metrics] == counts
+  counts.clear()
+  once = dataclasses.replace(cfg, steps=1)
+  run(toy, once, tools(toy, encode=encode))
+  assert counts == [6]
 
 
 def test_metrics_by_hand(toy):

@@ -35,9 +35,9 @@ TOKENIZER = Tokenizer(
 )
 
 
-def config(prompts=4, keep=1, **changes):
+def config(prompts=4, keep=1, percentile=(), **changes):
   superbatch = SuperbatchConfig(
-    prompts=prompts, samples_per_prompt=4, keep=keep
+    prompts=prompts, samples_per_prompt=4, keep=keep, percentile=percentile
   )
   return SuperHFConfig(superbatch=superbatch, **changes)
 
@@ -72,6 +72,9 @@ def encode(cfg, found, kept, context=64):
     (1, {"finetune_batch": 8, "micro_batch": 2}, (4, 2)),
     (1, {"prompts": 3, "finetune_batch": 8, "micro_batch": 2}, (4, 2)),
     (1, {"keep": 2, "finetune_batch": 8, "micro_batch": 4}, (8, 4)),
+    # As many as there are may pass a percentile.
+    (1, {"percentile": (0.9,), "finetune_batch": 8}, (8, 8)),
+    (1, {"percentile": (0.9,), "finetune_batch": 32}, (16, 16)),
     # A mesh that splits rows into eight parts gets eight.
     (8, {"finetune_batch": 8}, (8, 8)),
   ],

@@ -1,4 +1,7 @@
+import functools
+
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,11 +23,57 @@ def test_what_may_not_be_kept_is_not_replaced():
   assert filters.top_k(np.full(3, -INF), 2).tolist() == []
 
 
+@pytest.mark.parametrize(
+  ("share", "kept"),
+  [
+    (0.0, [3, 1, 4, 0, 2]),
+    (0.25, [3, 1, 4, 0]),
+    (0.5, [3, 1, 4]),
+    # Rank ⌈0.51 · 4⌉ = 3 of 0 … 4 is the score of 1 and 4, which are equal.
+    (0.51, [3, 1, 4]),
+    (0.75, [3, 1, 4]),
+    (0.76, [3]),
+    (1.0, [3]),
+  ],
+)
+def test_a_percentile_by_hand(share, kept):
+  """Sorted: 1, 2, 4, 4, 7 at ranks 0 to 4, shares 0, ¼, ½, ¾, 1."""
+  scores = np.array([2.0, 4.0, 1.0, 7.0, 4.0])
+  assert filters.from_percentile(scores, share).tolist() == kept
+
+
+def test_a_percentile_is_of_the_usable():
+  """Of 3 and 1 the half keeps 3; minus infinity is no score."""
+  scores = np.array([-INF, 1.0, -INF, 3.0])
+  assert filters.from_percentile(scores, 0.5).tolist() == [3]
+  assert filters.from_percentile(scores, 0.0).tolist() == [3, 1]
+  assert filters.from_percentile(np.full(3, -INF), 0.0).tolist() == []
+  assert filters.from_percentile(np.zeros(3), 0.9).tolist() == [0, 1, 2]
+
+
+@given(
+  st.lists(st.integers(-9, 9), min_size=1, max_size=8),
+  st.floats(0, 1),
+)
+def test_a_percentile_keeps_the_best_and_never_nothing(row, share):
+  scores = np.array(row, np.float64)
+  kept = filters.from_percentile(scores, share)
+  rest = np.setdiff1d(np.arange(len(row)), kept)
+  assert len(kept) >= 1
+  assert not len(rest) or scores[kept].min() > scores[rest].max()
+  # As many as numpy's own interpolated quantile leaves at or above it.
+  assert len(kept) <= (scores >= np.quantile(scores, share) - 1e-9).sum()
+
+
+def top(keep):
+  return functools.partial(filters.top_k, keep=keep)
+
+
 def test_per_prompt_indices_are_flat():
   """Row 0 keeps 2 and 0; row 1 (offset 3) keeps 4 alone; row 2 nothing."""
   scores = np.array([[2.0, 1.0, 5.0], [-INF, 0.0, -INF], [-INF, -INF, -INF]])
-  assert filters.top_k_per_prompt(scores, 2).tolist() == [2, 0, 4]
-  assert filters.top_k_per_prompt(np.zeros((0, 3)), 2).tolist() == []
+  assert filters.per_prompt(top(2), scores).tolist() == [2, 0, 4]
+  assert filters.per_prompt(top(2), np.zeros((0, 3))).tolist() == []
 
 
 @given(
@@ -37,7 +86,7 @@ def test_per_prompt_indices_are_flat():
 )
 def test_top_k_stays_within_its_prompt(rows, keep):
   scores = np.array(rows, np.float64)
-  kept = filters.top_k_per_prompt(scores, keep).reshape(len(rows), keep)
+  kept = filters.per_prompt(top(keep), scores).reshape(len(rows), keep)
   for p, row in enumerate(kept):
     assert (row // 4 == p).all()
     others = np.setdiff1d(np.arange(4), row % 4)

@@ -66,6 +66,24 @@ def test_compiled_once(superhf, tmp_path, traced, compiled):
   assert compiled[-1] == compiled[1], compiled
 
 
+def test_compiled_once_however_many_are_kept(
+  superhf, tmp_path, read, traced, compiled
+):
+  """Eight, six, four, two, two texts are kept: four updates to one, a shape."""
+  command = superhf(
+    tmp_path / "run",
+    steps=5,
+    checkpoint__every_steps=0,
+    max_length=32,
+    superbatch__percentile="0,1",
+  )
+  assert main.main(command) == 0
+  rows = read(tmp_path / "run" / "metrics.jsonl")
+  assert [row["num_kept"] for row in rows] == [8, 6, 4, 2, 2]
+  assert len(traced) == 1
+  assert compiled[-1] == compiled[1], compiled
+
+
 @pytest.fixture
 def guarded(monkeypatch):
   """Between the steps' first and last line every transfer is asked for."""
