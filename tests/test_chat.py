@@ -66,6 +66,12 @@ def test_one_shot_prompts():
   [
     (["no/such/folder"], "no/such/folder"),
     (["lab", "--top_p=2"], "sampling.top_p must be in (0, 1], got 2.0"),
+    (["lab", "--best_of=0"], "--best_of must be >= 1, got 0"),
+    (["lab", "--best_of=4"], "--best_of=4 needs something to choose by; add"),
+    (
+      ["lab", "--best_of=4", "--reward_model=lab", "--temperature=0"],
+      "--temperature=0 they are all the same",
+    ),
   ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
@@ -74,6 +80,13 @@ def test_mistakes_are_one_line(arguments, message, capsys):
   assert err.startswith("error: ")
   assert message in err
   assert err.count("\n") == 1
+
+
+def test_the_best_is_shown_and_no_empty_answer_if_there_is_another(capsys):
+  assert chat.show_best(["a", "", "b"], [0.5, 9.0, 1.5]) == "b"
+  out = capsys.readouterr().out
+  assert out == "b\n[score 1.50, best of 3, their mean is 3.67]\n"
+  assert chat.show_best(["", ""], [1.0, 2.0]) == ""
 
 
 def test_interrupts_end_without_a_traceback(monkeypatch, capsys):

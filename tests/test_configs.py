@@ -132,6 +132,21 @@ def test_raft_is_the_released_script():
   assert config.reference == "none"
 
 
+def test_best_of_n_is_superhf_in_one_pass():
+  """One superbatch of all prompts, the best of each, nothing but its NLL."""
+  config = load("best_of_n", "lab")
+  batch = config.superbatch
+  assert (config.algorithm, config.steps) == ("superhf", 1)
+  assert (batch.mode, batch.keep) == ("single_pass", 1)
+  assert batch.samples_per_prompt == config.evaluation.best_of_n
+  assert config.reference == "none"
+  assert config.inverse_loss_penalty == config.length_penalty == 0
+  aside = config.evaluation.num_prompts
+  groups = config.sampling.batch_prompts
+  # Every call of the sampler has one shape.
+  assert aside % groups == (config.num_prompts - aside) % groups == 0
+
+
 def test_llama_7b_is_the_later_default():
   config = load("superhf", "llama-7b")
   batch = config.superbatch

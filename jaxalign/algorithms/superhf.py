@@ -178,7 +178,7 @@ def _text_losses(
     )
   gap = jnp.abs(logp - batch.sampled_logps[:, 1:])
   known = mask & batch.sampled[:, 1:]
-  measured = {"kl_sum": kl.sum()}
+  measured = {"kl_sum": kl.sum()} if prior is not None else {}
   # Under dropout the two differ for a reason.
   if ctx.model.lora is None or ctx.model.lora.dropout == 0:
     measured["logp_diff_max"] = jnp.where(known, gap, 0).max()
@@ -196,12 +196,13 @@ def _update_metrics(found: list[Metrics]) -> Metrics:
   metrics = {
     "loss/total": mean("total"),
     "loss/nll": mean("nll"),
-    "kl/mean": sum(m["kl_sum"] for m in found)
-    / sum(m["tokens"] for m in found),
     "grad_norm": mean("grad_norm"),
     "lr": found[-1]["lr"],
     "skipped_updates": found[-1]["skipped"],
   }
+  if "kl_sum" in found[0]:
+    kl, tokens = (sum(m[name] for m in found) for name in ("kl_sum", "tokens"))
+    metrics["kl/mean"] = kl / tokens
   # Later updates of a superbatch no longer have the sampler's parameters.
   if "logp_diff_max" in found[0]:
     metrics["sampling/logp_diff_max"] = found[0]["logp_diff_max"]

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jaxalign.build import models
 from jaxalign.build.questions import Questions
 from jaxalign.config import OnlineConfig
+from jaxalign.core import best_of
 from jaxalign.core.types import Answers, Metrics, Params
 from jaxalign.data import batches
 from jaxalign.runtime.answers import Score, Tools
@@ -209,20 +210,20 @@ def _evaluate(
   questions: list[str],
   params: Params,
 ) -> Metrics:
-  """Best-of-N on prompts kept aside, the same noise every time."""
+  """Best of 1, 2, 4 … N on prompts kept aside, the same noise every time."""
   answers = sample(params, questions, n, key)
   scores = np.reshape(score(answers.asked, answers.texts), (-1, n))
-  best = scores.argmax(axis=1)
-  rows = np.arange(len(questions))
-  found = {
-    "eval_score/mean": float(scores.mean()),
-    f"eval_score/best_of_{n}": float(scores[rows, best].mean()),
-  }
+  values = {"eval_score": scores}
+  if held_out is not None:
+    tested = held_out(answers.asked, answers.texts)
+    values["eval_test_score"] = np.reshape(tested, (-1, n))
+  found = {}
+  for name, worth in values.items():
+    found[f"{name}/mean"] = float(worth.mean())
+    for size in best_of.sizes(n):
+      mean = best_of.expected(scores, worth, size)
+      found[f"{name}/best_of_{size}"] = mean
   overlap = similarity.mean_overlap(answers.asked, answers.texts)
   if overlap is not None:  # None where one prompt is all there is
     found["eval_diversity/overlap"] = overlap
-  if held_out is not None:
-    tested = np.reshape(held_out(answers.asked, answers.texts), (-1, n))
-    found["eval_test_score/mean"] = float(tested.mean())
-    found[f"eval_test_score/best_of_{n}"] = float(tested[rows, best].mean())
   return found

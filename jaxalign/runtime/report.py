@@ -9,11 +9,13 @@ import json
 import math
 import os
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
 
+from jaxalign.core import best_of
 from jaxalign.runtime import charts, environment, files, gallery, metrics
 from jaxalign.runtime.view import short
 
@@ -100,6 +102,7 @@ def write_report(folder: str | os.PathLike) -> pathlib.Path:
     remarks=remarks(tiles),
     panels=draw_panels(series),
     others=draw_others(series),
+    best_of=best_of_table(series),
     samples=gallery.pick_samples(folder / metrics.SAMPLES),
     config={k: json.dumps(v) for k, v in files.flatten(config).items()},
     environment=environment_,
@@ -172,6 +175,32 @@ def remarks(tiles: Sequence[Mapping[str, Any]]) -> list[str]:
       "have collapsed to a few answers. Read the samples."
     )
   return found
+
+
+def best_of_table(
+  series: Mapping[str, Sequence[tuple[int, float]]],
+) -> list[dict[str, Any]]:
+  """Reward against N at the last evaluation, N rising; [] if there is none.
+
+  Returns:
+    Rows {"n", "step", "kl" (at most, nats an answer), "train", "held_out"
+    (None without a held-out reward model)}.
+  """
+  sizes = [re.fullmatch(r"eval_score/best_of_(\d+)", name) for name in series]
+  rows = []
+  for n in sorted(int(found[1]) for found in sizes if found):
+    step, train = series[f"eval_score/best_of_{n}"][-1]
+    held_out = series.get(f"eval_test_score/best_of_{n}")
+    rows.append(
+      {
+        "n": n,
+        "step": step,
+        "kl": best_of.kl_bound(n),
+        "train": train,
+        "held_out": held_out[-1][1] if held_out else None,
+      }
+    )
+  return rows
 
 
 def draw_panels(

@@ -68,6 +68,25 @@ def test_summary_survives_nan_and_tells_collapse():
   assert "3.0 times as alike" in report.remarks([tile])[0]
 
 
+def test_best_of_n_is_a_table_of_the_last_evaluation():
+  """KL: ln 1 − 0, ln 2 − ½, ln 16 − 15/16; numbers in order, not as words."""
+  rows = [
+    {"step": step, **{f"eval_score/best_of_{n}": n + step for n in (16, 2, 1)}}
+    for step in (5, 10)
+  ]
+  table = report.best_of_table(report.metric_series(rows))
+  assert [row["n"] for row in table] == [1, 2, 16]
+  assert [row["train"] for row in table] == [11, 12, 26]
+  assert {(row["step"], row["held_out"]) for row in table} == {(10, None)}
+  kls = [0, math.log(2) - 1 / 2, math.log(16) - 15 / 16]
+  assert [row["kl"] for row in table] == pytest.approx(kls)
+  for row in rows:
+    row |= {f"eval_test_score/best_of_{n}": -n for n in (1, 2, 16)}
+  table = report.best_of_table(report.metric_series(rows))
+  assert [row["held_out"] for row in table] == [-1, -2, -16]
+  assert report.best_of_table({"score/mean": [(1, 0.0)]}) == []
+
+
 class Outline(html.parser.HTMLParser):
   """Tags with their attributes, and the text outside scripts and styles."""
 
