@@ -6,6 +6,7 @@ clean-up of spaces, a missing pad token is no trouble (masks go by length), and
 """
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
@@ -191,6 +192,8 @@ def load_tokenizer(source: str | pathlib.Path) -> Tokenizer:
   local = folder.exists() or name.startswith((".", "/", "~"))
   if local and not folder.is_dir():
     raise UserError(f"tokenizer folder {name} does not exist; check the path")
+  # It would tell everyone that torch is missing, which nobody needs here.
+  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   import transformers
 
   failed = lambda why: (
