@@ -84,6 +84,29 @@ def first_carried(coefficient: float) -> dict[str, Any]:
   }
 
 
+def scaled(
+  shaping: Any,
+  score: Float[Array, "*B"],
+  usable: Bool[Array, "*B"],
+  before: Moments,
+) -> tuple[Float[Array, "*B"], Moments]:
+  """Scores centred, divided and clipped as `shaping` says, and the moments.
+
+  `running` goes by all scores so far, `reference` by those of the first step.
+  """
+  moments = before.add(score, usable)
+  if shaping.scaling == "reference":
+    first = before.count == 0
+    moments = jax.tree.map(lambda a, b: jnp.where(first, a, b), moments, before)
+  if shaping.centre:
+    score = jnp.where(usable, score - moments.mean, 0)
+  if shaping.scaling != "none":
+    score /= moments.deviation
+  if shaping.clip:
+    score = jnp.clip(score, -shaping.clip, shaping.clip)
+  return score, moments
+
+
 def shape(
   shaping: Any,
   control: Any,
@@ -110,17 +133,7 @@ def shape(
   mean = lambda x: jnp.where(usable, x, 0).sum() / count
   score = jnp.where(usable, score, 0)
   score -= shaping.missing_eos_penalty * ~ended
-  moments = carried["scores"]
-  grown = moments.add(score, usable)
-  if shaping.scaling == "reference":
-    first = moments.count == 0
-    grown = jax.tree.map(lambda a, b: jnp.where(first, a, b), grown, moments)
-  if shaping.centre:
-    score -= jnp.where(usable, grown.mean, 0)
-  if shaping.scaling != "none":
-    score /= grown.deviation
-  if shaping.clip:
-    score = jnp.clip(score, -shaping.clip, shaping.clip)
+  score, moments = scaled(shaping, score, usable, carried["scores"])
   if control.clip:
     kl = jnp.maximum(kl, 0)
   penalty = coefficient * kl
@@ -137,7 +150,7 @@ def shape(
     )
   return (
     shaped,
-    {"kl_coef": after, "scores": grown},
+    {"kl_coef": after, "scores": moments},
     {
       "objective/kl": mean(spent),
       "objective/kl_coef": coefficient,
