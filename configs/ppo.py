@@ -90,13 +90,13 @@ def lab() -> ConfigDict:
   }
   config.max_prompt_chars = 300
   config.optimizer = {
-    "learning_rate": 1e-4,
+    "learning_rate": 5e-5,
     "schedule": "cosine",
     "warmup_steps": 5,
     "clip_norm": 1.0,
     "weight_decay": 0.0,
   }
-  config.kl = {"coefficient": 0.05}
+  config.kl = {"coefficient": 0.2}
   # Values start at 0; scores of the lab's first policy are at -3.6.
   config.shaping = {"scaling": "reference", "centre": True}
   config.validation_interval = 1
