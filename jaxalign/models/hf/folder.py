@@ -171,7 +171,7 @@ def describe(
       )
     return Model.build(model.config, peft.read_config(adapters, model))
   model = Model.build(model.config, lora) if lora else model
-  check_targets(model, "lora.targets")
+  check_targets(model, "config.lora.targets")
   return model
 
 
