@@ -29,7 +29,7 @@ from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models import lora
 from jaxalign.runtime import answers
 from jaxalign.runtime.answers import Scored, Tools
-from jaxalign.runtime.context import Context, Task, due, fit
+from jaxalign.runtime.context import Context, Task, fit
 from jaxalign.runtime.reference import (
   prior_params,
   reference_logps,
@@ -192,18 +192,10 @@ def run_online(
       with ctx.stage("update"):
         state, metrics = update(state, ctx.frozen, prior, pairs, key)
         jax.block_until_ready(metrics)
-      metrics |= measure(config.beta, metrics, scored, better, worse)
-      texts = scored.answers.texts
-      metrics |= tools.diversity(
-        scored.answers.asked, texts, [texts[i] for i in better]
-      )
-      rows = answers.rows(step, scored, better)
-    if tools.evaluate and due(step, config.evaluation.interval, config.steps):
-      with ctx.stage("evaluate"):
-        metrics |= tools.evaluate(lora.join(state.result, ctx.frozen))
-    metrics["exceptions"] = ctx.counters.get("exceptions", 0)
-    ctx.report(step, metrics, rows)
-    ctx.save(step, state)
+      found = measure(config.beta, metrics, scored, better, worse)
+      told, rows = answers.tell(tools, step, scored, better)
+      metrics |= found | told
+    answers.end_step(ctx, tools, step, state, metrics, rows)
   return state
 
 
@@ -229,9 +221,9 @@ def measure(
   better: Int[np.ndarray, " N"],
   worse: Int[np.ndarray, " N"],
 ) -> Metrics:
-  """What is told of a step's answers, besides the loss."""
+  """What is told of a step's pairs, besides the loss."""
   flat = scored.scores.reshape(-1)
-  return answers.measure(scored, better) | {
+  return {
     "objective/kl": _kl(beta, metrics),
     "objective/scores_margin": (flat[better] - flat[worse]).mean(),
     "num_pairs": len(better),

@@ -38,7 +38,7 @@ from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
 from jaxalign.runtime import answers
 from jaxalign.runtime.answers import Tools
-from jaxalign.runtime.context import Context, due
+from jaxalign.runtime.context import Context
 
 _log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def run(
   rate: Callable[[Array], Array],
 ) -> TrainState:
   """Rolls out, rewards, improves; repeats."""
-  config, state = ctx.config, ctx.state
+  state = ctx.state
   learn = ctx.compile(make_learn(ctx, tools.critic, optimizer, rate))
   assert ctx.prior is not None
   prior, last = ctx.prior[1], None
@@ -110,20 +110,10 @@ def run(
         state, found = learn(state, ctx.frozen, prior, batch, key)
         jax.block_until_ready(found)
       last = found["kl/mean"], found["sampling/logp_diff_max"]
-      metrics = found | answers.measure(scored, kept)
-      texts = scored.answers.texts
-      metrics |= tools.diversity(
-        scored.answers.asked, texts, [texts[i] for i in kept]
-      )
-      rows = answers.rows(step, scored, kept)
-    if tools.evaluate and due(step, config.evaluation.interval, config.steps):
-      with ctx.stage("evaluate"):
-        policy = policy_of(lora.join(state.result, ctx.frozen))
-        metrics |= tools.evaluate(policy)
+      metrics, rows = answers.tell(tools, step, scored, kept)
+      metrics |= found
     state = dataclasses.replace(state, step=_next(state.step))
-    metrics["exceptions"] = ctx.counters.get("exceptions", 0)
-    ctx.report(step, metrics, rows)
-    ctx.save(step, state)
+    answers.end_step(ctx, tools, step, state, metrics, rows)
   return state
 
 

@@ -33,7 +33,7 @@ from jaxalign.core.types import KeptBatch, Metrics, Params, TrainState
 from jaxalign.models import lora
 from jaxalign.runtime import answers
 from jaxalign.runtime.answers import Tools
-from jaxalign.runtime.context import Context, due
+from jaxalign.runtime.context import Context
 
 
 def run(
@@ -66,18 +66,10 @@ def run(
         # The next samples need these parameters anyway; waiting here costs
         # no overlap and keeps the stages' times honest.
         found = jax.device_get(found)
-      metrics = _update_metrics(found) | answers.measure(scored, kept)
-      texts = scored.answers.texts
-      best = [texts[i] for i in kept]
-      metrics |= tools.diversity(scored.answers.asked, texts, best)
-      rows = answers.rows(step, scored, kept)
-    if tools.evaluate and due(step, config.evaluation.interval, config.steps):
-      with ctx.stage("evaluate"):
-        metrics |= tools.evaluate(lora.join(state.result, ctx.frozen))
+      metrics, rows = answers.tell(tools, step, scored, kept)
+      metrics |= _update_metrics(found)
     state = dataclasses.replace(state, step=_next(state.step))
-    metrics["exceptions"] = ctx.counters.get("exceptions", 0)
-    ctx.report(step, metrics, rows)
-    ctx.save(step, state)
+    answers.end_step(ctx, tools, step, state, metrics, rows)
   return state
 
 

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from jaxalign.core.types import Answers, Metrics, Params
+from jaxalign.core.types import Answers, Metrics, Params, TrainState
 from jaxalign.errors import UserError
+from jaxalign.models import lora
+from jaxalign.models.heads import policy_of
 from jaxalign.runtime.context import Context, Rows, due
 
 _log = logging.getLogger(__name__)
@@ -98,6 +100,43 @@ def tolerated(ctx: Context, step: int) -> Iterator[None]:
     if ctx.counters["exceptions"] > ctx.config.max_exception_count:
       raise
     _log.exception("step %d failed and is left out", step + 1)
+
+
+def tell(
+  tools: Tools, step: int, scored: Scored, kept: Int[np.ndarray, " K"]
+) -> tuple[Metrics, Rows]:
+  """What a step reports of its answers: metrics, and rows of samples.jsonl.
+
+  Args:
+    tools: of the run.
+    step: counted from 0.
+    scored: the step's answers.
+    kept: flat indices of the answers that are trained on.
+  """
+  texts = scored.answers.texts
+  best = [texts[i] for i in kept]
+  metrics = measure(scored, kept)
+  metrics |= tools.diversity(scored.answers.asked, texts, best)
+  return metrics, rows(step, scored, kept)
+
+
+def end_step(
+  ctx: Context,
+  tools: Tools,
+  step: int,
+  state: TrainState,
+  metrics: Metrics,
+  told: Rows,
+) -> None:
+  """Evaluates where that is due, reports, and saves where that is due."""
+  config = ctx.config
+  if tools.evaluate and due(step, config.evaluation.interval, config.steps):
+    with ctx.stage("evaluate"):
+      policy = policy_of(lora.join(state.result, ctx.frozen))
+      metrics = metrics | tools.evaluate(policy)
+  metrics = metrics | {"exceptions": ctx.counters.get("exceptions", 0)}
+  ctx.report(step, metrics, told)
+  ctx.save(step, state)
 
 
 def measure(scored: Scored, kept: Int[np.ndarray, " K"]) -> Metrics:
