@@ -254,19 +254,20 @@ def _make_loss(
       error = losses.value(value, part.value, part.returns, config.value_clip)
       found["loss/value_avg"] = mean(error)
       total += config.vf_coef * found["loss/value_avg"]
-      moved = jnp.abs(value - part.value) > config.value_clip
-      found["val/clipfrac_avg"] = mean(moved)
+      free = losses.value(value, part.value, part.returns)
+      found["val/clipfrac_avg"] = mean(error > free)
     if config.entropy_coef:
       total -= config.entropy_coef * mean(entropy)
     if config.kl.place == "loss":
       kl = _kl(ctx, module, hidden, logp, part.reference, prior, part.text)
       total += coefficient * mean(kl)
     ratio = jnp.exp(log_ratio)
-    outside = (ratio < 1 - config.clip_low) | (ratio > 1 + config.clip_high)
+    falls = (part.advantage < 0) & (ratio < 1 - config.clip_low)
+    rises = (part.advantage > 0) & (ratio > 1 + config.clip_high)
     return total, found | {
       "loss/total": total,
       "val/ratio": mean(ratio),
-      "policy/clipfrac_avg": mean(outside),
+      "policy/clipfrac_avg": mean(falls | rises),
       "policy/approxkl_avg": mean(0.5 * log_ratio**2),
       "policy/policykl": -mean(log_ratio),
     }
