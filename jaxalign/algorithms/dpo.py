@@ -11,7 +11,8 @@ is better, and learns from that by the same loss.
 
 Differs from TRL's DPOTrainer: (1) losses are divided once by the pairs of the
 whole batch, so micro-batches and sharding change no gradient; (2) `ipo` takes
-sums over tokens, as its paper does, unless `length_normalised` is set.
+sums over tokens, as its paper does, unless `length_normalised` is set; (3) the
+SFT term is a mean over pairs, not one over all their tokens.
 """
 
 import dataclasses

@@ -15,7 +15,10 @@ Differs from TRL 0.4.1 and SuperHF's RLHF run, because it is broken there:
  (4) empty answers are left out instead of scored;
  (5) no dropout, so the ratio is exactly 1 before the first update;
  (6) where sampling is reshaped (top-p and the like), tokens are corrected by
-     π/μ or the config is refused; KL and ratio are of the policy itself.
+     π/μ or the config is refused; KL and ratio are of the policy itself;
+ (7) whitened rewards stay 0 behind an answer, and so reach no other token.
+With rloo, tokens are clipped one by one, as with grpo; TRL's RLOOTrainer clips
+the ratio of a whole answer.
 """
 
 import dataclasses
