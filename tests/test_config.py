@@ -211,6 +211,18 @@ def test_a_whole_number_counts_as_a_number():
       "config.seed must be in [0, 4294967296), got -1; the default is 0",
     ),
     (
+      {"checkpoint": {"keep_best": "held_out"}},
+      "config.checkpoint.keep_best must name a metric where no held-out reward "
+      "is measured, got 'held_out'; set test_reward_model and "
+      "validation_interval of a method that samples, or name a metric of "
+      "metrics.jsonl",
+    ),
+    (
+      {"checkpoint": {"keep": "best_held_out"}},
+      "config.checkpoint.keep must be a whole number, got 'best_held_out' "
+      "(str); did you mean config.checkpoint.keep_best=held_out?",
+    ),
+    (
       {"checkpoint": {"keep": 0}},
       "config.checkpoint.keep must be >= 1, got 0; the default is 2",
     ),
@@ -296,6 +308,27 @@ def test_the_reference_follows_from_kl_and_lora(kl, rank, reference):
   lora = {"rank": rank, "targets": ("query_key_value",)}
   mapping = {"algorithm": "superhf", "kl_coefficient": kl, "lora": lora}
   assert configs.from_mapping(mapping).reference == reference
+
+
+@pytest.mark.parametrize("algorithm", ["superhf", "ppo"])
+def test_the_best_by_held_out_is_smoothed(algorithm):
+  mapping = {
+    "algorithm": algorithm,
+    "test_reward_model": "lab",
+    "validation_interval": 2,
+  }
+  flags = [("checkpoint.keep_best", "held_out")]
+  assert configs.from_mapping(mapping, flags).best_metric == "test_score/recent"
+  flags = [("checkpoint.keep_best", "test_score/mean")]
+  assert configs.from_mapping(mapping, flags).best_metric == "test_score/mean"
+  assert configs.from_mapping(mapping).best_metric == ""
+
+
+def test_only_what_samples_has_a_held_out_reward():
+  wrong = {"checkpoint": {"keep_best": "held_out"}}
+  assert fail(wrong, algorithm="dpo").startswith(
+    "config.checkpoint.keep_best must name a metric"
+  )
 
 
 def test_reward_models_may_carry_weights():
@@ -451,6 +484,12 @@ def test_flags_are_typed_by_their_fields_and_the_last_one_counts():
     ("deduplicate", "yes", "config.deduplicate must be true or false"),
     ("mesh", "8", "config.mesh must be a section of fields, got '8'"),
     ("steps.x", "1", "config.steps.x is not a field, because config.steps"),
+    (
+      "checkpoint.keep",
+      "best_held_out",
+      "config.checkpoint.keep must be a whole number, got 'best_held_out' "
+      "(str); did you mean config.checkpoint.keep_best=held_out?",
+    ),
     ("optimizer.lr", "1", "config.optimizer.lr is not a field; did you mean "),
     ("mesh.x.y", "1", "config.mesh.x.y is not a field"),
     (

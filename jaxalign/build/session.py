@@ -160,7 +160,8 @@ def open_session(
         steps=config.steps,
         counters=dict(start.extra["counters"]),
         every=config.metrics.every_steps,
-        best_by=config.checkpoint.keep_best,
+        best_by=config.best_metric,
+        past=metrics.iterate_jsonl(run.path / metrics.METRICS),
       )
       context = Context(
         config=config,

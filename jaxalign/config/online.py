@@ -94,6 +94,11 @@ class OnlineConfig(TrainingConfig):
     return 1
 
   @property
+  def held_out_metric(self) -> str:
+    """A single validation is noise; see docs/checkpoints.md."""
+    return "test_score/recent" if self.validation_interval else ""
+
+  @property
   def reward_models(self) -> tuple[tuple[str, float], ...]:
     """Name and weight of each model that chooses."""
     return parse_models(self.reward_model)

@@ -66,9 +66,12 @@ def read_value(cls: type, name: str, kind: Any, value: Any, where: str) -> Any:
   field = next(f for f in dataclasses.fields(cls) if f.name == name)
   choices, rule = field.metadata["choices"], field.metadata["rule"]
   if not fits(kind, value):
+    remedy = f"write it like the default {field.default!r}"
+    if meant := run_together(cls, where, value):
+      remedy = f"did you mean {meant}?"
     raise UserError(
       f"{where} must be {type_name(kind)}, got {value!r} "
-      f"({type(value).__name__}); write it like the default {field.default!r}"
+      f"({type(value).__name__}); {remedy}"
     )
   if choices and value not in choices:
     near = difflib.get_close_matches(value, choices, 1) or [field.default]
@@ -85,6 +88,16 @@ def read_value(cls: type, name: str, kind: Any, value: Any, where: str) -> Any:
       f"the default is {field.default!r}"
     )
   return convert(kind, value)
+
+
+def run_together(cls: type, where: str, value: Any) -> str:
+  """`keep` = best_held_out -> `keep_best=held_out`; "" if no field is meant."""
+  section, _, name = where.rpartition(".")
+  for f in dataclasses.fields(cls):
+    start = f.name.removeprefix(f"{name}_") + "_"
+    if f.name.startswith(f"{name}_") and str(value).startswith(start):
+      return f"{section}.{f.name}={str(value).removeprefix(start)}"
+  return ""
 
 
 def override(cls: type, mapping: Any, flags: Sequence[tuple[str, str]]) -> dict:

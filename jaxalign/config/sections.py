@@ -101,7 +101,8 @@ class CheckpointConfig:
   keep_best: str = field(
     "",
     "metric whose highest value keeps its checkpoint too, as "
-    "test_score/mean; empty = off",
+    "eval_test_score/mean; held_out = the mean of the last five validations by "
+    "test_reward_model; empty = off",
     also=("metric_for_best_model",),
   )
 
@@ -263,6 +264,17 @@ class TrainingConfig:
   )
 
   @property
+  def held_out_metric(self) -> str:
+    """What `checkpoint.keep_best=held_out` goes by; empty = not measured."""
+    return ""
+
+  @property
+  def best_metric(self) -> str:
+    """The metric whose highest value keeps its checkpoint; empty = none."""
+    name = self.checkpoint.keep_best
+    return self.held_out_metric if name == "held_out" else name
+
+  @property
   def learning_rate_ratios(self) -> dict[str, float]:
     """Parts of the parameters that have a learning rate of their own."""
     return {}
@@ -274,6 +286,13 @@ class TrainingConfig:
       bool(self.policy),
       "must name a model",
       "give a hub id or a folder",
+    )
+    yield Rule(
+      "checkpoint.keep_best",
+      self.checkpoint.keep_best != "held_out" or bool(self.held_out_metric),
+      "must name a metric where no held-out reward is measured",
+      "set test_reward_model and validation_interval of a method that samples, "
+      "or name a metric of metrics.jsonl",
     )
     span = re.fullmatch(r"(\d+):(\d+)", self.profile_steps)
     yield Rule(

@@ -17,7 +17,7 @@ import jax
 from jaxalign.core import keys
 from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models.model import Model
-from jaxalign.runtime import profile
+from jaxalign.runtime import profile, watch
 
 Rows = Sequence[dict[str, Any]]  # of samples.jsonl
 
@@ -145,12 +145,15 @@ class Recorder:
     counters,
     every=1,
     best_by="",
+    past=(),
   ):
     self._log, self._screen, self._saver = log, screen, saver
     self._stop, self._profiler = stop, profiler
     self._done, self._steps, self._every = done, steps, every
     self.counters = counters
     self._best_by, self._best_known = best_by, False
+    self._seen = watch.validations(past)  # of the lines that are written
+    self._turned = False
     self._seconds: dict[str, float] = {}
     self._last = time.perf_counter()
     self._pending: tuple[int, Metrics, Rows] | None = None
@@ -209,14 +212,30 @@ class Recorder:
     self._pending = None
     values = {k: _number(v) for k, v in jax.device_get(metrics).items()}
     values |= throughput(values)
-    self._best_known |= self._best_by in values
     # An evaluation's line is never thinned out.
     evaluated = any(name.startswith("eval_") for name in values)
-    if evaluated or due(step, self._every, self._steps):
+    written = evaluated or due(step, self._every, self._steps)
+    values |= self._watch(step + 1, values, written)
+    self._best_known |= self._best_by in values
+    if written:
       self._log.write(step + 1, values)
     self._log.write_samples(rows)
     self._screen.update(step + 1, values, rows)
     return values
+
+  def _watch(self, step: int, values: Metrics, written: bool) -> Metrics:
+    """Train and held-out reward side by side; says once where they part."""
+    now = watch.validations([{"step": step, **values}])
+    if not now:
+      return {}
+    seen = self._seen + now
+    if written:  # only these are there again after a resume
+      self._seen = seen
+      turn = watch.find_turn(seen)
+      if turn and not self._turned:
+        self._turned = True
+        _log.warning("step %d: %s", step, watch.told(turn))
+    return watch.measure(seen)
 
 
 # What is counted in a step, the seconds it took, and the rate's name.

@@ -16,7 +16,7 @@ from typing import Any
 import jinja2
 
 from jaxalign.core import best_of
-from jaxalign.runtime import charts, environment, files, gallery, metrics
+from jaxalign.runtime import charts, environment, files, gallery, metrics, watch
 from jaxalign.runtime.view import short
 
 NAME = "report.html"
@@ -99,7 +99,7 @@ def write_report(folder: str | os.PathLike) -> pathlib.Path:
     title=_title(folder, config),
     status=_status(rows, config, (folder / "finished.json").exists()),
     tiles=tiles,
-    remarks=remarks(tiles),
+    remarks=remarks(tiles, watch.find_turn(watch.validations(rows))),
     panels=draw_panels(series),
     others=draw_others(series),
     best_of=best_of_table(series),
@@ -157,12 +157,16 @@ def summary(
   return tiles[:_MOST_TILES]
 
 
-def remarks(tiles: Sequence[Mapping[str, Any]]) -> list[str]:
-  """What a reader should not overlook in `summary`'s numbers."""
+def remarks(
+  tiles: Sequence[Mapping[str, Any]], turn: watch.Turn | None = None
+) -> list[str]:
+  """What a reader should not overlook in `summary`'s numbers and the curves."""
   by_name = {tile["metric"]: tile for tile in tiles}
   found = []
   train, test = by_name.get("score/mean"), by_name.get("test_score/mean")
-  if train and test and train["good"] and test["good"] is False:
+  if turn:
+    found.append(watch.told(turn))
+  elif train and test and train["good"] and test["good"] is False:
     found.append(
       "The train reward rose while the held-out reward fell: the policy may be "
       "learning the reward model's mistakes."

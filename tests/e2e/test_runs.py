@@ -159,6 +159,24 @@ def test_another_config_is_refused(finished, superhf, capsys):
   assert (finished / "config.json").read_bytes() == before
 
 
+def test_the_best_by_held_out_is_kept(superhf, read, tmp_path):
+  """Of four saves the newest stays, and the best by the mean so far."""
+  command = superhf(
+    tmp_path / "run",
+    checkpoint__every_steps=1,
+    checkpoint__keep=1,
+    checkpoint__keep_best="held_out",
+  )
+  assert main.main(command) == 0
+  rows = read(tmp_path / "run" / "metrics.jsonl")
+  means = [row["test_score/recent"] for row in rows]
+  scores = [row["test_score/mean"] for row in rows]
+  assert means[3] == pytest.approx(np.mean(scores))
+  best = 1 + int(np.argmax(means))
+  found = {int(p.name) for p in (tmp_path / "run" / "checkpoints").iterdir()}
+  assert found == {best, 4}
+
+
 def test_superhf_with_adapters(superhf, lab, tmp_path, read):
   """Adapters off are the reference; they are merged into the result."""
   command = superhf(

@@ -25,6 +25,7 @@ def test_metrics_are_documented(root, sources):
     "jaxalign/algorithms/",
     "jaxalign/build/",
     "jaxalign/runtime/answers",
+    "jaxalign/runtime/watch",
   )
   used = {n for s in sources if s.name.startswith(rooms) for n in keys(s.tree)}
   assert "score/mean" in used

@@ -17,8 +17,10 @@ class Calls(list):
   def __init__(self, saves=()):
     self.saves = saves
     self.scores = []
+    self.lines = []
 
   def write(self, step, values):
+    self.lines.append({"step": step, **values})
     self.append(("write", step, values["n"]))
 
   def write_samples(self, rows):
@@ -43,7 +45,15 @@ class Calls(list):
 
 
 def record(
-  steps, done=0, saves=(), stop_after=None, every=1, more=(), best_by="n"
+  steps,
+  done=0,
+  saves=(),
+  stop_after=None,
+  every=1,
+  more=(),
+  best_by="n",
+  past=(),
+  rewards=None,
 ):
   """Drives a recorder through its steps; returns what it called."""
   calls = Calls(saves)
@@ -60,11 +70,13 @@ def record(
     counters={"exceptions": 1},
     every=every,
     best_by=best_by,
+    past=past,
   )
   for step in recorder.steps():
     calls.append(("step", step))
     stop.requested = step == stop_after
     extra = {"eval_score/mean": 0.0} if step in more else {}
+    extra |= rewards(step) if rewards else {}
     recorder.report(step, {"n": np.float32(step)} | extra, [{"of": step}])
     done = jnp.int32(step + 1)
     recorder.save(step, TrainState({}, None, done, jnp.int32(0)))
@@ -147,3 +159,62 @@ def test_a_metric_of_some_steps_is_a_known_one(caplog):
   scores = record(3, more=(0,), best_by="eval_score/mean").scores
   assert scores == [None]
   assert not caplog.messages
+
+
+def parting(step):
+  """The held-out reward turns at step 20 of 40."""
+  return {
+    "score/mean": np.float32(step / 10),
+    "test_score/mean": np.float32(-abs(step - 20) / 10),
+  }
+
+
+def lines(calls):
+  """What a log would hold, seconds and memory left out."""
+  clock = ("time/", "memory/")
+  return [
+    {k: v for k, v in line.items() if not k.startswith(clock)}
+    for line in calls.lines
+  ]
+
+
+def test_a_line_has_the_gap_and_the_recent_mean():
+  """Train rises by 0.5 a step, held-out by 0.25 from 1 on."""
+  rewards = lambda step: {
+    "score/mean": step / 2,
+    "test_score/mean": 1 + step / 4,
+  }
+  calls = record(3, rewards=rewards)
+  found = [line["score/gap"] for line in calls.lines]
+  assert found == [0, 0.25, 0.5]
+  recent = [line["test_score/recent"] for line in calls.lines]
+  assert recent == [1, 1.125, 1.25]
+  plain = record(3, rewards=lambda step: {"score/mean": 1.0})
+  assert not any("score/gap" in line for line in plain.lines)
+
+
+def test_the_turn_is_said_once(caplog):
+  record(40, rewards=parting)
+  (said,) = caplog.messages
+  assert said.startswith("step ")
+  assert "The held-out reward turned near step 2" in said
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_resumed_run_writes_the_same_lines_and_warns_again(every, caplog):
+  """What it knows of the past is what the lines say, thinned or not."""
+  whole = lines(record(90, rewards=parting, every=every, saves=(70,)))
+  first = [line for line in whole if line["step"] <= 70]
+  caplog.clear()
+  rest = record(90, done=70, rewards=parting, every=every, past=first)
+  assert lines(rest) == [line for line in whole if line["step"] > 70]
+  (said,) = caplog.messages
+  assert "turned near step 2" in said
+
+
+def test_the_best_by_held_out_is_a_mean_of_five():
+  """-2 at first; after 23 steps -0.2, -0.1, 0, -0.1, -0.2, mean -0.12."""
+  calls = record(
+    30, saves=(1, 23), rewards=parting, best_by="test_score/recent"
+  )
+  assert calls.scores[:2] == pytest.approx([-2, -0.12])

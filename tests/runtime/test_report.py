@@ -68,6 +68,17 @@ def test_summary_survives_nan_and_tells_collapse():
   assert "3.0 times as alike" in report.remarks([tile])[0]
 
 
+def test_the_page_names_the_step_of_the_turn(tmp_path):
+  """40 steps, the turn in the middle: one remark, not the quarters' as well."""
+  values = lambda step: {
+    "score/mean": step / 10,
+    "test_score/mean": -abs(step - 14) / 10,
+  }
+  page, outline = read_page(make_run(tmp_path, values))
+  assert "turned near step 1" in " ".join(outline.text)
+  assert page.count('class="remark"') == 1
+
+
 def test_best_of_n_is_a_table_of_the_last_evaluation():
   """KL: ln 1 − 0, ln 2 − ½, ln 16 − 15/16; numbers in order, not as words."""
   rows = [
