@@ -73,8 +73,8 @@ superbatch is sampled at once, which changes no result.
    samples anew and the percentile grows over the run.
 
 Expected result:
-  lab           held-out reward -2.9 -> -2.3 (five seeds, +0.52 to +0.73), word
-                overlap of answers at 1.1 to 1.25 times its start (docs/log.md)
+  lab           held-out reward -3.4 -> -2.7 (ten seeds, +0.64 to +0.83), word
+                overlap of answers at 1.2 to 1.43 times its start (docs/log.md)
   lab-collapse  one word again and again by superbatch 30; both rewards rise,
                 overlap to 8 times its start
   lab-percentile, raft, rest    no full run is on record yet
