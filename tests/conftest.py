@@ -44,3 +44,19 @@ def shared_data() -> pathlib.Path:
   if not SHARED.is_dir():
     pytest.skip(f"no data folder {SHARED}")
   return SHARED
+
+
+@pytest.fixture
+def fail():
+  """(mapping, flags, algorithm) -> why the config is refused, in one line."""
+  from jaxalign import config as configs
+  from jaxalign.errors import UserError
+
+  def message_of(mapping, flags=(), algorithm="superhf") -> str:
+    with pytest.raises(UserError) as caught:
+      configs.from_mapping({"algorithm": algorithm} | mapping, flags)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+  return message_of

@@ -1,4 +1,4 @@
-"""Every rule of a config, with the one line that a person gets."""
+"""Names, types, flags and documentation of configs."""
 
 import dataclasses
 import json
@@ -8,15 +8,6 @@ import pytest
 
 from jaxalign import config as configs
 from jaxalign.errors import UserError
-
-
-def fail(mapping, flags=(), algorithm="superhf") -> str:
-  """The message for a broken config; it must be one line."""
-  with pytest.raises(UserError) as caught:
-    configs.from_mapping({"algorithm": algorithm} | mapping, flags)
-  message = str(caught.value)
-  assert "\n" not in message
-  return message
 
 
 @pytest.mark.parametrize("name", configs.CONFIGS)
@@ -41,306 +32,6 @@ def test_a_whole_number_counts_as_a_number():
 
 
 @pytest.mark.parametrize(
-  ("mapping", "message"),
-  [
-    (
-      {"superbatch": {"keep": 99}},
-      "config.superbatch.keep must be in [1, samples_per_prompt=32], got 99; "
-      "lower keep or raise samples_per_prompt",
-    ),
-    (
-      {"superbatch": {"keep": 2, "percentile": (0.5,)}},
-      "config.superbatch.keep must be left at 1 while percentile says what is "
-      "kept, got 2; leave out keep, or percentile",
-    ),
-    (
-      {"superbatch": {"percentile": (0.7, 0.8, 0.9)}},
-      "config.superbatch.percentile must be empty, one number, or two: at the "
-      "start and at the end, got (0.7, 0.8, 0.9); write 0.7,0.95",
-    ),
-    (
-      {"superbatch": {"percentile": (70.0,)}},
-      "config.superbatch.percentile must be in [0, 1], got (70.0,); the "
-      "default is ()",
-    ),
-    (
-      {"steps": True},
-      "config.steps must be a whole number, got True (bool); write it like "
-      "the default 200",
-    ),
-    (
-      {"steps": 3.0},
-      "config.steps must be a whole number, got 3.0 (float); write it like "
-      "the default 200",
-    ),
-    (
-      {"policy": 3},
-      "config.policy must be a text, got 3 (int); write it like the default "
-      "'lab'",
-    ),
-    (
-      {"deduplicate": 1},
-      "config.deduplicate must be true or false, got 1 (int); write it like "
-      "the default True",
-    ),
-    (
-      {"lora": {"targets": "q_proj"}},
-      "config.lora.targets must be a list of texts, got 'q_proj' (str); write "
-      "it like the default ()",
-    ),
-    (
-      {"sampling": {"top_p": 0}},
-      "config.sampling.top_p must be in (0, 1], got 0; the default is 1.0",
-    ),
-    (
-      {"sampling": {"temperature": float("nan")}},
-      "config.sampling.temperature must be > 0, got nan; the default is 1.0",
-    ),
-    (
-      {"optimizer": {"learning_rate": float("inf")}},
-      "config.optimizer.learning_rate must be > 0, got inf; the default is "
-      "1e-05",
-    ),
-    (
-      {"optimizer": {"schedule": "cosin"}},
-      "config.optimizer.schedule must be one of constant, linear, cosine, got "
-      "'cosin'; did you mean 'cosine'?",
-    ),
-    (
-      {"mesh": 8},
-      "config.mesh must be a section of fields, got 8; set one of "
-      "config.mesh.{replica, fsdp, tensor}",
-    ),
-    (
-      {"mesh": {"fsdp": 0}},
-      "config.mesh.fsdp must be >= 1, or -1 for the devices that are left, "
-      "got 0; 1 is one device",
-    ),
-    (
-      {"mesh": {"fsdp": -1, "tensor": -1}},
-      "config.mesh.fsdp must be >= 1 while tensor is -1, got -1; only one "
-      "axis can take what is left",
-    ),
-    (
-      {"finetune_batch": 8, "micro_batch": 3},
-      "config.micro_batch must be 0 or divide finetune_batch=8, got 3; "
-      "gradients are added up over equal parts",
-    ),
-    (
-      {"kl_coefficient": -0.5},
-      "config.kl_coefficient must be >= 0, or -1 for no KL at all, got -0.5; "
-      "0 computes and logs it without adding it to the loss",
-    ),
-    (
-      {"lora": {"rank": 4}},
-      "config.lora.targets must name a layer while rank=4, got (); give "
-      "query_key_value (GPT-NeoX) or q_proj,v_proj (LLaMA), or rank=0",
-    ),
-    (
-      {"profile_steps": "13:10"},
-      "config.profile_steps must be empty or A:B with A < B, got '13:10'; "
-      "write 10:13 for steps 10, 11 and 12",
-    ),
-    (
-      {"profile_steps": "10:13", "steps": 10},
-      "config.profile_steps must begin before the run's end at steps=10, got "
-      "'10:13'; steps are counted from 0",
-    ),
-    (
-      {"validation_interval": 5},
-      "config.validation_interval must be 0 while test_reward_model is empty, "
-      "got 5; name a test_reward_model or set the interval to 0",
-    ),
-    (
-      {"sampling": {"length_buckets": (64, 32)}},
-      "config.sampling.length_buckets must hold at least one length and grow, "
-      "got (64, 32); write 64,128,256",
-    ),
-    (
-      {"sampling": {"min_new_tokens": 65}},
-      "config.sampling.min_new_tokens must be in [0, max_new_tokens=64], got "
-      "65; lower it or raise max_new_tokens",
-    ),
-    (
-      {"precision": {"params": "bfloat16"}},
-      "config.precision.params must be 'float32' while lora.rank=0 trains "
-      "every parameter, got 'bfloat16'; use lora.rank, or "
-      "precision.compute='bfloat16'",
-    ),
-    (
-      {"policy": "init"},
-      "config.init.tokenizer must be a folder or a hub id while "
-      "policy='init', got ''; a new model needs a vocabulary",
-    ),
-    (
-      {"init": {"hidden_size": 30, "num_attention_heads": 4}},
-      "config.init.hidden_size must be a multiple of num_attention_heads=4, "
-      "got 30; take 32",
-    ),
-    (
-      {"init": {"num_key_value_heads": 3}},
-      "config.init.num_key_value_heads must divide num_attention_heads=4, got "
-      "3; take 0 for as many",
-    ),
-    (
-      {"policy": ""},
-      "config.policy must name a model, got ''; give a hub id or a folder",
-    ),
-    (
-      {"reward_model": " , "},
-      "config.reward_model must name a model, got ' , '; give a hub id, a "
-      "folder or lab",
-    ),
-    (
-      {"prompts": ""},
-      "config.prompts must name a source, got ''; lab is the smallest",
-    ),
-    (
-      {
-        "steps": 1,
-        "superbatch": {"mode": "single_pass", "prompts": 0},
-        "sampling": {"batch_prompts": 4},
-        "optimizer": {"warmup_steps": 5},
-      },
-      "config.optimizer.warmup_steps must be 0 in superbatch.mode "
-      "'single_pass', got 5; a warm-up begins with a rate of 0, so the only "
-      "step would do nothing",
-    ),
-    (
-      {"seed": -1},
-      "config.seed must be in [0, 4294967296), got -1; the default is 0",
-    ),
-    (
-      {"checkpoint": {"keep_best": "held_out"}},
-      "config.checkpoint.keep_best must name a metric where no held-out reward "
-      "is measured, got 'held_out'; set test_reward_model and "
-      "validation_interval of a method that samples, or name a metric of "
-      "metrics.jsonl",
-    ),
-    (
-      {"checkpoint": {"keep": "best_held_out"}},
-      "config.checkpoint.keep must be a whole number, got 'best_held_out' "
-      "(str); did you mean config.checkpoint.keep_best=held_out?",
-    ),
-    (
-      {"checkpoint": {"keep": 0}},
-      "config.checkpoint.keep must be >= 1, got 0; the default is 2",
-    ),
-  ],
-)
-def test_a_broken_rule_names_path_rule_value_and_remedy(mapping, message):
-  assert fail(mapping) == message
-
-
-@pytest.mark.parametrize(
-  ("superbatch", "path"),
-  [
-    ({"mode": "single_prompt", "prompts": 2}, "config.superbatch.prompts"),
-    (
-      {"mode": "prompt_accumulation", "prompts": 0},
-      "config.superbatch.prompts",
-    ),
-    ({"mode": "single_pass", "prompts": 4}, "config.superbatch.prompts"),
-    (
-      {"mode": "mixed_prompts", "prompts": 8, "samples_per_prompt": 2},
-      "config.superbatch.samples_per_prompt",
-    ),
-    (
-      {
-        "mode": "mixed_prompts",
-        "prompts": 8,
-        "samples_per_prompt": 1,
-        "keep": 9,
-      },
-      "config.superbatch.keep must be in [1, prompts=8], got 9",
-    ),
-  ],
-)
-def test_each_mode_has_its_rules(superbatch, path):
-  assert fail({"superbatch": superbatch}).startswith(path)
-
-
-def test_single_pass_is_one_step_of_groups_of_prompts():
-  once = {"superbatch": {"mode": "single_pass", "prompts": 0}}
-  assert fail(once).startswith("config.steps must be 1 in superbatch.mode")
-  assert fail(once | {"steps": 1}).startswith("config.sampling.batch_prompts")
-  config = configs.from_mapping(
-    {"algorithm": "superhf", "steps": 1, "sampling": {"batch_prompts": 4}}
-    | once
-  )
-  assert config.superbatch.filters_per_prompt
-
-
-@pytest.mark.parametrize(
-  ("superbatch", "rows", "kept"),
-  [
-    ({"prompts": 4, "samples_per_prompt": 16, "keep": 2}, 64, 8),
-    (
-      {
-        "mode": "mixed_prompts",
-        "prompts": 32,
-        "samples_per_prompt": 1,
-        "keep": 3,
-      },
-      32,
-      3,
-    ),
-    # All may pass a percentile: equal scores stay together.
-    ({"prompts": 4, "samples_per_prompt": 16, "percentile": (0.9,)}, 64, 64),
-  ],
-)
-def test_rows_and_kept_rows_follow_from_the_mode(superbatch, rows, kept):
-  mapping = {"algorithm": "superhf", "superbatch": superbatch}
-  found = configs.from_mapping(mapping).superbatch
-  assert (found.rows, found.kept_rows) == (rows, kept)
-
-
-@pytest.mark.parametrize(
-  ("kl", "rank", "reference"),
-  [
-    (-1.0, 0, "none"),
-    (0.0, 0, "frozen_copy"),
-    (0.3, 0, "frozen_copy"),
-    (0.3, 4, "lora_off"),
-  ],
-)
-def test_the_reference_follows_from_kl_and_lora(kl, rank, reference):
-  lora = {"rank": rank, "targets": ("query_key_value",)}
-  mapping = {"algorithm": "superhf", "kl_coefficient": kl, "lora": lora}
-  assert configs.from_mapping(mapping).reference == reference
-
-
-@pytest.mark.parametrize("algorithm", ["superhf", "ppo"])
-def test_the_best_by_held_out_is_smoothed(algorithm):
-  mapping = {
-    "algorithm": algorithm,
-    "test_reward_model": "lab",
-    "validation_interval": 2,
-  }
-  flags = [("checkpoint.keep_best", "held_out")]
-  assert configs.from_mapping(mapping, flags).best_metric == "test_score/recent"
-  flags = [("checkpoint.keep_best", "test_score/mean")]
-  assert configs.from_mapping(mapping, flags).best_metric == "test_score/mean"
-  assert configs.from_mapping(mapping).best_metric == ""
-
-
-def test_only_what_samples_has_a_held_out_reward():
-  wrong = {"checkpoint": {"keep_best": "held_out"}}
-  assert fail(wrong, algorithm="dpo").startswith(
-    "config.checkpoint.keep_best must name a metric"
-  )
-
-
-def test_reward_models_may_carry_weights():
-  mapping = {"algorithm": "superhf", "reward_model": "a/b*0.5, runs/*/model,c"}
-  assert configs.from_mapping(mapping).reward_models == (
-    ("a/b", 0.5),
-    ("runs/*/model", 1.0),
-    ("c", 1.0),
-  )
-
-
-@pytest.mark.parametrize(
   ("name", "meant"),
   [
     ("stpes", "config.steps"),
@@ -353,26 +44,26 @@ def test_reward_models_may_carry_weights():
     ("kl", "config.kl_coefficient"),
   ],
 )
-def test_an_unknown_field_names_the_one_that_was_meant(name, meant):
+def test_an_unknown_field_names_the_one_that_was_meant(fail, name, meant):
   assert fail({name: 1}) == (
     f"config.{name} is not a field; did you mean {meant}?"
   )
 
 
-def test_an_unknown_field_inside_a_section():
+def test_an_unknown_field_inside_a_section(fail):
   assert fail({"superbatch": {"kep": 1}}) == (
     "config.superbatch.kep is not a field; did you mean config.superbatch.keep?"
   )
 
 
-def test_an_unknown_field_like_no_other_lists_its_section():
+def test_an_unknown_field_like_no_other_lists_its_section(fail):
   assert fail({"mesh": {"zzz": 1}}) == (
     "config.mesh.zzz is not a field; the fields of config.mesh are replica, "
     "fsdp, tensor"
   )
 
 
-def test_an_unknown_algorithm_names_the_nearest():
+def test_an_unknown_algorithm_names_the_nearest(fail):
   assert fail({}, algorithm="superhv") == (
     f"config.algorithm must be one of {', '.join(configs.CONFIGS)}, "
     "got 'superhv'; did you mean 'superhf'?"
@@ -381,73 +72,6 @@ def test_an_unknown_algorithm_names_the_nearest():
     configs.from_mapping({})
   with pytest.raises(UserError, match="must be a mapping, got list"):
     configs.from_mapping([1])
-
-
-def test_smoothing_belongs_to_two_losses():
-  wrong = {"loss": "ipo", "label_smoothing": 0.1}
-  assert fail(wrong, algorithm="dpo") == (
-    "config.label_smoothing must be 0 while loss='ipo', got 0.1; sigmoid and "
-    "robust have it"
-  )
-
-
-def test_a_batch_of_one_has_no_mismatched_pair():
-  one = {"batch_size": 1}
-  assert fail(one, algorithm="kto") == (
-    "config.batch_size must be at least 2 while loss='kto', got 1; the KL is "
-    "estimated on prompts with the answers of other rows; raise it "
-    "(micro_batch may stay 1) or use loss='apo_zero_unpaired'"
-  )
-  apo = {"algorithm": "kto", "loss": "apo_zero_unpaired"} | one
-  assert configs.from_mapping(apo).batch_size == 1
-
-
-@pytest.mark.parametrize("algorithm", ["dpo", "kto"])
-def test_a_stored_reference_is_asked_for(algorithm):
-  wrong = {"reference_logps": "runs/a/reference.npz"}
-  assert fail(wrong, algorithm=algorithm) == (
-    "config.reference_logps must be empty while reference='auto', got "
-    "'runs/a/reference.npz'; set reference='stored' to use it"
-  )
-  wrong = {"reference": "frozen_copy"}
-  assert "one of auto, stored" in fail(wrong, algorithm=algorithm)
-
-
-def test_supervised_rules():
-  assert fail({"batch_size": 8, "micro_batch": 3}, algorithm="sft") == (
-    "config.micro_batch must be 0 or divide batch_size=8, got 3; gradients "
-    "are added up over equal parts"
-  )
-  assert fail({"validation_interval": 3}, algorithm="sft").startswith(
-    "config.validation_interval must be 0 while validation_data is empty"
-  )
-  assert fail({"epochs": 0}, algorithm="sft").startswith(
-    "config.epochs must be > 0, got 0"
-  )
-  assert fail({"loss_on": "answer"}, algorithm="sft").startswith(
-    "config.loss_on must be one of completion, all, got 'answer'"
-  )
-
-
-def test_reward_model_rules():
-  uneven = {"loss": "distill", "batch_size": 8, "answers_per_prompt": 3}
-  assert fail(uneven, algorithm="reward_model") == (
-    "config.answers_per_prompt must divide the 8 rows of a pass while "
-    "loss='distill', got 3; answers of one prompt are compared in one pass"
-  )
-  odd = {"batch_size": 8, "micro_batch": 1}
-  assert fail(odd, algorithm="reward_model") == (
-    "config.micro_batch must be even while loss='pairwise', got 1; a "
-    "comparison is two rows of one pass"
-  )
-  new = {"policy": "init", "init": {"tokenizer": "folder"}}
-  assert fail(new, algorithm="reward_model").startswith(
-    "config.head must be named while policy='init', got 'auto'"
-  )
-  empty = {"loss": "both", "reward_column": ""}
-  assert fail(empty, algorithm="reward_model").startswith(
-    "config.reward_column must name a column while loss='both'"
-  )
 
 
 def test_flags_are_typed_by_their_fields_and_the_last_one_counts():
@@ -499,11 +123,11 @@ def test_flags_are_typed_by_their_fields_and_the_last_one_counts():
     ),
   ],
 )
-def test_a_bad_flag_gets_the_same_messages(flag, text, message):
+def test_a_bad_flag_gets_the_same_messages(fail, flag, text, message):
   assert fail({}, [(flag, text)]).startswith(message)
 
 
-def test_a_flag_below_a_section_that_is_none_reports_the_section():
+def test_a_flag_below_a_section_that_is_none_reports_the_section(fail):
   assert fail({"mesh": 8}, [("mesh.fsdp", "2")]).startswith(
     "config.mesh must be a section of fields, got 8"
   )
