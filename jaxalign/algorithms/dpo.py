@@ -30,8 +30,9 @@ from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models import lora
 from jaxalign.runtime import answers
 from jaxalign.runtime.answers import Scored, Tools
-from jaxalign.runtime.context import Context, Task, fit
+from jaxalign.runtime.context import Context, Task
 from jaxalign.runtime.reference import (
+  fit_beside,
   prior_params,
   reference_logps,
   text_logps,
@@ -129,13 +130,9 @@ def run(
   rate: Callable[[Array], Array],
 ) -> TrainState:
   """Trains for the config's steps; validates at its interval and at the end."""
-  prior = prior_params(ctx)
-  update = ctx.compile(make_update(ctx, optimizer, rate))
+  update = make_update(ctx, optimizer, rate)
   validate = make_validate(ctx, task.validation) if task.validation else None
-  step = lambda state, frozen, rows, key: update(
-    state, frozen, prior, rows, key
-  )
-  return fit(ctx, task.batch, step, validate)
+  return fit_beside(ctx, task.batch, update, validate)
 
 
 def make_validate(
@@ -188,7 +185,7 @@ def run_online(
       better, worse = ordered(choice)
       pairs = tools.encode(scored.answers, better, worse)
     if pairs is None:
-      state = dataclasses.replace(state, step=_next(state.step))
+      state = optim.advance(state)
     else:
       with ctx.stage("update"):
         state, metrics = update(state, ctx.frozen, prior, pairs, key)
@@ -236,8 +233,3 @@ def _kl(beta: float, metrics: Metrics) -> Array:
   """Mean log π/π₀ of answers that the policy drew: its KL, nats an answer."""
   rewards = metrics["rewards/chosen"] + metrics["rewards/rejected"]
   return rewards / (2 * beta)
-
-
-@jax.jit
-def _next(step: Array) -> Array:
-  return step + 1

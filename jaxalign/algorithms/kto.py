@@ -30,8 +30,9 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxalign.core import gradients, losses, optim
 from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models import lora
-from jaxalign.runtime.context import Context, Task, fit
+from jaxalign.runtime.context import Context, Task
 from jaxalign.runtime.reference import (
+  fit_beside,
   prior_params,
   reference_logps,
   text_logps,
@@ -171,13 +172,9 @@ def run(
   rate: Callable[[Array], Array],
 ) -> TrainState:
   """Trains for the config's steps; validates at its interval and at the end."""
-  prior = prior_params(ctx)
-  update = ctx.compile(make_update(ctx, optimizer, rate))
+  update = make_update(ctx, optimizer, rate)
   validate = make_validate(ctx, task.validation) if task.validation else None
-  step = lambda state, frozen, rows, key: update(
-    state, frozen, prior, rows, key
-  )
-  return fit(ctx, task.batch, step, validate)
+  return fit_beside(ctx, task.batch, update, validate)
 
 
 def make_validate(

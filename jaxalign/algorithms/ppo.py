@@ -115,7 +115,7 @@ def run(
       last = found["kl/mean"], found["sampling/logp_diff_max"]
       metrics, rows = answers.tell(tools, step, scored, kept)
       metrics |= found
-    state = dataclasses.replace(state, step=_next(state.step))
+    state = optim.advance(state)
     answers.end_step(ctx, tools, step, state, metrics, rows)
   return state
 
@@ -203,7 +203,11 @@ def _look(ctx: Context, critic, params: Params, prior: Params, text: TextBatch):
     "reference": reference,
     "entropy": entropy,
     "value": value,
-    "kl": _kl(ctx, module, hidden, logp, reference, prior, text),
+    "kl": _kl(
+      ctx.config.kl.estimator,
+      logp - reference,
+      lambda: reverse_kl(hidden, states, mask, module.unembed, before.unembed),
+    ),
     "k1": logp - reference,
   }
 
@@ -211,18 +215,18 @@ def _look(ctx: Context, critic, params: Params, prior: Params, text: TextBatch):
 def _reference(ctx: Context, prior: Params, text: TextBatch):
   """The reference policy as a module, and its states before each target."""
   assert ctx.prior is not None
-  before = ctx.prior[0].bind(policy_of(prior))
+  before = ctx.prior[0].bind(prior)
   hidden, _ = before(text.tokens, text.positions, text.segments)
   return before, jax.lax.stop_gradient(hidden[:, :-1])
 
 
-def _kl(ctx: Context, module, hidden, logp, reference, prior, text: TextBatch):
-  """KL(policy ‖ reference) of each token, by `config.kl.estimator`."""
-  if ctx.config.kl.estimator != "full":
-    return losses.divergence(ctx.config.kl.estimator, logp - reference)
-  before, states = _reference(ctx, prior, text)
-  mask = text.loss_mask[:, 1:]
-  return reverse_kl(hidden, states, mask, module.unembed, before.unembed)
+def _kl(
+  estimator: str, log_ratio: Float[Array, "B T"], exact: Callable[[], Array]
+) -> Float[Array, "B T"]:
+  """KL(policy ‖ reference) of each token; `exact` is run for `full` alone."""
+  if estimator == "full":
+    return exact()
+  return losses.divergence(estimator, log_ratio)
 
 
 def _weight(cap: float, log_weight: Float[Array, "C B T"]):
@@ -262,7 +266,12 @@ def _make_loss(
     if config.entropy_coef:
       total -= config.entropy_coef * mean(entropy)
     if config.kl.place == "loss":
-      kl = _kl(ctx, module, hidden, logp, part.reference, prior, part.text)
+
+      def exact():
+        before, states = _reference(ctx, prior, part.text)
+        return reverse_kl(hidden, states, mask, module.unembed, before.unembed)
+
+      kl = _kl(config.kl.estimator, logp - part.reference, exact)
       total += coefficient * mean(kl)
     ratio = jnp.exp(log_ratio)
     falls = (part.advantage < 0) & (ratio < 1 - config.clip_low)
@@ -292,7 +301,7 @@ def _improve(
   flat = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), judged)
   lr = rate(state.step)
 
-  def update(state: TrainState, batch: Judged, key: Array):
+  def update(state: TrainState, batch: Judged):
     tokens = jnp.maximum(batch.text.loss_mask[..., 1:].sum(), 1)
     total, found, grads = gradients.accumulate(
       lambda params, part, _: loss(params, part, tokens),
@@ -307,31 +316,28 @@ def _improve(
     )
     if config.target_kl:
       new = jax.tree.map(lambda a, b: jnp.where(moved, a, b), state, new)
-    stop = moved & (config.target_kl > 0)
-    return new, stop, found | {"grad_norm": norm, "updates": jnp.int32(1)}
+    return new, moved, found | {"grad_norm": norm, "updates": jnp.int32(1)}
 
-  def minibatch(carry, xs):
+  def minibatch(carry, picked):
     state, stopped = carry
-    picked, key = xs
     cut = lambda x: x[picked].reshape(-1, config.micro_rows, *x.shape[1:])
     batch = meshes.constrain_rows(jax.tree.map(cut, flat), 1)
     if not config.target_kl:
-      state, _, found = update(state, batch, key)
+      state, _, found = update(state, batch)
       return (state, stopped), found
-    shapes = jax.eval_shape(update, state, batch, key)[2]
+    shapes = jax.eval_shape(update, state, batch)[2]
     nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     state, stopped, found = jax.lax.cond(
       stopped,
       lambda state: (state, stopped, nothing),
-      lambda state: update(state, batch, key),
+      lambda state: update(state, batch),
       state,
     )
     return (state, stopped), found
 
-  order = _order(config, rows, key)
-  parts = jax.random.split(key, len(order))
   start = (state, jnp.zeros((), bool))
-  (state, _), found = jax.lax.scan(minibatch, start, (order, parts))
+  order = _order(config, rows, key)
+  (state, _), found = jax.lax.scan(minibatch, start, order)
   updates = found.pop("updates").sum()
   mean = {name: x.sum() / updates for name, x in found.items()}
   return state, mean | {
@@ -376,8 +382,3 @@ def _check_kl(step: int, kl: float, gap: float) -> None:
       "optimizer.learning_rate",
       *(step, kl, gap),
     )
-
-
-@jax.jit
-def _next(step: Array) -> Array:
-  return step + 1

@@ -17,7 +17,6 @@ Differs from the released code, because it is broken there:
  (7) one prompt without a usable answer does not end a run.
 """
 
-import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -68,7 +67,7 @@ def run(
         found = jax.device_get(found)
       metrics, rows = answers.tell(tools, step, scored, kept)
       metrics |= _update_metrics(found)
-    state = dataclasses.replace(state, step=_next(state.step))
+    state = optim.advance(state)
     answers.end_step(ctx, tools, step, state, metrics, rows)
   return state
 
@@ -175,11 +174,6 @@ def _text_losses(
   if ctx.model.lora is None or ctx.model.lora.dropout == 0:
     measured["logp_diff_max"] = jnp.where(known, gap, 0).max()
   return -logp.sum(), masked.row_means(kl, mask).sum(), measured
-
-
-@jax.jit
-def _next(step: Array) -> Array:
-  return step + 1
 
 
 def _update_metrics(found: list[Metrics]) -> Metrics:

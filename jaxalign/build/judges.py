@@ -127,13 +127,14 @@ def by_people(
   Returns:
     The choices, or None where the run was asked to stop before all were there.
   """
-  first, second = pairs(scored)
+  names = [f"{step + 1}-{i + 1}" for i in range(len(scored.answers.prompts))]
+  shown = zip(names, scored.answers.prompts, *pairs(scored), strict=True)
   rows = {
-    f"{step + 1}-{i + 1}": {"prompt": prompt, "answers": [a, b]}
-    for i, (prompt, a, b) in enumerate(
-      zip(scored.answers.prompts, first, second, strict=True)
+    name: {"prompt": prompt, "answers": [a, b]}
+    for (name, prompt, a, b), usable in zip(
+      shown, comparable(scored), strict=True
     )
-    if comparable(scored)[i]
+    if usable
   }
   asked = _read(folder / QUEUE)
   with (folder / QUEUE).open("a") as file:
@@ -141,7 +142,7 @@ def by_people(
       if name not in asked:
         file.write(json.dumps({"id": name} | row) + "\n")
   told = False
-  while missing := [name for name in rows if name not in _labels(folder)]:
+  while missing := rows.keys() - (labels := _labels(folder)).keys():
     if stopping():
       return None
     if not told:
@@ -151,8 +152,6 @@ def by_people(
         f"{folder / LABELS}"
       )
     time.sleep(POLL_S)
-  labels = _labels(folder)
-  names = [f"{step + 1}-{i + 1}" for i in range(len(first))]
   return np.array([labels.get(name, -1) for name in names])
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from jaxalign.algorithms.kto import LabelledBatch
-from jaxalign.build.supervised import fits, reading, text_batch, width_of
+from jaxalign.build.supervised import fits, parts, reading, text_batch, width_of
 from jaxalign.config import KTOConfig
 from jaxalign.core.types import TextBatch
 from jaxalign.data import batches, encode, formats
@@ -76,8 +76,7 @@ def labelled_task(
 
   def texts() -> Iterator[TextBatch]:
     by_length = sorted(rows, key=lambda row: len(row.text))
-    for i in range(0, len(rows), micro):
-      part = by_length[i : i + micro]
+    for part in parts(by_length, micro):
       yield _batch(part, [], micro, length, tokenizer.pad_id).text
     # Mismatched pairs are the steps' own: who meets whom is drawn with them.
     for step in range(steps if config.loss == "kto" else 0):

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxalign.algorithms.ppo import PPOTools, Rollout
+from jaxalign.algorithms.ppo import Rollout
 from jaxalign.build import models
 from jaxalign.build.session import put_rows
 from jaxalign.build.supervised import text_batch
@@ -15,12 +15,11 @@ from jaxalign.config import PPOConfig
 from jaxalign.core.types import Answers, Params
 from jaxalign.data import batches
 from jaxalign.data.encode import Encoded
-from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models import heads, lora
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
-from jaxalign.runtime.answers import Scored, Tools
+from jaxalign.runtime.answers import Scored
 
 Decode = Callable[[Sequence[int]], str]
 
@@ -94,13 +93,6 @@ def _check_critic(
       f"config.value_model: {name} has other tokens than the policy; give a "
       "reward model trained from the policy, or separate for a copy of it"
     )
-
-
-def tools_of(tools: Tools, critic: Critic, tokenizer: Tokenizer) -> PPOTools:
-  """The tools of an online run as PPO asks for them."""
-  fields = {f.name: getattr(tools, f.name) for f in dataclasses.fields(tools)}
-  fields["sample"] = exact(tools.sample, tokenizer.decode)
-  return PPOTools(**fields, critic=critic.model)
 
 
 def exact(

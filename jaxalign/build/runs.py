@@ -24,19 +24,19 @@ from jaxalign.build.superhf import encode_kept
 from jaxalign.config import (
   DPOConfig,
   KTOConfig,
+  OnlineConfig,
   OnlineDPOConfig,
   PPOConfig,
   PreferenceConfig,
   RewardModelConfig,
   SFTConfig,
   SuperHFConfig,
-  SupervisedConfig,
   TrainingConfig,
 )
 from jaxalign.core import rewards
 from jaxalign.errors import UserError
 from jaxalign.parallel import mesh as meshes
-from jaxalign.runtime import cache, workdir
+from jaxalign.runtime import answers, cache, workdir
 
 
 def run(config: TrainingConfig, folder: pathlib.Path) -> int:
@@ -109,20 +109,16 @@ def run_kto(config: KTOConfig, folder: pathlib.Path) -> int:
 def run_superhf(config: SuperHFConfig, folder: pathlib.Path) -> int:
   """SuperHF."""
   mesh = _mesh(config)
-  opened = models.open_policy(config, mesh, "lm")
-  scorers = online.open_scorers(config, mesh)
-  context = opened.model.config.max_positions
-  asked = questions.load_questions(config, opened.tokenizer, context)
-  policy = opened.load()
+  begun = _open_online(config, mesh)
+  policy = begun.opened.load()
   encode = functools.partial(encode_kept, config, policy, mesh)
-  tools = online.make_tools(config, policy, mesh, asked, scorers, encode)
   return _train(
     superhf.run,
     config,
     folder,
     policy,
     mesh,
-    tools,
+    begun.tools(policy, encode),
     config.steps,
     reference=config.reference != "none",
   )
@@ -131,28 +127,22 @@ def run_superhf(config: SuperHFConfig, folder: pathlib.Path) -> int:
 def run_online_dpo(config: OnlineDPOConfig, folder: pathlib.Path) -> int:
   """DPO on the policy's own answers."""
   mesh = _mesh(config)
-  name = "micro_batch" if config.micro_batch else "pairs"
-  micro = config.micro_batch or config.pairs
-  meshes.check_rows(mesh, micro, f"config.{name}")
+  _check_rows(config, mesh, "pairs")
   prefer = judges.make_judge(config, folder)
-  opened = models.open_policy(config, mesh, "lm")
-  scorers = online.open_scorers(config, mesh)
-  context = opened.model.config.max_positions
-  asked = questions.load_questions(config, opened.tokenizer, context)
-  policy = opened.load()
-  length = min(config.max_length, context)
+  begun = _open_online(config, mesh)
+  policy = begun.opened.load()
+  length = min(config.max_length, policy.model.config.max_positions)
   encode = functools.partial(
     preferences.encode_pairs, config, policy.tokenizer, length, mesh
   )
-  tools = online.make_tools(config, policy, mesh, asked, scorers, encode)
-  fields = {f.name: getattr(tools, f.name) for f in dataclasses.fields(tools)}
+  tools = begun.tools(policy, encode)
   return _train(
     dpo.run_online,
     config,
     folder,
     policy,
     mesh,
-    dpo.OnlineTools(**fields, prefer=prefer),
+    answers.extended(tools, dpo.OnlineTools, prefer=prefer),
     config.steps,
     reference=True,
   )
@@ -161,32 +151,50 @@ def run_online_dpo(config: OnlineDPOConfig, folder: pathlib.Path) -> int:
 def run_ppo(config: PPOConfig, folder: pathlib.Path) -> int:
   """PPO, and its group-baseline relatives."""
   mesh = _mesh(config)
-  name = "micro_batch" if config.micro_batch else "minibatch"
-  meshes.check_rows(mesh, config.micro_rows, f"config.{name}")
-  opened = models.open_policy(config, mesh, "lm")
-  value = build_ppo.open_critic(config, opened, mesh)
-  scorers = online.open_scorers(config, mesh)
-  context = opened.model.config.max_positions
-  asked = questions.load_questions(config, opened.tokenizer, context)
-  policy = opened.load()
+  _check_rows(config, mesh, "minibatch")
+  begun = _open_online(config, mesh)
+  value = build_ppo.open_critic(config, begun.opened, mesh)
+  policy = begun.opened.load()
   critic = value(policy)
   encode = functools.partial(build_ppo.encode_rollout, config, policy, mesh)
-  tools = online.make_tools(config, policy, mesh, asked, scorers, encode)
+  tools = begun.tools(policy, encode)
+  sample = build_ppo.exact(tools.sample, policy.tokenizer.decode)
   return _train(
     ppo.run,
     config,
     folder,
     dataclasses.replace(policy, params=critic.beside(policy.params)),
     mesh,
-    build_ppo.tools_of(tools, critic, policy.tokenizer),
+    answers.extended(tools, ppo.PPOTools, sample=sample, critic=critic.model),
     config.steps,
     reference=True,
     carried=rewards.first_carried(config.kl.coefficient),
   )
 
 
-def _check_rows(config: SupervisedConfig, mesh: Any) -> None:
-  name = "micro_batch" if config.micro_batch else "batch_size"
+@dataclasses.dataclass(frozen=True)
+class _Online:
+  """What an online run has opened before it reads a parameter."""
+
+  opened: models.Opened  # the policy
+  tools: Callable[[models.Loaded, Callable], answers.Tools]
+
+
+def _open_online(config: OnlineConfig, mesh: Any) -> _Online:
+  """Opens policy, reward models and prompts; `tools` takes the rest."""
+  opened = models.open_policy(config, mesh, "lm")
+  scorers = online.open_scorers(config, mesh)
+  context = opened.model.config.max_positions
+  asked = questions.load_questions(config, opened.tokenizer, context)
+  tools = lambda policy, encode: online.make_tools(
+    config, policy, mesh, asked, scorers, encode
+  )
+  return _Online(opened, tools)
+
+
+def _check_rows(config: Any, mesh: Any, whole: str = "batch_size") -> None:
+  """A pass has to be split evenly; `whole` names the rows of an update."""
+  name = "micro_batch" if config.micro_batch else whole
   meshes.check_rows(mesh, getattr(config, name), f"config.{name}")
 
 

@@ -164,6 +164,16 @@ def train_step(
   }
 
 
+@jax.jit
+def _next(step: Int[Array, ""]) -> Int[Array, ""]:
+  return step + 1
+
+
+def advance(state: TrainState) -> TrainState:
+  """The state with one more step done, for what no update counts."""
+  return dataclasses.replace(state, step=_next(state.step))
+
+
 def init_state(
   params: Params,
   optimizer: optax.GradientTransformation,

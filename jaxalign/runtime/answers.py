@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -17,6 +17,7 @@ from jaxalign.runtime.context import Context, Rows, due
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T", bound="Tools")
 Score = Callable[[list[str], list[str]], Float[np.ndarray, " B"]]
 
 
@@ -41,6 +42,12 @@ class Tools:
   encode: Callable[..., Any]
   diversity: Callable[[list[str], list[str], list[str]], Metrics]
   evaluate: Callable[[Params], Metrics] | None = None
+
+
+def extended(tools: Tools, kind: type[T], **more: Any) -> T:
+  """The same tools as another kind of them, some added or replaced."""
+  fields = {f.name: getattr(tools, f.name) for f in dataclasses.fields(tools)}
+  return kind(**fields | more)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +77,7 @@ def draw(
   with ctx.stage("sample"):
     prompts = tools.prompts(step)
     answers = tools.sample(params, prompts, config.samples_per_prompt, key)
-  test = tools.held_out and due(step, config.validation_interval, config.steps)
+  test = due(step, config.validation_interval, config.steps)
   with ctx.stage("score"):
     scores = np.array(tools.score(answers.asked, answers.texts), np.float64)
     tested = None

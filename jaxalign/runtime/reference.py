@@ -4,13 +4,16 @@ Live it is a model that every step runs; stored, each text brings what the model
 found of it before training (`runtime.stored`), and no model is kept.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 from jaxtyping import Array, Float
 
 from jaxalign.core.logprobs import target_logprobs
-from jaxalign.core.types import Params, TextBatch
+from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models.model import Model
-from jaxalign.runtime.context import Context
+from jaxalign.runtime.context import Context, fit
 
 
 def text_logps(
@@ -50,3 +53,24 @@ def reference_logps(
     return text.reference_logps
   assert ctx.prior is not None
   return jax.lax.stop_gradient(text_logps(ctx.prior[0], prior, text))
+
+
+def fit_beside(
+  ctx: Context,
+  batch: Callable[[int], Any],
+  update: Callable[..., tuple[TrainState, Metrics]],
+  validate: Callable[[TrainState], Metrics] | None,
+) -> TrainState:
+  """`fit` of an update that takes the reference too, not yet compiled.
+
+  Args:
+    ctx: the run.
+    batch: as in `fit`.
+    update: `(state, frozen, prior, batch, key) -> (state, metrics)`.
+    validate: as in `fit`.
+  """
+  prior, compiled = prior_params(ctx), ctx.compile(update)
+  step = lambda state, frozen, rows, key: compiled(
+    state, frozen, prior, rows, key
+  )
+  return fit(ctx, batch, step, validate)
