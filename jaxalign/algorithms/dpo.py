@@ -88,11 +88,18 @@ def make_update(
 def pair_losses(
   ctx: Context, params: Params, prior: Params, text: TextBatch
 ) -> dict[str, Float[Array, " B"]]:
-  """Loss and metrics of each pair of `[2B, T]` rows; 0 for filler pairs."""
+  """Loss and metrics of each pair; 0 for filler pairs.
+
+  Args:
+    ctx: the run.
+    params: all of the policy's parameters.
+    prior: of `prior_params`.
+    text: 2B texts, first the chosen ones, then the rejected ones.
+  """
   config = ctx.config
   logps = text_logps(ctx.model, params, text)
   before = reference_logps(ctx, prior, text)
-  counts = jnp.maximum(text.loss_mask[:, 1:].sum(axis=1), 1)
+  counts = jnp.maximum(text.counted[:, 1:].sum(axis=1), 1)
   ratio = logps - before
   scaled = ratio / counts if config.length_normalised else ratio
   better, worse = jnp.split(scaled, 2)
@@ -119,8 +126,7 @@ def pair_losses(
 
 def _real(text: TextBatch) -> Bool[Array, "*M B"]:
   """Pairs that are no filler: something of the chosen text counts."""
-  counted = text.loss_mask.any(axis=-1)
-  return jnp.split(counted, 2, axis=-1)[0]
+  return jnp.split(text.counted.any(axis=-1), 2, axis=-1)[0]
 
 
 def run(

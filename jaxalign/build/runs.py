@@ -91,8 +91,10 @@ def run_dpo(config: DPOConfig, folder: pathlib.Path) -> int:
   mesh = _mesh(config)
   _check_rows(config, mesh)
   policy = models.open_policy(config, mesh, "lm")
-  context = policy.model.config.max_positions
-  task, steps = preferences.pair_task(config, policy.tokenizer, context)
+  model = policy.model.config
+  task, steps = preferences.pair_task(
+    config, policy.tokenizer, model.max_positions, model.hidden_size
+  )
   return _compare(dpo.run, config, folder, policy, mesh, task, steps)
 
 
@@ -131,9 +133,11 @@ def run_online_dpo(config: OnlineDPOConfig, folder: pathlib.Path) -> int:
   prefer = judges.make_judge(config, folder)
   begun = _open_online(config, mesh)
   policy = begun.opened.load()
-  length = min(config.max_length, policy.model.config.max_positions)
+  model = policy.model.config
+  length = min(config.max_length, model.max_positions)
   encode = functools.partial(
-    preferences.encode_pairs, config, policy.tokenizer, length, mesh
+    preferences.encode_pairs,
+    *(config, policy.tokenizer, length, model.hidden_size, mesh),
   )
   tools = begun.tools(policy, encode)
   return _train(

@@ -53,7 +53,7 @@ def sft_task(
     held = tuple(
       text_batch(
         [[row] for row in part] + [[]] * (micro - len(part)),
-        width_of([part], length),
+        width_of([[row] for row in part], length),
         tokenizer.pad_id,
         1,
       )
@@ -182,8 +182,8 @@ def text_batch(
 
 
 def width_of(members: Sequence[Sequence], limit: int) -> int:
-  """The bucket of the longest text, at most `limit`."""
-  longest = max(len(row) for group in members for row in group)
+  """The bucket of the longest row, at most `limit`."""
+  longest = max(sum(map(len, group)) for group in members)
   return min(limit, batches.bucket_length(longest))
 
 

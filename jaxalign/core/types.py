@@ -9,6 +9,7 @@ import typing
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 Params = dict[str, Any]  # nested; leaves are arrays, layers stacked on axis 0
@@ -38,14 +39,30 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextBatch:
-  """Token rows with the tokens that count in a loss."""
+  """Token rows with the tokens that count in a loss.
+
+  With `parents`, a row holds two texts that share their prompt: segment 1 is
+  the prompt without its last token, which stands in front of either answer,
+  segments 2 and 3. One text after another a row would have the answers first
+  of all rows, then the second: N = 2B.
+  """
 
   tokens: Int[Array, "*M B T"]
   positions: Int[Array, "*M B T"]  # position of each token in its own text
   segments: Int[Array, "*M B T"]  # 0 = padding; equal = one text
   loss_mask: Bool[Array, "*M B T"]  # True = this token is to be predicted
   # Σ log π₀ of the tokens to be predicted, where the reference's are stored.
-  reference_logps: Float[Array, "*M B"] | None = None
+  reference_logps: Float[Array, "*M N"] | None = None
+  # The segment that a token's own goes on from, where texts share a prompt.
+  parents: Int[Array, "*M B T"] | None = None
+
+  @property
+  def counted(self) -> Bool[Array, "*M N T"]:
+    """Of each text the tokens to be predicted, where its row has them."""
+    if self.parents is None:
+      return self.loss_mask
+    sides = [self.loss_mask & (self.segments == side) for side in (2, 3)]
+    return jnp.concatenate(sides, axis=-2)
 
 
 @jax.tree_util.register_dataclass

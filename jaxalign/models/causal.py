@@ -68,6 +68,7 @@ class CausalLM(nnx.Module):
     past: tuple[KV, ...] = (),
     keep: bool = False,
     dropout_key: Array | None = None,
+    parents: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T E"], KV | None]:
     """Reads whole texts.
 
@@ -79,15 +80,15 @@ class CausalLM(nnx.Module):
       past: keys that every token attends to besides, see `KV`.
       keep: also return this text's own keys and values.
       dropout_key: turns LoRA dropout on (training); None turns it off.
+      parents: number of another segment, earlier in the row, that a token
+        attends to besides its own: the prompt that several texts share.
 
     Returns:
       Hidden states after the final norm, as `unembed` takes them (see
       `Output`), and the `KV` if `keep`.
     """
-    length = tokens.shape[1]
-    causal = jnp.tril(jnp.ones((length, length), bool))
     near = positions[:, :, None] - positions[:, None, :]
-    mask = causal & (segments[:, :, None] == segments[:, None, :])
+    mask = _attended(segments, parents)
     rope = self.rope(positions)
 
     def layer(x, xs):
@@ -218,6 +219,17 @@ class CausalLM(nnx.Module):
   def _windows(self) -> Int[Array, " L"] | None:
     windows = self.config.windows
     return None if windows is None else jnp.asarray(windows)
+
+
+def _attended(
+  segments: Int[Array, "B T"], parents: Int[Array, "B T"] | None
+) -> Bool[Array, "B T T"]:
+  """Which columns each token reads: earlier ones of its own and its parent."""
+  length = segments.shape[1]
+  mask = segments[:, :, None] == segments[:, None, :]
+  if parents is not None:
+    mask |= parents[:, :, None] == segments[:, None, :]
+  return mask & jnp.tril(jnp.ones((length, length), bool))
 
 
 def _within(near: Int[Array, "B T C"], window) -> Bool[Array, "B T C"] | bool:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxalign.core.logprobs import target_logprobs
@@ -18,20 +19,25 @@ from jaxalign.runtime.context import Context, fit
 
 def text_logps(
   model: Model, params: Params, text: TextBatch
-) -> Float[Array, " B"]:
-  """log π(completion | prompt) of `[B, T]` texts, in nats, without dropout.
+) -> Float[Array, " N"]:
+  """log π(completion | prompt) of N texts, in nats, without dropout.
 
   Args:
     model: of the policy or the reference.
     params: all of its parameters.
-    text: one text a row; its `loss_mask` says what the completion is.
+    text: `[B, T]`; its `counted` says what each text's completion is.
   """
   module = model.bind(params)
-  hidden, _ = module(text.tokens, text.positions, text.segments)
+  hidden, _ = module(
+    text.tokens, text.positions, text.segments, parents=text.parents
+  )
   mask = text.loss_mask[:, 1:]
-  return target_logprobs(
+  logps = target_logprobs(
     hidden[:, :-1], text.tokens[:, 1:], mask, module.unembed
-  ).sum(axis=1)
+  )
+  counted = text.counted[:, 1:]
+  rows = jnp.tile(logps, (len(counted) // len(logps), 1))
+  return jnp.where(counted, rows, 0).sum(axis=1)
 
 
 def prior_params(ctx: Context) -> Params:
@@ -41,8 +47,8 @@ def prior_params(ctx: Context) -> Params:
 
 def reference_logps(
   ctx: Context, prior: Params, text: TextBatch
-) -> Float[Array, " B"]:
-  """log π₀(completion | prompt) of `[B, T]` texts, without gradient.
+) -> Float[Array, " N"]:
+  """log π₀(completion | prompt) of N texts, without gradient.
 
   Args:
     ctx: the run; its `prior` is the reference, unless the texts have theirs.

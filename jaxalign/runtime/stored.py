@@ -65,7 +65,7 @@ def measure(
   for text in texts:
     names = digests(text)
     if any(name and name not in known for name in names):
-      found: Float[np.ndarray, "M B"]
+      found: Float[np.ndarray, "M N"]
       found = jax.device_get(logps(params, put(text, 1)))
       known |= zip(names, found.reshape(-1).tolist(), strict=True)
   known.pop(b"", None)
@@ -85,7 +85,7 @@ def attach(stored: Stored, tree: Any) -> Any:
     if not _is_text(leaf):
       return leaf
     logps = [stored.logps[name] if name else 0.0 for name in digests(leaf)]
-    logps = np.array(logps, np.float32).reshape(leaf.tokens.shape[:-1])
+    logps = np.array(logps, np.float32).reshape(len(leaf.tokens), -1)
     return dataclasses.replace(leaf, reference_logps=logps)
 
   return jax.tree.map(known, tree, is_leaf=_is_text)
@@ -101,11 +101,22 @@ def _is_text(leaf: Any) -> bool:
 
 
 def digests(text: TextBatch) -> list[bytes]:
-  """A digest of each row of numpy texts `[M, B, T]`; empty for filler."""
-  width = text.tokens.shape[-1]
-  flat = lambda x: np.asarray(x).reshape(-1, width)
-  real = flat(text.segments) > 0
-  rows = zip(flat(text.tokens), flat(text.loss_mask), real, strict=True)
+  """A digest of each of M N numpy texts; empty for filler.
+
+  Whether two texts share their prompt or stand in rows of their own, their
+  digests are the same.
+  """
+  own = [text.segments > 0]
+  if text.parents is not None:
+    shared = text.segments == 1
+    own = [shared | (text.segments == side) for side in (2, 3)]
+  # [M, sides, B, T]: of each micro-batch the first texts, then the second.
+  real = np.stack(own, axis=1)
+  spread = lambda x: np.broadcast_to(x[:, None], real.shape)
+  flat = lambda x: x.reshape(-1, real.shape[-1])
+  rows = zip(
+    *map(flat, (spread(text.tokens), spread(text.loss_mask), real)), strict=True
+  )
   return [_digest(ids[here], mask[here]) for ids, mask, here in rows]
 
 

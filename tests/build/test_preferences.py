@@ -1,12 +1,21 @@
 """Comparisons to batches, and what is told of those that are left out."""
 
+import functools
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxalign.build import labelled, preferences
+from jaxalign.build.supervised import text_batch
 from jaxalign.config import DPOConfig, KTOConfig
+from jaxalign.data.encode import Encoded
 from jaxalign.errors import UserError
+from jaxalign.models.model import Model
+from jaxalign.models.neox import NeoXConfig
+from jaxalign.runtime import reference, stored
 
 
 @pytest.fixture
@@ -39,7 +48,7 @@ ODD = [
 @pytest.mark.parametrize(
   ("task", "config", "rows"),
   [
-    (preferences.pair_task, DPOConfig, 2),
+    (functools.partial(preferences.pair_task, hidden_size=8), DPOConfig, 2),
     (labelled.labelled_task, KTOConfig, 4),
   ],
 )
@@ -54,37 +63,111 @@ def test_useless_rows_are_counted_and_said(
   )
 
 
-def test_a_batch_holds_chosen_answers_first(tokenizer, source):
-  rows = [GOOD, GOOD | {"chosen": "c", "rejected": "b"}]
+@pytest.mark.parametrize("length", [2, 58], ids=["shared", "apart"])
+def test_a_batch_holds_chosen_answers_first(length, tokenizer, source):
+  tail = " a" * length
+  rows = [
+    {"prompt": "q", "chosen": "a" + tail, "rejected": "b c" + tail},
+    {"prompt": "q", "chosen": "c" + tail, "rejected": "b" + tail},
+  ]
   cfg = DPOConfig(data=source(rows), batch_size=2, micro_batch=1)
-  task, _ = preferences.pair_task(cfg, tokenizer, 32)
+  task, _ = preferences.pair_task(cfg, tokenizer, 64, 8)
   batch = task.batch(0)
-  assert batch.tokens.shape[:2] == (2, 2)  # a pair in each micro-batch
+  # A pair in each micro-batch: in one row of 32 tokens, or in two of 64.
+  shape = (2, 1, 32) if length == 2 else (2, 2, 64)
+  assert batch.tokens.shape == shape
+  tokens = np.broadcast_to(batch.tokens, batch.counted.shape)
   answers = {
-    tuple(
-      tokenizer.decode(ids[mask])
-      for ids, mask in zip(micro, masks, strict=True)
-    )
-    for micro, masks in zip(batch.tokens, batch.loss_mask, strict=True)
+    tuple(tokenizer.decode(ids[mask]) for ids, mask in zip(*pair, strict=True))
+    for pair in zip(tokens, np.asarray(batch.counted), strict=True)
   }
-  assert answers == {("a", "b c"), ("c", "b")}
+  assert answers == {
+    ("a" + tail, "b c" + tail),
+    ("c" + tail, "b" + tail),
+  }
+
+
+def encoded(prompt, answer):
+  ids, start = (*prompt, *answer), len(prompt)
+  mask = tuple(i >= max(start, 1) for i in range(len(ids)))
+  return Encoded(ids, start, mask, True)
+
+
+SHARED = [  # prompt, chosen, rejected
+  ((1, 2, 3, 4), (5, 6, 7), (8,)),
+  ((9, 10), (3,), (4, 5)),
+  ((7,), (8, 9), (1, 1)),
+  ((), (5, 6), (6, 6, 7)),
+]
+
+
+@pytest.fixture(scope="module")
+def layouts():
+  """The same pairs with a shared prompt, filled up, and a text a row."""
+  pairs = [tuple(encoded(p, y) for y in ys) for p, *ys in SHARED]
+  shared = preferences.pair_batch(pairs, 5, 32, 0, hidden_size=64)
+  members = [[pair[side]] for side in (0, 1) for pair in [*pairs, ((), ())]]
+  apart = text_batch([[row] if len(row) else [] for [row] in members], 32, 0, 1)
+  assert shared.parents is not None
+  assert apart.parents is None
+  return jax.tree.map(lambda x: x[0], (shared, apart))
+
+
+def test_the_prompt_is_held_once(layouts):
+  shared, apart = layouts
+  assert shared.tokens.shape == (5, 32)
+  np.testing.assert_array_equal(
+    shared.tokens[0, :10], [1, 2, 3, 4, 5, 6, 7, 4, 8, 0]
+  )
+  np.testing.assert_array_equal(
+    shared.positions[0, :10], [0, 1, 2, 3, 4, 5, 6, 3, 4, 0]
+  )
+  assert not shared.segments[4].any()
+  assert stored.digests(lead(shared)) == stored.digests(lead(apart))
+  assert stored.digests(lead(shared))[4] == b""
+
+
+def lead(tree):
+  return jax.tree.map(lambda x: x[None], tree)
+
+
+def test_a_shared_prompt_changes_no_log_probability(layouts):
+  """Nor any gradient."""
+  model = Model.build(NeoXConfig(16, 16, 2, 2, 24, rotary_fraction=0.5))
+  params = model.init(jax.random.key(0))
+  params = jax.tree.map(lambda x: 5 * x, params)
+  weights = jnp.linspace(-1.0, 1.0, 10)
+
+  @jax.jit
+  def found(params, text):
+    logps = lambda p: reference.text_logps(model, p, text)
+    total, back = jax.vjp(logps, params)
+    return total, back(weights)[0]
+
+  (one, gradient), (other, wanted) = (found(params, x) for x in layouts)
+  np.testing.assert_allclose(one, other, atol=1e-5)
+  assert np.abs(one).max() > 1
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5),
+    *(gradient, wanted),
+  )
 
 
 def test_texts_are_every_row_once(tokenizer, source):
   rows = [GOOD | {"rejected": "b " * n} for n in (1, 9, 3, 40, 2)]
   cfg = DPOConfig(data=source(rows), batch_size=4, micro_batch=2)
-  task, _ = preferences.pair_task(cfg, tokenizer, 64)
+  task, _ = preferences.pair_task(cfg, tokenizer, 64, 8)
   found = list(task.texts())
   assert [text.tokens.shape for text in found] == [
-    (1, 4, 32),
-    (1, 4, 32),
-    (1, 4, 64),
+    (1, 2, 32),
+    (1, 2, 32),
+    (1, 2, 64),
   ]  # by length, the last one filled up
-  count = sum(text.loss_mask.any(axis=-1).sum() for text in found)
+  count = sum(text.counted.any(axis=-1).sum() for text in found)
   assert count == 10
 
 
 def test_no_pair_is_left(tokenizer, source):
   path = source([GOOD | {"prompt": "q " * 40}])
   with pytest.raises(UserError, match=r"no pair is left of 1: 1 are within"):
-    preferences.pair_task(DPOConfig(data=path), tokenizer, 16)
+    preferences.pair_task(DPOConfig(data=path), tokenizer, 16, 8)

@@ -11,13 +11,13 @@ from jaxalign.models.cache import KV
 rng = np.random.default_rng(0)
 
 
-def read(model, params, tokens, positions, segments):
-  def run(params, *arrays):
+def read(model, params, tokens, positions, segments, parents=None):
+  def run(params, parents, *arrays):
     module = model.bind(params)
-    return module.unembed(module(*arrays)[0])
+    return module.unembed(module(*arrays, parents=parents)[0])
 
   arrays = (jnp.asarray(x, jnp.int32) for x in (tokens, positions, segments))
-  return np.asarray(jax.jit(run)(params, *arrays))
+  return np.asarray(jax.jit(run)(params, parents, *arrays))
 
 
 def test_two_texts_in_one_row_equal_two_rows(any_causal):
@@ -36,6 +36,26 @@ def test_two_texts_in_one_row_equal_two_rows(any_causal):
   alone = read(model, params, tokens, positions, segments)
   np.testing.assert_allclose(packed[:5], alone[0], atol=1e-5)
   np.testing.assert_allclose(packed[5:9], alone[1, 1:], atol=1e-5)
+
+
+def test_two_texts_that_share_their_start_equal_two_rows(any_causal):
+  model, params = any_causal
+  start, a, b = (rng.integers(1, 31, n) for n in (4, 3, 2))
+  segments = np.array([[1] * 4 + [2] * 3 + [3] * 2 + [0]])
+  shared = read(
+    model,
+    params,
+    np.concatenate([start, a, b, [0]])[None],
+    np.array([[0, 1, 2, 3, 4, 5, 6, 4, 5, 0]]),
+    segments,
+    np.minimum(segments, 1),
+  )[0]
+  for text, here in ((a, slice(4, 7)), (b, slice(7, 9))):
+    tokens = np.concatenate([start, text])[None]
+    places = np.arange(tokens.size)[None]
+    alone = read(model, params, tokens, places, np.ones_like(tokens))[0]
+    np.testing.assert_allclose(shared[:4], alone[:4], atol=1e-5)
+    np.testing.assert_allclose(shared[here], alone[4:], atol=1e-5)
 
 
 def test_cached_decoding_equals_the_full_forward(any_causal):

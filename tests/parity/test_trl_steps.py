@@ -50,7 +50,7 @@ class Bound:
   def __init__(self, params):
     self.words, self.places = params["words"], params["places"]
 
-  def __call__(self, tokens, positions, segments):
+  def __call__(self, tokens, positions, segments, parents=None):
     return self.words[tokens] + self.places[positions], None
 
   def unembed(self, hidden):
