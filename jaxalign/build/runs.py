@@ -16,6 +16,7 @@ from jaxalign.build import (
   preferences,
   questions,
   references,
+  scored,
   session,
   supervised,
 )
@@ -80,7 +81,7 @@ def run_reward_model(config: RewardModelConfig, folder: pathlib.Path) -> int:
     policy = models.with_dropout(policy, config.dropout)
   context = policy.model.config.max_positions
   head = policy.model.config.head
-  task, steps = supervised.reward_task(config, policy.tokenizer, context, head)
+  task, steps = scored.reward_task(config, policy.tokenizer, context, head)
   return _train(
     reward_model.run, config, folder, policy.load(), mesh, task, steps
   )
