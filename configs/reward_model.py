@@ -4,6 +4,9 @@ r"""A reward model, from preferences or from another model's scores.
   python -m jaxalign.main --config configs/reward_model.py:deberta \
     --config.data=mine.jsonl --config.validation_data=held_out.jsonl
 
+`groups` needs `python configs/lab/groups.py groups` first; see
+docs/reward_model.md.
+
 Rows have TRL's columns: `prompt, chosen, rejected`, or `chosen, rejected` as
 whole dialogues, optionally with `margin`; to distil, `prompt, completion,
 reward`. A source is a hub id, a file or a glob.
@@ -12,6 +15,7 @@ reward`. A source is a hub id, a file or a glob.
   lab            a new 1 M-parameter DeBERTa on CPU      none
   deberta        DeBERTa-v3-base on HH-RLHF              none
   distill        a new small DeBERTa from scored answers none
+  groups         a head for each of two made-up people   none
   superhf-train  SuperHF's own reward model, first half  openfeedback/superhf
   superhf-test   the same on the second half, which only watches
 
@@ -115,6 +119,19 @@ def distill() -> ConfigDict:
   return config
 
 
+def groups() -> ConfigDict:
+  """The lab's reward model with a head for each of two opposite tastes."""
+  config = lab()
+  config.steps = 150
+  config.optimizer.learning_rate = 1e-3
+  config.optimizer.schedule = "constant"
+  config.data = "groups/train.jsonl"
+  config.validation_data = "groups/test.jsonl"
+  config.validation_interval = 25
+  config.group_column = "annotator"
+  return config
+
+
 def superhf(half: str) -> ConfigDict:
   """GPT-Neo-1.3B on one half of each data set."""
   config = ConfigDict({"algorithm": "reward_model", "seed": 66, "epochs": 1.0})
@@ -143,6 +160,7 @@ PRESETS = {
   "lab": lab,
   "deberta": deberta,
   "distill": distill,
+  "groups": groups,
   "superhf-train": lambda: superhf("first"),
   "superhf-test": lambda: superhf("second"),
 }

@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import pathlib
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from jaxalign.errors import UserError
@@ -48,6 +48,7 @@ def load(
   dtype: str = "float32",
   compute_dtype: str | None = None,
   head: str | None = None,
+  group_weights: Mapping[str, float] | None = None,
 ) -> Loaded:
   """A causal LM or a sequence classifier, as its `config.json` says.
 
@@ -57,6 +58,9 @@ def load(
     dtype: of the parameters: "float32", "bfloat16" or "float16".
     compute_dtype: of the arithmetic; None = `dtype`.
     head: another head than the file's, see `models.hf.folder.load`.
+    group_weights: of a reward model with a head for each group: how much each
+      counts, 0 where it is left out; its one score is then their weighted sum.
+      None = keep all heads.
 
   Returns:
     The model, its parameters and its tokenizer (None if it has no files).
@@ -66,12 +70,17 @@ def load(
   """
   from jaxalign.build import models
   from jaxalign.data.tokenizer import load_tokenizer
+  from jaxalign.models import groups
   from jaxalign.models.hf import folder, hub
 
   path = hub.resolve(models.locate(str(source), "policy"))
   model, params = folder.load(
     path, dtype=dtype, compute_dtype=compute_dtype, head=head
   )
+  if group_weights is not None:
+    names = model.config.groups
+    weights = groups.weights_of(names, group_weights, f"group_weights: {path}")
+    model, params = groups.fold(model, params, weights)
   has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
   tokenizer: Any = load_tokenizer(path) if has_tokenizer else None
   return Loaded(model, params, tokenizer)
@@ -86,7 +95,8 @@ def logits(model: Loaded, token_ids: Any, mask: Any = None) -> "jax.Array":
     mask: bool `[B, T]`, True = a real token; None = all are.
 
   Returns:
-    float32 `[B, T, V]`; of a classifier `[B]`.
+    float32 `[B, T, V]`; of a classifier `[B]`, or `[B, G]` where it has a
+    head for each of G groups.
   """
   import jax.numpy as jnp
 
@@ -176,8 +186,10 @@ def score(
 
   Returns:
     float32 numpy `[B]`, raw logits, higher is better. A score does not
-    depend on the others.
+    depend on the others. Of a model with groups it is the mean of their
+    scores; see `load` for other weights.
   """
+  from jaxalign.models import groups
   from jaxalign.scoring.scorer import Scorer
 
   tokenizer = _tokenizer(reward_model)
@@ -192,7 +204,8 @@ def score(
   encode = functools.partial(
     tokenizer.encode_rewards, encoding=encoding, eos=eos
   )
-  make = lambda: Scorer(reward_model.model, reward_model.params, encode)
+  fold = lambda: groups.fold(reward_model.model, reward_model.params)
+  make = lambda: Scorer(*fold(), encode)
   scorer = _kept(reward_model, f"score {encoding}", make)
   return scorer(prompts, completions)
 
@@ -245,7 +258,8 @@ def _forward(model: Any) -> Any:
   def forward(params, tokens, mask):
     module = model.bind(params)
     if model.config.head != "lm":
-      return module.score(tokens, mask)
+      scores = module.scores(tokens, mask)
+      return scores if model.config.groups else scores[:, 0]
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     hidden, _ = module(tokens, positions, mask.astype(jnp.int32))
     return module.unembed(hidden)

@@ -10,8 +10,10 @@ were trained on. `--prompt` answers once and ends; a text that ends in the
 answer's role delimiter already is continued as it stands.
 
 With `--reward_model` an answer is the best of `--best_of`, and its score is
-printed below it. `--encoding` is how that model was shown answers when it was
-trained; by default `pair` if it tells segments apart, else `concat`.
+printed below it. One with a head for each group is named with their weights,
+as in 'MODEL[alice=0.7,bob=0.3]'; without, all count alike. `--encoding` is how
+that model was shown answers when it was trained; by default `pair` if it tells
+segments apart, else `concat`.
 """
 
 import argparse
@@ -19,6 +21,7 @@ import sys
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from jaxalign.config import parse_groups, weighs_groups
 from jaxalign.errors import UserError, exit_status, told
 from jaxalign.text import templates, truncate
 
@@ -139,6 +142,11 @@ def _check_choice(args: argparse.Namespace) -> None:
       f"--best_of={args.best_of} needs something to choose by; add "
       "--reward_model with a folder, a hub id, or lab"
     )
+  rule = weighs_groups("--reward_model", args.reward_model or "")
+  if not rule.holds:
+    raise UserError(
+      f"{rule.field} {rule.must}, got {args.reward_model!r}; {rule.remedy}"
+    )
   if args.best_of > 1 and args.temperature == 0:
     raise UserError(
       f"--best_of={args.best_of} needs answers that differ, and with "
@@ -150,15 +158,20 @@ def _load_judge(name: str, dtype: str) -> "Loaded":
   """The reward model that a flag names, with its tokenizer."""
   import jaxalign
   from jaxalign.build import models
+  from jaxalign.models import groups
 
-  judge = jaxalign.load(models.locate(name, "reward-train"), dtype=dtype)
+  place, given = parse_groups(name)
+  judge = jaxalign.load(models.locate(place, "reward-train"), dtype=dtype)
   if judge.model.config.head == "lm":
     raise UserError(
       f"--reward_model: {name} is a language model without a score head; name"
       " a sequence classifier, e.g. one trained with configs/reward_model.py"
     )
   _tokenizer(judge, name)
-  return judge
+  where = f"--reward_model: {place}"
+  weights = models.check_weights(judge.model, given, where)
+  folded = groups.fold(judge.model, judge.params, weights)
+  return jaxalign.Loaded(*folded, judge.tokenizer)
 
 
 def prompt_text(tokenizer: "Tokenizer", messages: Messages, text: str) -> str:

@@ -181,7 +181,8 @@ def _restore(
     )
   config = config_lib.from_mapping(settings)
   head = getattr(config, "head", "lm")
-  loaded = models.load_policy(config, make_mesh(), head)
+  opened = models.open_policy(config, make_mesh(), head)
+  loaded = models.with_groups(opened, getattr(config, "groups", ())).load()
   trained = found[0]
   averaged = checkpoint.load(run / "checkpoints", "ema", step=found[2])
   if averaged is not None and averaged[0]:
@@ -225,6 +226,7 @@ def check(target: str | pathlib.Path) -> str:
     return f"not checked: transformers has no class with the head {head}"
   tokens, mask = _sample_batch(model.model.config.vocab_size)
   ours = np.asarray(jaxalign.logits(model, tokens, mask))
+  ours = ours if ours.ndim > 1 else ours[:, None]
   theirs = _their_logits(target, tokens, mask, head)
   if head == "lm":
     ours, theirs = ours[mask], theirs[mask]
@@ -265,8 +267,7 @@ def _their_logits(target: Any, tokens: Any, mask: Any, head: str) -> np.ndarray:
   model.config.pad_token_id = 0
   with torch.no_grad():
     out = model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long())
-  logits = out.logits.numpy()
-  return logits if head == "lm" else logits[:, 0]
+  return out.logits.numpy()
 
 
 if __name__ == "__main__":

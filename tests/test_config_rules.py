@@ -351,7 +351,51 @@ def test_supervised_rules(fail):
   )
 
 
+def test_reward_models_may_carry_groups():
+  text = "a[x=0.7, y y=-1]*0.5, b [z=.5],c"
+  config = configs.from_mapping({"algorithm": "ppo", "reward_model": text})
+  assert config.reward_models == (
+    ("a[x=0.7, y y=-1]", 0.5),
+    ("b [z=.5]", 1.0),
+    ("c", 1.0),
+  )
+  read = [configs.parse_groups(name) for name, _ in config.reward_models]
+  assert read == [
+    ("a", {"x": 0.7, "y y": -1.0}),
+    ("b", {"z": 0.5}),
+    ("c", {}),
+  ]
+  assert configs.parse_groups("runs/a[1]/model") == ("runs/a[1]/model", {})
+
+
+@pytest.mark.parametrize(
+  "field", ["reward_model", "test_reward_model", "value_model"]
+)
+@pytest.mark.parametrize(
+  "text", ["a[x=1,x=2]", "a[x]", "a[]", "a[x=1,]", "a[=1]", "a[x=1", "a[x=b]"]
+)
+def test_groups_have_one_weight_each(fail, field, text):
+  assert fail({field: text}, algorithm="ppo") == (
+    f"config.{field} must give each group in brackets one weight, got "
+    f"{text!r}; write folder[alice=0.7,bob=0.3], without the brackets all "
+    "count alike"
+  )
+
+
+def test_group_weights_are_looked_for_elsewhere(fail):
+  assert "did you mean config.reward_model" in fail({"group_weights": "a=1"})
+
+
 def test_reward_model_rules(fail):
+  assert fail({"groups": ("a", "b")}, algorithm="reward_model") == (
+    "config.groups must be empty while group_column is empty, got ('a', 'b'); "
+    "name the column that says who judged a row"
+  )
+  for names in (("a",), ("a", "a")):
+    wrong = {"groups": names, "group_column": "who"}
+    assert fail(wrong, algorithm="reward_model").startswith(
+      "config.groups must be empty or two names or more, none twice, got ("
+    )
   uneven = {"loss": "distill", "batch_size": 8, "answers_per_prompt": 3}
   assert fail(uneven, algorithm="reward_model") == (
     "config.answers_per_prompt must divide the 8 rows of a pass while "

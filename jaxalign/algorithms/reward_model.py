@@ -8,12 +8,17 @@ distils a larger reward model.
 A comparison is two rows of one group with rewards 1 and 0; a group's scored
 answers are compared wherever their rewards differ.
 
+Where the rows say who judged them, each of those has a column of the score
+head to itself: a row is scored by its own judge's, and is compared with rows of
+the same judge alone. All columns read one trunk, so the loss is the sum that
+it would be over one head.
+
 Differs from SuperHF's released reward models: padding never enters a score.
 """
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -44,6 +49,8 @@ class ScoredBatch:
   group: Int[Array, "*M B"]  # answers to one prompt carry one number
   chars: Int[Array, "*M B"]  # length of the answer in characters
   real: Bool[Array, "*M B"]  # True = a row, False = filler
+  # Whose judgement it is: a column of the score head; None = it has one.
+  head: Int[Array, "*M B"] | None = None
   # Rows that end before column `half`; only so much of them is computed.
   short: int = dataclasses.field(default=0, metadata={"static": True})
   half: int = dataclasses.field(default=0, metadata={"static": True})
@@ -71,20 +78,31 @@ def pair_loss(
 
 def score_rows(
   module: Any, batch: ScoredBatch, key: Array | None = None
-) -> Float[Array, " B"]:
+) -> Float[Array, "B G"]:
   """Scores of a batch without its micro axis, the short rows computed apart.
 
   A key turns dropout on.
   """
   texts = (batch.tokens, batch.mask, batch.types)
   if not batch.short:
-    return module.score(*texts, key)
+    return module.scores(*texts, key)
   keys = (None, None) if key is None else jax.random.split(key)
   near = [x[: batch.short, : batch.half] for x in texts]
   far = [x[batch.short :] for x in texts]
   return jnp.concatenate(
-    [module.score(*near, keys[0]), module.score(*far, keys[1])]
+    [module.scores(*near, keys[0]), module.scores(*far, keys[1])]
   )
+
+
+def own_score(
+  scores: Float[Array, "B G"], batch: ScoredBatch
+) -> Float[Array, " B"]:
+  """Each row's score by the head of who judged it."""
+  if batch.head is None:
+    return scores[:, 0]
+  # No gather: rows may lie on many devices.
+  own = batch.head[:, None] == jnp.arange(scores.shape[1])
+  return jnp.where(own, scores, 0).sum(axis=1)
 
 
 def make_update(
@@ -104,7 +122,7 @@ def make_update(
 
     def loss(params, micro, key):
       module = ctx.model.bind(lora.join(params, frozen))
-      scores = score_rows(module, micro, key)
+      scores = own_score(score_rows(module, micro, key), micro)
       nll, pairs = pair_loss(scores, micro, config.soft_labels)
       gap = scores[:, None] - scores[None, :]
       square = jnp.where(micro.real, (scores - micro.reward) ** 2, 0)
@@ -158,7 +176,11 @@ def run(
 def make_validate(
   ctx: Context, batches: tuple[ScoredBatch, ...]
 ) -> Callable[[TrainState], Metrics]:
-  """Agreement over held-out pairs; see `agreement`."""
+  """Agreement over held-out pairs, by group where there are groups.
+
+  See `agreement` and `agreement_by_group`.
+  """
+  names = ctx.model.config.groups
 
   @jax.jit
   def score(params, frozen, batch):
@@ -167,12 +189,14 @@ def make_validate(
 
   def validate(state: TrainState) -> Metrics:
     scores = [score(state.result, ctx.frozen, ctx.put(b, 1)) for b in batches]
-    columns = [
-      (b.reward[0], b.group[0], b.chars[0], b.real[0]) for b in batches
-    ]
-    reward, group, chars, real = map(np.concatenate, zip(*columns, strict=True))
-    found = np.concatenate([np.asarray(s) for s in jax.device_get(scores)])
-    values = agreement(found[real], reward[real], group[real], chars[real])
+    whole = lambda name: np.concatenate([getattr(b, name)[0] for b in batches])
+    real = whole("real")
+    found = np.concatenate(jax.device_get(scores))[real]
+    columns = [whole(name)[real] for name in ("reward", "group", "chars")]
+    if names:
+      values = agreement_by_group(names, found, whole("head")[real], *columns)
+    else:
+      values = agreement(found[:, 0], *columns)
     return {f"eval_{k}": v for k, v in values.items()}
 
   return validate
@@ -228,3 +252,38 @@ def agreement(
     "pairs": len(right),
     "mean_reward": float(scores.mean()),
   }
+
+
+def agreement_by_group(
+  names: Sequence[str],
+  scores: Float[np.ndarray, "B G"],
+  head: Int[np.ndarray, " B"],
+  *columns: np.ndarray,
+) -> Metrics:
+  """`agreement` of each row's own head with it, of all rows and by group.
+
+  Args:
+    names: of the G groups.
+    scores: of each row by every head.
+    head: whose judgement a row is.
+    *columns: reward, group and chars, as in `agreement`.
+
+  Returns:
+    What `agreement` gives; `accuracy_mean`, of the equally weighted mean of
+    all heads; for each group that has rows `accuracy/NAME`, `pairs/NAME` and
+    `accuracy_mean/NAME`, which is below the first by what it loses where
+    people are averaged.
+  """
+  own, mean = scores[np.arange(len(head)), head], scores.mean(axis=1)
+  found = agreement(own, *columns)
+  found["accuracy_mean"] = agreement(mean, *columns)["accuracy"]
+  for index, name in enumerate(names):
+    rows = head == index
+    if rows.any():
+      its = [x[rows] for x in columns]
+      alone = agreement(own[rows], *its)
+      found[f"accuracy/{name}"] = alone["accuracy"]
+      found[f"pairs/{name}"] = alone["pairs"]
+      averaged = agreement(mean[rows], *its)
+      found[f"accuracy_mean/{name}"] = averaged["accuracy"]
+  return found

@@ -2,13 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from jaxalign.config import InitConfig, TrainingConfig
+from jaxalign.config import InitConfig, TrainingConfig, parse_groups
 from jaxalign.core.types import Params
 from jaxalign.data.tokenizer import (
   Tokenizer,
@@ -16,7 +16,7 @@ from jaxalign.data.tokenizer import (
   load_tokenizer,
 )
 from jaxalign.errors import UserError
-from jaxalign.models import layers
+from jaxalign.models import groups, layers
 from jaxalign.models.hf import folder as hf
 from jaxalign.models.hf import hub
 from jaxalign.models.hf.fields import Fields
@@ -57,13 +57,6 @@ def compute_dtype(setting: str) -> str:
   if setting != "auto":
     return setting
   return "float32" if jax.default_backend() == "cpu" else "bfloat16"
-
-
-def load_policy(
-  config: TrainingConfig, mesh: Mesh, head: str = "auto"
-) -> Loaded:
-  """`open_policy` with its parameters read."""
-  return open_policy(config, mesh, head).load()
 
 
 def open_policy(
@@ -107,19 +100,20 @@ def open_policy(
 
 
 def open_scorer(name: str, mesh: Mesh, dtype: str, field: str) -> Opened:
-  """A frozen reward model.
+  """A frozen reward model; where it has groups, their weighted sum.
 
   Args:
-    name: hub id, folder, or `lab`.
+    name: hub id, folder, or `lab`; groups' weights in brackets behind it.
     mesh: where the parameters go.
     dtype: "float32", "bfloat16" or "auto", of parameters and arithmetic.
     field: config field that named it, for messages.
 
   Raises:
-    UserError: it cannot be loaded or has no score head.
+    UserError: it cannot be loaded, has no score head or not these groups.
   """
+  place, weights = parse_groups(name)
   default = "reward-test" if "test" in field else "reward-train"
-  folder = hub.resolve(locate(name, default))
+  folder = hub.resolve(locate(place, default))
   dtype = compute_dtype(dtype)
   model, read = hf.prepare(
     folder,
@@ -131,7 +125,43 @@ def open_scorer(name: str, mesh: Mesh, dtype: str, field: str) -> Opened:
       f"config.{field}: {name} is a language model without a score head; give "
       "a sequence classifier, e.g. one trained with configs/reward_model.py"
     )
-  return Opened(model, _tokenizer(folder, model), read)
+  opened = Opened(model, _tokenizer(folder, model), read)
+  weights = check_weights(model, weights, f"config.{field}: {place}")
+  fold = lambda: groups.fold(model, read(), weights)[1]
+  folded = model.replace(groups=())
+  return dataclasses.replace(opened, model=folded, read=fold)
+
+
+def check_weights(
+  model: Model, given: Mapping[str, float], where: str
+) -> dict[str, float]:
+  """`groups.weights_of`; prints whom a reward model listens to."""
+  weights = groups.weights_of(model.config.groups, given, where)
+  if weights:
+    terms = tuple(f"{x:.3g} {name}" for name, x in weights.items())
+    hint = "" if given else "; all alike, as no weights are given in brackets"
+    print(f"{where} scores with {groups.listed(terms, ' + ')}{hint}")
+  return weights
+
+
+def with_groups(
+  opened: Opened, names: tuple[str, ...], seed: int = 0
+) -> Opened:
+  """The same model with a score head for each group; see `groups.widen`.
+
+  Args:
+    opened: with a score head; one that has groups is returned as it is.
+    names: of the groups; empty = none.
+    seed: of what tells the new heads apart.
+  """
+  model = opened.model
+  if not names or model.config.groups:
+    return opened
+  return dataclasses.replace(
+    opened,
+    model=model.replace(groups=names),
+    read=lambda: groups.widen(opened.read(), len(names), seed),
+  )
 
 
 def with_dropout(opened: Opened, rate: float) -> Opened:

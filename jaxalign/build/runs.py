@@ -79,11 +79,13 @@ def run_reward_model(config: RewardModelConfig, folder: pathlib.Path) -> int:
     )
   if config.dropout:
     policy = models.with_dropout(policy, config.dropout)
-  context = policy.model.config.max_positions
-  head = policy.model.config.head
-  task, steps = scored.reward_task(config, policy.tokenizer, context, head)
+  found = policy.model.config
+  task, config = scored.reward_task(
+    config, policy.tokenizer, found.max_positions, found.head, found.groups
+  )
+  policy = models.with_groups(policy, config.groups, config.seed)
   return _train(
-    reward_model.run, config, folder, policy.load(), mesh, task, steps
+    reward_model.run, config, folder, policy.load(), mesh, task, config.steps
   )
 
 

@@ -103,9 +103,8 @@ def check_folder(config: TrainingConfig, folder: pathlib.Path) -> None:
     UserError: it belongs to another config, is in use or cannot be written;
       or a tracker is not installed.
   """
-  # 0 steps stand for as many as the data gives, which is not read yet.
-  derived = () if config.steps else ("steps",)
-  allowed = MAY_CHANGE + derived
+  # The data, which say what is left open, are not read yet.
+  allowed = MAY_CHANGE + config.derived
   workdir.check_workdir(folder, to_mapping(config), may_change=allowed)
   for name in metrics.TRACKERS:
     if getattr(config.metrics, name):

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxalign.config.fields import Row, describe
+from jaxalign.config.names import parse_groups, weighs_groups
 from jaxalign.config.online import OnlineConfig
 from jaxalign.config.ppo import (
   KLConfig,
@@ -79,7 +80,9 @@ __all__ = [
   "choose_preset",
   "describe",
   "from_mapping",
+  "parse_groups",
   "to_mapping",
+  "weighs_groups",
 ]
 
 CONFIGS: dict[str, type[TrainingConfig]] = {

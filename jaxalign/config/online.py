@@ -1,10 +1,10 @@
 """What all runs share that learn from answers of the policy itself."""
 
 import dataclasses
-import re
 from collections.abc import Iterator
 
 from jaxalign.config.fields import Rule, field
+from jaxalign.config.names import parse_models, weighs_groups
 from jaxalign.config.sections import TrainingConfig
 from jaxalign.config.stages import (
   EvaluationConfig,
@@ -63,8 +63,9 @@ class OnlineConfig(TrainingConfig):
   sampling: SamplingConfig = field(SamplingConfig(), "see the class")
   reward_model: str = field(
     "lab",
-    "model that chooses; several with commas, each with a weight as in a*0.5",
-    also=("reward_model_name", "train_reward_model"),
+    "model that chooses; several with commas, each with a weight as in a*0.5; "
+    "groups' heads are weighed as in a[alice=0.7,bob=0.3]",
+    also=("reward_model_name", "train_reward_model", "group_weights"),
   )
   test_reward_model: str = field(
     "", "model that only watches, never chooses", also=("reward_model_val",)
@@ -123,6 +124,9 @@ class OnlineConfig(TrainingConfig):
       "must be 0 while test_reward_model is empty",
       "name a test_reward_model or set the interval to 0",
     )
+    for name in ("reward_model", "test_reward_model"):
+      models = parse_models(getattr(self, name))
+      yield weighs_groups(name, *(model for model, _ in models))
     group, prompts = self.sampling.batch_prompts, self.prompts_per_step
     yield Rule(
       "sampling.batch_prompts",
@@ -135,16 +139,3 @@ class OnlineConfig(TrainingConfig):
     yield Rule(
       "prompts", bool(self.prompts), "must name a source", "lab is the smallest"
     )
-
-
-def parse_models(text: str) -> tuple[tuple[str, float], ...]:
-  """`a*0.5, b` -> (("a", 0.5), ("b", 1.0)); a `*` in a path stays in it."""
-  models = []
-  for part in text.split(","):
-    name, weight = part.strip(), 1.0
-    found = re.fullmatch(r"(.+?)\s*\*\s*(-?\d+(?:\.\d*)?)", name)
-    if found:
-      name, weight = found[1], float(found[2])
-    if name:
-      models.append((name, weight))
-  return tuple(models)

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Iterator
 
 from jaxalign.config.fields import Rule, divides, field
+from jaxalign.config.names import weighs_groups
 from jaxalign.config.online import OnlineConfig
 
 
@@ -115,7 +116,8 @@ class PPOConfig(OnlineConfig):
   value_model: str = field(
     "shared",
     "shared = a head on the policy, separate = a copy of it, or the hub id or "
-    "folder of a causal reward model with the policy's tokens",
+    "folder of a causal reward model with the policy's tokens, written as in "
+    "reward_model",
   )
   value_lr_ratio: float = field(
     1.0,
@@ -223,6 +225,7 @@ class PPOConfig(OnlineConfig):
     rows, each = self.rollout.rows, self.samples_per_prompt
     yield divides("minibatch", self.minibatch, "the rollout's answers", rows)
     yield divides("micro_batch", self.micro_batch, "minibatch", self.minibatch)
+    yield weighs_groups("value_model", self.value_model)
     grouped = self.advantage != "gae"
     yield Rule(
       "rollout.samples_per_prompt",

@@ -279,6 +279,11 @@ class TrainingConfig:
     """Parts of the parameters that have a learning rate of their own."""
     return {}
 
+  @property
+  def derived(self) -> tuple[str, ...]:
+    """Fields that the data decide, because they are left open."""
+    return () if self.steps else ("steps",)
+
   def rules(self) -> Iterator[Rule]:
     """What holds for every training run."""
     yield Rule(

@@ -113,6 +113,17 @@ class RewardModelConfig(SupervisedConfig):
   reward_column: str = field(
     "reward", "column of the given reward in rows to distill from"
   )
+  group_column: str = field(
+    "",
+    "column that says who judged a row; each group gets a score head of its "
+    "own on the shared trunk; empty = one head",
+    also=("annotator", "annotator_column", "group"),
+  )
+  groups: tuple[str, ...] = field(
+    (),
+    "names of the heads in their order; empty = the policy's, or else all that "
+    "the data hold",
+  )
   answers_per_prompt: int = field(
     2,
     "scored answers of one prompt that stand in one batch (distill, both)",
@@ -151,9 +162,27 @@ class RewardModelConfig(SupervisedConfig):
     source="SuperHF's train and test reward models",
   )
 
+  @property
+  def derived(self) -> tuple[str, ...]:
+    """The names of the groups, too."""
+    is_open = bool(self.group_column) and not self.groups
+    return (*super().derived, *(("groups",) if is_open else ()))
+
   def rules(self) -> Iterator[Rule]:
     """What the losses and heads ask for."""
     yield from super().rules()
+    yield Rule(
+      "groups",
+      not self.groups or bool(self.group_column),
+      "must be empty while group_column is empty",
+      "name the column that says who judged a row",
+    )
+    yield Rule(
+      "groups",
+      not self.groups or len(self.groups) == len(set(self.groups)) > 1,
+      "must be empty or two names or more, none twice",
+      "write alice,bob",
+    )
     rows = self.micro_batch or self.batch_size
     yield Rule(
       "answers_per_prompt",

@@ -13,6 +13,7 @@ from jaxalign.text import templates
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
+_RESERVED = re.compile(r"[,=/\[\]]")
 _CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
 
 Made = TypeVar("Made")
@@ -268,6 +269,29 @@ def number_of(row: Row, column: str, needed: bool = False) -> float | None:
   if not math.isfinite(float(value)):
     raise BadRow(f"has {value!r} in {column}, need a finite number")
   return float(value)
+
+
+def group_of(row: Row, column: str) -> str:
+  """Who judged a row: a text or a whole number, as text."""
+  if column not in row:
+    raise BadRow(
+      f"has no column {column}, which has to say who judged it; it has "
+      f"({', '.join(sorted(row))})"
+    )
+  value = row[column]
+  if isinstance(value, float) and value.is_integer():
+    value = int(value)  # a column with gaps
+  if value is None or value != value or not str(value).strip():
+    raise BadRow(f"has no {column}, which has to say who judged it")
+  if isinstance(value, bool) or not isinstance(value, str | int):
+    raise BadRow(f"has {value!r} in {column}, need a name or a whole number")
+  name = str(value).strip()
+  if not name.isprintable() or _RESERVED.search(name):
+    raise BadRow(
+      f"has {name!r} in {column}; the name of a group is one line without any "
+      "of , = / [ ], which weights and metrics are written with"
+    )
+  return name
 
 
 _TRUTH = {

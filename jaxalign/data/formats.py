@@ -21,6 +21,7 @@ from jaxalign.data import sources
 from jaxalign.data.columns import lacking_columns
 from jaxalign.data.fields import (
   collect,
+  group_of,
   instruction_of,
   number_of,
   preference_of,
@@ -45,6 +46,7 @@ def load_completions(
   max_bad_share: float = 0.01,
   part: str = "all",
   columns: Mapping[str, str] | None = None,
+  group: str = "",
 ) -> Loaded[CompletionRow]:
   """Prompts with answers, for SFT (`need=""`), KTO or distillation.
 
@@ -58,24 +60,26 @@ def load_completions(
     max_bad_share: unusable rows are skipped up to this share.
     part: `all`, or the `first` or `second` half by index of every source.
     columns: our name -> the source's, e.g. `{"reward": "train_reward"}`.
+    group: the column of a row's `group`, which every row then must have; empty
+      = the column `group` where there is one.
 
   Raises:
     UserError: see `sources.read`; missing columns; nothing left.
   """
 
   def build(row: sources.Row) -> list[CompletionRow | PreferenceRow]:
-    group = str(row.get("group") or row.get("category") or "")
+    who = _group(row, group) or str(row.get("category") or "")
     if "instruction" in row and "response" in row and not need:
-      return [CompletionRow(*instruction_of(row), group=group)]
+      return [CompletionRow(*instruction_of(row), group=who)]
     if "chosen" in row and not need:
       prompt, chosen, _ = preference_of(row, tokenizer)
-      return [CompletionRow(prompt, chosen, group=group)]
+      return [CompletionRow(prompt, chosen, group=who)]
     if "chosen" in row and need == "label":
-      return [PreferenceRow(*preference_of(row, tokenizer), group=group)]
+      return [PreferenceRow(*preference_of(row, tokenizer), group=who)]
     prompt, completion = prompt_completion_of(row, tokenizer)
     reward = number_of(row, "reward", need == "reward")
     label = truth_of(row, "label", need == "label")
-    return [CompletionRow(prompt, completion, reward, label, group)]
+    return [CompletionRow(prompt, completion, reward, label, who)]
 
   wanted = {
     "": (
@@ -89,7 +93,7 @@ def load_completions(
     "reward": ("prompt, completion, reward",),
   }[need]
   tables = _tables(source, split, max_bad_share, part, columns or {})
-  found = _load(tables, build, wanted, max_bad_share)
+  found = _load(tables, build, _with(wanted, group), max_bad_share)
   rows = [made for row in found.rows for made in _completions_of(row)]
   return dataclasses.replace(found, rows=tuple(rows))
 
@@ -102,6 +106,7 @@ def load_preferences(
   max_bad_share: float = 0.01,
   part: str = "all",
   columns: Mapping[str, str] | None = None,
+  group: str = "",
 ) -> Loaded[PreferenceRow]:
   r"""Pairs of answers, for reward models and DPO.
 
@@ -116,8 +121,8 @@ def load_preferences(
   def build(row: sources.Row) -> list[PreferenceRow]:
     prompt, chosen, rejected = preference_of(row, tokenizer)
     margin = number_of(row, "margin") or 0.0
-    group = str(row.get("group") or "")
-    return [PreferenceRow(prompt, chosen, rejected, margin, group)]
+    who = _group(row, group)
+    return [PreferenceRow(prompt, chosen, rejected, margin, who)]
 
   tables = _tables(source, split, max_bad_share, part, columns or {})
   wanted = (
@@ -125,7 +130,16 @@ def load_preferences(
     "chosen, rejected",
     "question, answer_0, answer_1, score_0, score_1",
   )
-  return _load(tables, build, wanted, max_bad_share)
+  return _load(tables, build, _with(wanted, group), max_bad_share)
+
+
+def _group(row: sources.Row, column: str) -> str:
+  return group_of(row, column) if column else str(row.get("group") or "")
+
+
+def _with(wanted: tuple[str, ...], column: str) -> tuple[str, ...]:
+  """The alternatives, each with one more column."""
+  return tuple(f"{w}, {column}" for w in wanted) if column else wanted
 
 
 def half(rows: tuple, part: str) -> tuple:

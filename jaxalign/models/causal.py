@@ -25,7 +25,7 @@ from jaxalign.models.layers import (
 )
 
 
-class CausalLM(nnx.Module):
+class CausalLM(heads.Scored, nnx.Module):
   """Embedding, L blocks, final norm, and a language-model or score head.
 
   Subclasses set `block`, and may override `embed` and `rope`.
@@ -43,7 +43,8 @@ class CausalLM(nnx.Module):
     )
     self.final_norm = config.norm()
     if config.head != "lm":
-      self.score_head = Linear(width, 1, bias=False, rngs=rngs)
+      columns = len(config.groups) or 1
+      self.score_head = Linear(width, columns, bias=False, rngs=rngs)
     elif not config.tied:
       own = adapter(lora, *self.outputs)
       self.lm_head = Output(config.vocab_size, width, lora=own, rngs=rngs)
@@ -186,14 +187,16 @@ class CausalLM(nnx.Module):
     head = self.embedding if self.config.tied else self.lm_head
     return head.attend(hidden)
 
-  def score(
+  def scores(
     self,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     types: Int[Array, "B T"] | None = None,
     dropout_key: Array | None = None,
-  ) -> Float[Array, " B"]:
-    """The score head's value of each text; see `heads` for where it reads.
+  ) -> Float[Array, "B G"]:
+    """The score head's values of each text, float32, one a group.
+
+    See `heads` for where they are read.
 
     Args:
       tokens: ids, padded on either side.
@@ -206,7 +209,7 @@ class CausalLM(nnx.Module):
     segments = mask.astype(jnp.int32)
     hidden, _ = self(tokens, positions, segments, dropout_key=dropout_key)
     pooled = heads.pool(self.config, hidden, tokens, mask)
-    return self.score_head(pooled)[:, 0].astype(jnp.float32)
+    return self.score_head(pooled).astype(jnp.float32)
 
   def _states(
     self, x: Float[Array, "B T D"], dropout_key: Array | None = None

@@ -17,6 +17,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models.cache import NEGATIVE
+from jaxalign.models.heads import Scored
 from jaxalign.models.layers import (
   ACTIVATIONS,
   Embedding,
@@ -49,6 +50,7 @@ class DebertaConfig:
     position_biased_input: absolute positions are added to the embeddings.
     head: "score_context" (first token, dense, activation, linear) or
       "score_mean" (linear on the mean over real tokens).
+    groups: whose score each column of the score head is; () = one column.
     dropout: probability of dropping a hidden feature in training: of the
       embeddings and of what attention and MLP add; not of attention weights.
     dtype: compute dtype; parameters may have another.
@@ -77,6 +79,7 @@ class DebertaConfig:
   activation: str = "gelu"
   pooler_activation: str = "gelu"
   head: str = "score_context"
+  groups: tuple[str, ...] = ()
   dropout: float = 0.0
   dtype: str = "float32"
   remat: bool = False
@@ -256,7 +259,7 @@ class Convolution(nnx.Module):
     return self.norm(hidden + act(out)) * mask[..., None]
 
 
-class Deberta(nnx.Module):
+class Deberta(Scored, nnx.Module):
   """Embeddings, L blocks and a score head."""
 
   def __init__(self, config: DebertaConfig, *, lora=None, rngs: nnx.Rngs):
@@ -285,16 +288,16 @@ class Deberta(nnx.Module):
       self.conv = Convolution(config, rngs=rngs)
     if config.head == "score_context":
       self.pooler = Linear(width, width, rngs=rngs)
-    self.score_head = Linear(width, 1, rngs=rngs)
+    self.score_head = Linear(width, len(config.groups) or 1, rngs=rngs)
 
-  def score(
+  def scores(
     self,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
     types: Int[Array, "B T"] | None = None,
     dropout_key: Array | None = None,
-  ) -> Float[Array, " B"]:
-    """The score head's value of each text, float32.
+  ) -> Float[Array, "B G"]:
+    """The score head's values of each text, float32, one a group.
 
     Args:
       tokens: ids, [CLS] first; padded on either side.
@@ -311,7 +314,7 @@ class Deberta(nnx.Module):
       kept = mask[..., None]
       total = jnp.where(kept, hidden.astype(jnp.float32), 0).sum(axis=1)
       pooled = total / jnp.maximum(mask.sum(axis=1), 1)[:, None]
-    return self.score_head(pooled)[:, 0].astype(jnp.float32)
+    return self.score_head(pooled).astype(jnp.float32)
 
   def encode(
     self,
@@ -326,12 +329,12 @@ class Deberta(nnx.Module):
     Texts are moved to column 0, so that padding may stand on either side.
 
     Args:
-      tokens: see `score`.
-      mask: see `score`.
-      types: see `score`.
+      tokens: see `scores`.
+      mask: see `scores`.
+      types: see `scores`.
       first_only: return the first token alone, Q = 1 instead of T; the last
         block then computes little more than its keys and values.
-      dropout_key: see `score`.
+      dropout_key: see `scores`.
     """
     config, length = self.config, tokens.shape[1]
     start = jnp.argmax(mask, axis=1, keepdims=True)

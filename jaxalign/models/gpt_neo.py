@@ -24,6 +24,7 @@ class GPTNeoConfig:
     windows: for each layer how many positions back it sees, itself included;
       0 = all.
     tied: the output matrix is the embedding.
+    groups: whose score each column of the score head is; () = one column.
     eos_id: end-of-text id, read by the `score_eos` head only.
     dtype: compute dtype; parameters may have another.
     remat: recompute each block's activations in the backward pass.
@@ -40,6 +41,7 @@ class GPTNeoConfig:
   activation: str = "gelu_new"
   tied: bool = True
   head: str = "lm"
+  groups: tuple[str, ...] = ()
   eos_id: int = 50256
   dtype: str = "float32"
   remat: bool = False

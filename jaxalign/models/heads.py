@@ -19,6 +19,22 @@ def policy_of(params: Params) -> Params:
   return {name: x for name, x in params.items() if name != VALUE}
 
 
+class Scored:
+  """What is scored by a head of one column; modules have `scores`."""
+
+  def score(
+    self,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    types: Int[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
+  ) -> Float[Array, " B"]:
+    """`scores` of a model without groups, or of one that was folded."""
+    module: Any = self
+    assert not module.config.groups, module.config.groups
+    return module.scores(tokens, mask, types, dropout_key)[:, 0]
+
+
 def pool(
   config: Any,
   hidden: Float[Array, "B T D"],

@@ -19,6 +19,7 @@ class LlamaConfig:
     head_dim: features of a head; heads * head_dim need not be hidden_size.
     rotary_scaling: stretches the context, see `rope.Scaling`.
     tied: the output matrix is the embedding.
+    groups: whose score each column of the score head is; () = one column.
     eos_id: end-of-text id, read by the `score_eos` head only.
     dtype: compute dtype; parameters may have another.
     remat: recompute each block's activations in the backward pass.
@@ -40,6 +41,7 @@ class LlamaConfig:
   mlp_bias: bool = False
   tied: bool = False
   head: str = "lm"
+  groups: tuple[str, ...] = ()
   eos_id: int = 2
   dtype: str = "float32"
   remat: bool = False

@@ -20,6 +20,7 @@ class NeoXConfig:
     parallel: attention and MLP read the same input (Pythia) or one after the
       other.
     tied: the output matrix is the embedding.
+    groups: whose score each column of the score head is; () = one column.
     eos_id: end-of-text id, read by the `score_eos` head only.
     dtype: compute dtype; parameters may have another.
     remat: recompute each block's activations in the backward pass.
@@ -40,6 +41,7 @@ class NeoXConfig:
   attention_bias: bool = True
   tied: bool = False
   head: str = "lm"
+  groups: tuple[str, ...] = ()
   eos_id: int = 0
   dtype: str = "float32"
   remat: bool = False

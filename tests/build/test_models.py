@@ -18,6 +18,6 @@ def test_a_new_model_of_every_architecture(kind, word_tokenizer, tmp_path):
     num_attention_heads=2,
   )
   config = SFTConfig(policy="init", init=init)
-  loaded = models.load_policy(config, meshes.make_mesh(), "lm")
+  loaded = models.open_policy(config, meshes.make_mesh(), "lm").load()
   assert loaded.model.config.layers == 3
   assert loaded.params["embedding"]["embedding"].shape == (6, 16)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import numpy as np
 import pytest
@@ -63,6 +64,7 @@ def tokenizer(word_tokenizer):
 
 
 def written(path, rows):
+  path.parent.mkdir(exist_ok=True)
   path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   return str(path)
 
@@ -80,8 +82,8 @@ def test_scores_in_a_column_of_another_name_and_long_rows(tokenizer, tmp_path):
     max_example_chars=6,
     batch_size=2,
   )
-  task, steps = scored.reward_task(config, tokenizer, 32, "score_last")
-  assert steps == 1
+  task, found = scored.reward_task(config, tokenizer, 32, "score_last")
+  assert found.steps == 1
   assert sorted(task.batch(0).reward.reshape(-1)) == [0.5, 1.5]
   config = dataclasses.replace(config, max_example_chars=2)
   with pytest.raises(
@@ -101,3 +103,120 @@ def test_a_score_at_the_end_of_text_needs_one(head, tokenizer, tmp_path):
   batch = task.batch(0)
   last = batch.tokens[0][np.arange(2), batch.mask[0].sum(axis=1) - 1]
   assert (last == tokenizer.eos_id).all() == (head == "score_eos")
+
+
+def judged(tmp_path, *rows, **changes):
+  """Comparisons `(prompt, chosen, rejected, who)` as a config's data."""
+  names = ("prompt", "chosen", "rejected", "who")
+  found = [dict(zip(names, row, strict=True)) for row in rows]
+  fields = {
+    "data": written(tmp_path / "rows.jsonl", found),
+    "group_column": "who",
+    "batch_size": 2,
+  }
+  return RewardModelConfig(**fields | changes)
+
+
+def task_of(config, tokenizer, known=()):
+  return scored.reward_task(config, tokenizer, 32, "score_last", known)
+
+
+TWO = (("a", " b", " c", "zoe"), ("a", " c", " b", 7), ("d", " a", " b", "zoe"))
+
+
+def test_rows_carry_the_head_of_who_judged_them(
+  tokenizer, tmp_path, caplog, capsys
+):
+  config = judged(tmp_path, *TWO)
+  held = dataclasses.replace(config, validation_data=config.data)
+  task, found = task_of(held, tokenizer)
+  assert found.groups == ("7", "zoe")
+  assert found.steps == 3
+  steps = [task.batch(step) for step in range(3)]
+  for batches in (steps, task.validation):
+    heads = [batch.head.reshape(-1).tolist() for batch in batches]
+    assert sorted(heads) == [[0, 0], [1, 1], [1, 1]]
+  assert "answers by group: 7 2, zoe 4" in capsys.readouterr().out
+  assert "fewer than 20 answers by 7, zoe; heads of their own" in caplog.text
+
+
+def test_a_run_without_groups_carries_no_heads(tokenizer, tmp_path):
+  config = judged(tmp_path, *TWO, group_column="")
+  task, found = task_of(config, tokenizer)
+  assert found.groups == ()
+  assert task.batch(0).head is None
+
+
+def test_scores_by_two_groups_are_never_compared(tokenizer, tmp_path):
+  """Both score both answers to one prompt; each has a number of its own."""
+  rows = [
+    {"prompt": "a", "completion": answer, "reward": reward, "who": who}
+    for who in ("x", "y")
+    for reward, answer in enumerate((" b", " c"))
+  ]
+  data = written(tmp_path / "rows.jsonl", rows)
+  config = RewardModelConfig(
+    data=data, loss="both", group_column="who", batch_size=4
+  )
+  batch = task_of(config, tokenizer)[0].batch(0)
+  assert sorted(
+    zip(batch.head[0].tolist(), batch.group[0].tolist(), strict=True)
+  ) == [(0, 0), (0, 0), (1, 1), (1, 1)]
+  alone = dataclasses.replace(config, group_column="")
+  assert set(task_of(alone, tokenizer)[0].batch(0).group[0]) == {0}
+
+
+def test_the_heads_keep_their_order(tokenizer, tmp_path):
+  config = judged(tmp_path, *TWO, groups=("zoe", "7", "eve"))
+  task, found = task_of(config, tokenizer)
+  assert found.groups == ("zoe", "7", "eve")
+  assert {int(task.batch(step).head[0, 0]) for step in range(3)} == {0, 1}
+  known = ("7", "eve", "zoe")
+  config = dataclasses.replace(config, groups=())
+  assert task_of(config, tokenizer, known)[1].groups == known
+
+
+@pytest.mark.parametrize(
+  ("rows", "changes", "known", "message"),
+  [
+    (TWO[:1], {}, (), "config.group_column: who is 'zoe' in every row of"),
+    (
+      TWO,
+      {},
+      ("7", "eve"),
+      "has rows of zoe, for whom there is no head; the groups are 7, eve",
+    ),
+    (
+      TWO,
+      {"groups": ("7", "eve")},
+      (),
+      "has rows of zoe, for whom there is no head; the groups are 7, eve",
+    ),
+    (
+      TWO,
+      {"group_column": ""},
+      ("7", "zoe"),
+      "config.policy: lab has a score head for each of 7, zoe; name the column",
+    ),
+    (
+      TWO,
+      {"groups": ("zoe", "7")},
+      ("7", "zoe"),
+      "config.groups=zoe,7 differs from the heads that lab has, 7, zoe; leave",
+    ),
+  ],
+)
+def test_groups_that_do_not_fit(
+  rows, changes, known, message, tokenizer, tmp_path
+):
+  with pytest.raises(UserError, match=re.escape(message)):
+    task_of(judged(tmp_path, *rows, **changes), tokenizer, known)
+
+
+def test_held_out_rows_of_a_stranger(tokenizer, tmp_path):
+  held = judged(tmp_path / "held", ("a", " b", " c", "eve"))
+  config = judged(tmp_path, *TWO, validation_data=held.data)
+  with pytest.raises(
+    UserError, match=r"config\.validation_data: .* has rows of eve, for whom"
+  ):
+    task_of(config, tokenizer)

@@ -353,3 +353,52 @@ def test_instructions_with_and_without_context(write):
   )
   assert bare == CompletionRow(HEAD, " a", group="qa")
   assert given == CompletionRow("\n\nContext: c" + HEAD, " a")
+
+
+@pytest.mark.parametrize(
+  ("value", "name"),
+  [("alice", "alice"), (" Jane Doe ", "Jane Doe"), (3, "3"), (3.0, "3")],
+)
+def test_who_judged_a_row(write, value, name):
+  row = {"prompt": HEAD, "chosen": " a", "rejected": " b", "who": value}
+  (found,) = preferences(write, row, group="who")
+  assert found.group == name
+  row = {"prompt": HEAD, "completion": " a", "reward": 1, "who": value}
+  (found,) = completions(write, row, need="reward", group="who")
+  assert found.group == name
+
+
+@pytest.mark.parametrize(
+  ("value", "message"),
+  [
+    (None, "has no who, which has to say who judged it"),
+    (" ", "has no who, which has to say who judged it"),
+    (True, "has True in who, need a name or a whole number"),
+    (0.5, "has 0.5 in who, need a name or a whole number"),
+    (["a"], "has ['a'] in who, need a name or a whole number"),
+    ("a=b", "has 'a=b' in who; the name of a group is one line without any"),
+    ("a\nb", "has 'a\\nb' in who; the name of a group is one line"),
+  ],
+)
+def test_bad_groups(write, value, message):
+  row = {"prompt": HEAD, "chosen": " a", "rejected": " b", "who": "x"}
+  path = write([row, row | {"who": value}])
+  with pytest.raises(UserError) as error:
+    formats.load_preferences(path, group="who")
+  assert f"{path}:2 {message}" in str(error.value)
+
+
+def test_rows_without_the_column_of_groups(write):
+  row = {"prompt": HEAD, "chosen": " a", "rejected": " b"}
+  with pytest.raises(UserError) as error:
+    formats.load_preferences(write([row]), group="annotator")
+  assert str(error.value).endswith(
+    "has the columns (chosen, prompt, rejected), need (prompt, chosen, "
+    "rejected, annotator) or (chosen, rejected, annotator) or (question, "
+    "answer_0, answer_1, score_0, score_1, annotator); nearest format: add the "
+    "column annotator"
+  )
+  path = write([row | {"annotator": "x"}, row])
+  with pytest.raises(UserError, match="2 has no column annotator") as error:
+    formats.load_preferences(path, group="annotator")
+  assert "it has (chosen, prompt, rejected)" in str(error.value)

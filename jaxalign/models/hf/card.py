@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from jaxalign.models.hf.fields import read_json
+from jaxalign.models.hf.fields import REGRESSION, read_json
 
 _READS_MEAN = (
   "The score is read from the mean state of all tokens, padding left out; "
@@ -57,7 +57,8 @@ def write(
     **({"datasets": list(datasets)} if datasets else {}),
   }
   head = {"score_mean": _READS_MEAN, "score_eos": _READS_EOS}
-  notes = filter(None, [head.get(model.get("jaxalign_head", "")), note])
+  kind = head.get(model.get("jaxalign_head", ""))
+  notes = filter(None, [_groups(model), kind, note])
   text = "\n".join(
     [
       "---",
@@ -76,6 +77,14 @@ def write(
     ]
   )
   (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def _groups(model: Mapping[str, Any]) -> str:
+  """Whose the scores are, where a model has more than one."""
+  if model.get("problem_type") != REGRESSION:
+    return ""
+  names = ", ".join(model["id2label"].values())
+  return f"It gives one score for each group of people: {names}."
 
 
 def _section(title: str, lines: list[str]) -> list[str]:

@@ -28,7 +28,7 @@ IGNORED = (
 
 
 def from_hf(fields: Fields, **switches: Any) -> DebertaConfig:
-  """The config of a `config.json`; `switches` are head, dtype and remat.
+  """The config of a `config.json`; `switches`: head, groups, dtype, remat.
 
   Raises:
     UserError: a setting that this architecture's code does not have.

@@ -7,6 +7,7 @@ from typing import Any
 
 from jaxalign.errors import UserError, explained
 
+REGRESSION = "regression"  # transformers' name for labels that are scores
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "a bool"}
 
 
@@ -78,15 +79,38 @@ class Fields:
     names = self.values.get("architectures") or [""]
     if not str(names[0]).endswith("ForSequenceClassification"):
       return "lm"
-    # transformers writes labels only where they are not the default two.
-    labels = len(self.values.get("id2label") or (0, 1))
-    labels = self.get(int, "num_labels", default=labels)
-    if labels != 1:
+    if self._labels != 1 and not self.groups:
       raise UserError(
-        f"{self.where}: the classifier has {labels} labels; a reward model "
-        "has num_labels=1"
+        f"{self.where}: the classifier has {self._labels} labels; a reward "
+        "model has num_labels=1, or problem_type='regression' and a label for "
+        "each group"
       )
     return self.score_head
+
+  @property
+  def _labels(self) -> int:
+    # transformers writes labels only where they are not the default two.
+    labels = len(self.values.get("id2label") or (0, 1))
+    return self.get(int, "num_labels", default=labels)
+
+  @property
+  def groups(self) -> tuple[str, ...]:
+    """Whose score each column of the score head is; () where it has one.
+
+    Several labels are scores, and no classes, where `problem_type` says so.
+    """
+    if self.values.get("problem_type") != REGRESSION or self._labels == 1:
+      return ()
+    names = self.values.get("id2label") or {}
+    found = tuple(
+      str(names.get(str(i), f"LABEL_{i}")) for i in range(self._labels)
+    )
+    if len(set(found)) < len(found):
+      raise UserError(
+        f"{self.where}: id2label has one name for two labels: "
+        f"{', '.join(found)}; a name stands for one group"
+      )
+    return found
 
   @property
   def score_head(self) -> str:

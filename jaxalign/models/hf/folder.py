@@ -198,7 +198,10 @@ def assemble(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
       f"{fields.where}: head {head!r} does not exist for {fields.model_type}; "
       f"it has {', '.join(arch.CLASSES)}"
     )
-  config = arch.from_hf(fields, head=head, dtype=dtype, remat=remat)
+  groups = () if head == "lm" else fields.groups
+  config = arch.from_hf(
+    fields, head=head, groups=groups, dtype=dtype, remat=remat
+  )
   _check_sizes(fields.where, config)
   return Model.build(config)
 

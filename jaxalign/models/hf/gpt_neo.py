@@ -24,7 +24,7 @@ IGNORED = (
 
 
 def from_hf(fields: Fields, **switches: Any) -> GPTNeoConfig:
-  """The config of a `config.json`; `switches` are head, dtype and remat."""
+  """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
   width = fields.size("hidden_size")
   layers = fields.size("num_layers", "num_hidden_layers")
   return GPTNeoConfig(

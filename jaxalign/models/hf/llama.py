@@ -21,7 +21,7 @@ IGNORED = (r"rotary_emb\.inv_freq$", r"^(lm_head|score|v_head)\.")
 
 
 def from_hf(fields: Fields, **switches: Any) -> LlamaConfig:
-  """The config of a `config.json`; `switches` are head, dtype and remat."""
+  """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
   base, _, scaling = rotary.read(fields)
   heads = fields.size("num_attention_heads")
   width = fields.size("hidden_size")

@@ -31,7 +31,7 @@ IGNORED = (
 
 
 def from_hf(fields: Fields, **switches: Any) -> NeoXConfig:
-  """The config of a `config.json`; `switches` are head, dtype and remat."""
+  """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
   base, share, scaling = rotary.read(fields, fraction=0.25)
   return NeoXConfig(
     vocab_size=fields.size("vocab_size"),

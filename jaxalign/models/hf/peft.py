@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
 from jaxalign.models import lora
+from jaxalign.models.groups import listed
 from jaxalign.models.hf import table, write
 from jaxalign.models.hf.architectures import architecture
 from jaxalign.models.hf.fields import Fields, read_json
@@ -122,11 +123,18 @@ def save(
     base: hub id or folder of the model that the adapters belong to.
 
   Raises:
-    UserError: the model has no adapters, or the folder cannot be written.
+    UserError: the model has no adapters or has groups, or the folder cannot be
+      written.
   """
   if model.lora is None:
     raise UserError(
       f"{folder}: the model has no LoRA adapters; save it as a whole model"
+    )
+  if model.config.groups:
+    raise UserError(
+      f"{folder}: the model has a score head for each of "
+      f"{listed(model.config.groups)}, and PEFT's format keeps no names; save "
+      "it as a whole model"
     )
   leaves = table.flatten(params)
   shapes = lora.split(model.shapes)[0]

@@ -19,6 +19,7 @@ from jaxalign.core.types import Params
 from jaxalign.errors import UserError
 from jaxalign.models.hf import safetensors, table
 from jaxalign.models.hf.architectures import architecture
+from jaxalign.models.hf.fields import REGRESSION
 from jaxalign.models.lora import WEIGHTS, merged
 from jaxalign.models.model import Model
 
@@ -84,8 +85,11 @@ def config_json(model: Model, dtype: str) -> dict[str, Any]:
     "dtype": dtype,
   }
   if config.head != "lm":
-    values["id2label"] = {"0": "LABEL_0"}
-    values["label2id"] = {"LABEL_0": 0}
+    names = config.groups or ("LABEL_0",)
+    values["id2label"] = {str(i): name for i, name in enumerate(names)}
+    values["label2id"] = {name: i for i, name in enumerate(names)}
+  if config.groups:
+    values["problem_type"] = REGRESSION
   if config.head in ("score_eos", "score_mean"):
     # transformers has no class that reads there; it loads these weights but
     # scores at the last token.

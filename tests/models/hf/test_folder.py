@@ -268,3 +268,31 @@ def test_peak_memory_is_near_one_copy(make, tmp_path):
   shards = [f.stat().st_size for f in (tmp_path / "b").glob("*.safetensors")]
   assert len(shards) >= 4
   assert int(run(MEMORY, tmp_path / "b")) < size + 1.3 * max(shards)
+
+
+@pytest.mark.parametrize("head", ["score_last", "score_mean"])
+def test_the_heads_of_groups_survive_the_folder(make, head, tmp_path):
+  model, params = make("llama", head, groups=("bob", "São Paulo"))
+  folder.save(model, params, tmp_path / "a")
+  again, back = folder.load(tmp_path / "a")
+  assert again.config == model.config
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  config = json.loads((tmp_path / "a" / "config.json").read_text())
+  assert config["id2label"] == {"0": "bob", "1": "São Paulo"}
+  assert config["problem_type"] == "regression"
+
+
+def test_classes_are_no_groups(make, tmp_path):
+  """Of two labels neither is a reward, unless the file says they are scores."""
+  model, params = make("llama", "score_last", groups=("no", "yes"))
+  path = tmp_path / "a"
+  folder.save(model, params, path)
+  change(path, problem_type="single_label_classification")
+  refuse(path, r"the classifier has 2 labels; a reward model has num_labels=1")
+  change(path, problem_type="regression", id2label={"0": "no", "1": "no"})
+  refuse(path, "id2label has one name for two labels: no, no; a name stands")
+  change(path, id2label={"0": "a", "1": "b", "2": "c"})
+  refuse(path, r"score.weight has shape \[2, 18\], config.json asks for \[3,")
+  # As transformers leaves two labels that were never named.
+  change(path, id2label=None)
+  assert folder.load(path)[0].config.groups == ("LABEL_0", "LABEL_1")
