@@ -122,12 +122,12 @@ def distill() -> ConfigDict:
 def groups() -> ConfigDict:
   """The lab's reward model with a head for each of two opposite tastes."""
   config = lab()
-  config.steps = 150
+  config.steps = 60
+  config.max_length = 96
   config.optimizer.learning_rate = 1e-3
-  config.optimizer.schedule = "constant"
   config.data = "groups/train.jsonl"
   config.validation_data = "groups/test.jsonl"
-  config.validation_interval = 25
+  config.validation_interval = 20
   config.group_column = "annotator"
   return config
 

@@ -150,7 +150,8 @@ def _assign_heads(
       "their taste",
       *(source, FEW, listed(few)),
     )
-  rows["head"] = [groups.index(who) for who in rows["who"]]
+  heads = {name: head for head, name in enumerate(groups)}
+  rows["head"] = [heads[who] for who in rows["who"]]
 
 
 def _scored_rows(
