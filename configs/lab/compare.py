@@ -13,7 +13,7 @@ import pathlib
 import numpy as np
 
 SHOWN = ("score/mean", "test_score/mean", "kl/mean", "diversity/overlap")
-SHARES = (0.1, 0.25, 0.5, 0.75, 1.0)
+SHARES = tuple(i / 10 for i in range(1, 11))
 
 
 def read(folder: str) -> list[dict]:

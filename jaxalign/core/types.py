@@ -41,10 +41,9 @@ class TrainState:
 class TextBatch:
   """Token rows with the tokens that count in a loss.
 
-  With `parents`, a row holds two texts that share their prompt: segment 1 is
-  the prompt without its last token, which stands in front of either answer,
-  segments 2 and 3. One text after another a row would have the answers first
-  of all rows, then the second: N = 2B.
+  N texts: one a row, or with `parents` two that share their prompt. Segment 1
+  is then the prompt without its last token, segments 2 and 3 are that token
+  and an answer each; the rows' first texts are counted before all second ones.
   """
 
   tokens: Int[Array, "*M B T"]
