@@ -1,8 +1,7 @@
 """Log-probabilities without ever holding `[B, T, V]` logits.
 
-Hidden states pass through the output matrix in chunks. Positions that count
-are moved to the front first and chunks in which nothing counts are skipped: a
-completion-only loss pays for the completion alone.
+Hidden states pass through the output matrix in chunks, which hold nothing but
+positions that count: a completion-only loss pays for the completion alone.
 """
 
 import functools
@@ -25,40 +24,74 @@ def over_counted(
   """`fn` of the positions where `mask` is True, zero elsewhere.
 
   Args:
-    fn: takes chunks `[B, C, ...]` of the arrays, returns a pytree of `[B, C]`.
+    fn: takes chunks `[C, ...]` of the arrays, returns a pytree of `[C]`; what
+      it closes over gets gradients.
     mask: True = evaluate here.
     *arrays: `[B, T, ...]`; each position is treated on its own.
-    tokens_a_chunk: about how many positions are evaluated at once.
+    tokens_a_chunk: positions that are evaluated at once, a device.
 
   Returns:
     The pytree of `[B, T]` values, in place. Differentiable; a chunk's
     intermediates are recomputed in the backward pass.
   """
-  rows, length = mask.shape
-  columns = max(1, min(length, tokens_a_chunk // rows))
-  order = jnp.argsort(~mask, axis=1, stable=True)
-  front = [_take(x, order) for x in (mask, *arrays)]
-  pad = -length % columns
-  chunks = [_chunks(x, pad, columns) for x in front]
-  shape = jax.eval_shape(fn, *[x[0] for x in chunks[1:]])
-  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shape)
+  parts = _row_parts(mask.shape[0])
+  flat = [x.reshape(parts, -1, *x.shape[2:]) for x in (mask, *arrays)]
+  size = min(tokens_a_chunk, flat[0].shape[1])
+  apply, closed = _hoist(fn, size, flat[1:])
+  out = _counted(apply, size, closed, *flat)
+  return jax.tree.map(lambda x: x.reshape(mask.shape), out)
 
-  @jax.checkpoint
-  def body(_, chunk):
-    counted, *values = chunk
-    out = jax.lax.cond(
-      counted.any(), lambda v: fn(*v), lambda v: zeros, tuple(values)
-    )
-    return None, jax.tree.map(lambda x: jnp.where(counted, x, 0), out)
 
-  _, out = jax.lax.scan(body, None, tuple(chunks))
-  back = jnp.argsort(order, axis=1)
+def _hoist(fn, size, arrays):
+  """`fn` with what it closes over as its first argument, and that."""
+  converted, closed = {}, []
+  for n in {size, _tail(size)}:
+    example = [jnp.zeros((n, *x.shape[2:]), x.dtype) for x in arrays]
+    converted[n], closed = jax.closure_convert(fn, *example)
+  return lambda closed, *xs: converted[len(xs[0])](*xs, *closed), closed
 
-  def place(x):
-    x = jnp.moveaxis(x, 0, 1).reshape(rows, -1)[:, :length]
-    return _take(x, back)
 
-  return jax.tree.map(place, out)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _counted(apply, size, closed, mask, *arrays):
+  def body(counted, chunk, carry):
+    out = apply(closed, *chunk)
+    return carry, jax.tree.map(lambda x: jnp.where(counted, x, 0), out)
+
+  chunk = [x[0, :size] for x in arrays]
+  shapes = jax.eval_shape(apply, closed, *chunk)
+  zeros = jax.tree.map(lambda s: jnp.zeros(mask.shape, s.dtype), shapes)
+  return _over_chunks(body, size, mask, arrays, (), zeros)[1]
+
+
+def _counted_forward(apply, size, closed, mask, *arrays):
+  return _counted(apply, size, closed, mask, *arrays), (closed, mask, arrays)
+
+
+def _counted_backward(apply, size, saved, d):
+  closed, mask, arrays = saved
+
+  def body(counted, chunk, d_closed):
+    *chunk, d = chunk
+    _, pull = jax.vjp(apply, closed, *chunk)
+    more, *found = pull(jax.tree.map(lambda x: jnp.where(counted, x, 0), d))
+    return jax.tree.map(jnp.add, d_closed, more), _of_floats(chunk, found)
+
+  # Each device sums up its own rows' gradients; they meet after the loop.
+  carry = [jnp.zeros((len(mask), *x.shape), x.dtype) for x in closed]
+  zeros = _of_floats(arrays, map(jnp.zeros_like, arrays))
+  d_closed, found = _over_chunks(body, size, mask, (*arrays, d), carry, zeros)
+  return [x.sum(0) for x in d_closed], None, *found
+
+
+def _of_floats(arrays, gradients):
+  """The gradients; None where an array has none, because it holds integers."""
+  return [
+    d if jnp.issubdtype(x.dtype, jnp.floating) else None
+    for x, d in zip(arrays, gradients, strict=True)
+  ]
+
+
+_counted.defvjp(_counted_forward, _counted_backward)
 
 
 def weighted_nll(
@@ -89,11 +122,7 @@ def weighted_nll(
     x.reshape(parts, -1, *x.shape[2:]) for x in (hidden, targets, weights)
   )
   size = min(tokens_a_chunk, weights.shape[1])
-  applies = {}
-  for n in {size, _tail(size)}:
-    example = jnp.zeros((n, hidden.shape[-1]), hidden.dtype)
-    applies[n], matrix = jax.closure_convert(unembed, example)
-  apply = lambda h, *matrix: applies[len(h)](h, *matrix)
+  apply, matrix = _hoist(unembed, size, [hidden])
   return _weighted_nll(apply, size, matrix, hidden, targets, weights)
 
 
@@ -104,28 +133,31 @@ def _tail(size: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _weighted_nll(apply, size, matrix, hidden, targets, weights):
-  def body(h, t, w, total):
-    return total + _chunk_nll(apply(h, *matrix), t, w)[0]
+  def body(w, chunk, total):
+    h, t = chunk
+    return total + _chunk_nll(apply(matrix, h), t, w)[0], ()
 
   total = jnp.zeros(weights.shape[0])
-  total, _ = _over_chunks(body, size, hidden, targets, weights, total)
-  return total.sum()
+  chunks = hidden, targets
+  return _over_chunks(body, size, weights, chunks, total, ())[0].sum()
 
 
 def _weighted_nll_forward(apply, size, matrix, hidden, targets, weights):
-  def body(h, t, w, carry):
+  def body(w, chunk, carry):
     total, d_matrix = carry
-    logits, pull = jax.vjp(lambda h, m: apply(h, *m), h, matrix)
+    h, t = chunk
+    logits, pull = jax.vjp(apply, matrix, h)
     nll, d_logits = _chunk_nll(logits, t, w)
-    d_h, more = pull(d_logits)
+    more, d_h = pull(d_logits)
     return (total + nll, jax.tree.map(jnp.add, d_matrix, more)), d_h
 
   # Each device sums up its own rows' gradients; they meet after the loop.
   parts = weights.shape[0]
   zeros = [jnp.zeros((parts, *m.shape), m.dtype) for m in matrix]
   carry = jnp.zeros(parts), zeros
+  chunks = hidden, targets
   (total, d_matrix), d_hidden = _over_chunks(
-    body, size, hidden, targets, weights, carry, jnp.zeros_like(hidden)
+    body, size, weights, chunks, carry, jnp.zeros_like(hidden)
   )
   return total.sum(), ([d.sum(0) for d in d_matrix], d_hidden)
 
@@ -150,11 +182,16 @@ def _chunk_nll(logits: Array, targets: Array, w: Array) -> tuple[Array, Array]:
   return jnp.where(w == 0, 0, w * nll).sum(), d_logits
 
 
-def _over_chunks(body, size, hidden, targets, weights, carry, d_hidden=None):
+def _over_chunks(body, size, weights, arrays, carry, placed):
   """Folds `body` over each part's counted positions, `size` at a time.
 
-  With `d_hidden`, body also returns a chunk's gradient by its hidden states,
-  which is written into it.
+  Args:
+    body: `(weights [C], arrays [C, ...], carry) -> (carry, values [C, ...])`.
+    size: C of whole chunks; what they leave goes in smaller ones.
+    weights: `[parts, N]`; 0 or False = does not count.
+    arrays: a pytree of `[parts, N, ...]`.
+    carry: with a leading axis of parts.
+    placed: `[parts, N, ...]`, into which the values are written.
   """
   length = weights.shape[1]
   order = jnp.argsort(weights == 0, axis=1, stable=True)
@@ -164,20 +201,18 @@ def _over_chunks(body, size, hidden, targets, weights, carry, d_hidden=None):
   place = jax.vmap(lambda x, at, y: x.at[at].set(y, mode="drop"))
 
   def step(i, state, start, size):
-    carry, d_hidden = state
+    carry, placed = state
     at = jax.lax.dynamic_slice_in_dim(order, start + i * size, size, axis=1)
-    chunk = take(hidden, at), take(targets, at), take_or_0(weights, at)
-    out = jax.vmap(body)(*chunk, carry)
-    if d_hidden is None:
-      return out, None
-    return out[0], place(d_hidden, at, out[1])
+    chunk = jax.tree.map(lambda x: take(x, at), arrays)
+    carry, values = jax.vmap(body)(take_or_0(weights, at), chunk, carry)
+    return carry, jax.tree.map(lambda x, y: place(x, at, y), placed, values)
 
   # Whole chunks, and up to half of one in quarters: three tokens too many
   # should not cost as much as five hundred.
   count, tail = (weights != 0).sum(axis=1).max(), _tail(size)
   whole = (count + size // 2) // size
   rest = jnp.maximum(count - whole * size, 0)
-  state = carry, d_hidden
+  state = carry, placed
   for times, start, n in (
     (whole, 0, size),
     ((rest + tail - 1) // tail, whole * size, tail),
@@ -281,16 +316,19 @@ def _entropy(logp: Array) -> Array:
   return -jnp.where(p > 0, p * logp, 0).sum(axis=-1)
 
 
+@jax.custom_vjp
 def _select(logp: Array, targets: Array) -> Array:
   return jnp.take_along_axis(logp, targets[..., None], axis=-1)[..., 0]
 
 
-def _take(x: Array, order: Array) -> Array:
-  index = order.reshape(*order.shape, *[1] * (x.ndim - 2))
-  return jnp.take_along_axis(x, index, axis=1)
+def _select_forward(logp, targets):
+  return _select(logp, targets), (targets, jnp.arange(logp.shape[-1]))
 
 
-def _chunks(x: Array, pad: int, columns: int) -> Array:
-  x = jnp.pad(x, [(0, 0), (0, pad)] + [(0, 0)] * (x.ndim - 2))
-  x = x.reshape(x.shape[0], -1, columns, *x.shape[2:])
-  return jnp.moveaxis(x, 1, 0)
+def _select_backward(saved, d):
+  # What indexing would scatter into zeros, as something that can be fused.
+  targets, ids = saved
+  return jnp.where(ids == targets[..., None], d[..., None], 0), None
+
+
+_select.defvjp(_select_forward, _select_backward)

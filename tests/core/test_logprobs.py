@@ -164,6 +164,24 @@ def test_chunks_without_a_counted_position_are_skipped():
   assert len(calls) == 2
 
 
+def test_rows_share_chunks():
+  """Five of twelve positions count, wherever they stand: 3 chunks of 2."""
+  calls = []
+
+  def unembed(h):
+    jax.debug.callback(lambda: calls.append(1))
+    return h
+
+  mask = jnp.array([[0, 1, 0, 0, 1, 0], [1, 0, 1, 1, 0, 0]], bool)
+  hidden = jnp.arange(36.0).reshape(2, 6, 3)
+  out = logprobs.over_counted(
+    lambda h: unembed(h)[..., 0], mask, hidden, tokens_a_chunk=2
+  )
+  np.testing.assert_array_equal(out, np.where(mask, hidden[..., 0], 0))
+  jax.effects_barrier()
+  assert len(calls) == 3
+
+
 def test_weighted_nll_by_hand():
   """Probabilities 1/4 and 3/4; weights 2, 0 and 1.
 
