@@ -1,0 +1,201 @@
+"""What the benches against another trainer share.
+
+Each side is a process of its own, in its own environment, so that the peak of
+its memory is its own. `alternate` lets them take turns, a step each, so that
+other load on the machine hits both alike; while one works the other waits. The
+process that calls it imports nothing large: what a child inherits of its
+memory would count as the child's.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+import pathlib
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+ROOT = pathlib.Path(__file__).parents[2]
+SIZE = {"vocab_size": 50304, "hidden_size": 512, "intermediate_size": 2048}
+LAYERS, HEADS = 6, 8  # Pythia-70M
+SPECIAL = ("<pad>", "<eos>", "<unk>", "Human:", "Assistant:")
+
+
+def words(rng, count):
+  """`count` words, each of them one token."""
+  drawn = rng.choices(range(len(SPECIAL), SIZE["vocab_size"]), k=count)
+  return " ".join(f"w{i}" for i in drawn)
+
+
+def prompt(rng, tokens):
+  """A dialogue of that many tokens, waiting for the assistant."""
+  return f"\n\nHuman: {words(rng, tokens - 2)}\n\nAssistant:"
+
+
+def make_model(path, *, scores=False, eos=True, seed=0):
+  """A folder: random weights in Pythia-70M's shape, a token for every word."""
+  import tokenizers
+  import torch
+  import transformers
+
+  table = [*SPECIAL, *(f"w{i}" for i in range(len(SPECIAL), 50304))]
+  table = {word: i for i, word in enumerate(table)}
+  inner = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(table, unk_token="<unk>")
+  )
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  special = {"pad_token": "<pad>", "unk_token": "<unk>"}
+  if eos:
+    special["eos_token"] = "<eos>"
+  transformers.PreTrainedTokenizerFast(
+    tokenizer_object=inner, **special
+  ).save_pretrained(path)
+  config = transformers.GPTNeoXConfig(
+    **SIZE,
+    num_hidden_layers=LAYERS,
+    num_attention_heads=HEADS,
+    num_labels=1,
+    pad_token_id=0,
+    eos_token_id=1,
+  )
+  torch.manual_seed(seed)
+  if scores:
+    model = transformers.GPTNeoXForSequenceClassification(config)
+  else:
+    model = transformers.GPTNeoXForCausalLM(config)
+  model.save_pretrained(path)
+
+
+def peak_bytes():
+  """Most resident memory of this process so far."""
+  unit = 1 if sys.platform == "darwin" else 1024
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+class Turns:
+  """A side's end: make it when all is imported and no model is there yet."""
+
+  def __init__(self):
+    self._out = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print goes to the log
+    self._found = {"start_bytes": peak_bytes()}
+    self._began = None
+
+  def take(self):
+    """Ends a step if one has begun, waits for the next turn, begins a step."""
+    if self._began is not None:
+      wall, cpu = self._began
+      self._found["seconds"] = time.perf_counter() - wall
+      self._found["cpu_seconds"] = time.process_time() - cpu
+    self._found["peak_bytes"] = peak_bytes()
+    print(json.dumps(self._found), file=self._out, flush=True)
+    if not sys.stdin.readline():
+      os._exit(0)
+    self._found = {}
+    self._began = time.perf_counter(), time.process_time()
+
+  def note(self, **found):
+    """Tells numbers along with the step's times."""
+    self._found |= found
+
+  @contextlib.contextmanager
+  def stage(self, name):
+    """Times a part of the step."""
+    began = time.perf_counter()
+    yield
+    spent = time.perf_counter() - began
+    parts = self._found.setdefault("parts", {})
+    parts[name] = parts.get(name, 0.0) + spent
+
+
+def take_turns(algorithm, turns, *names):
+  """`algorithm.run`, with a turn for each step; notes the metrics `names`."""
+  import jax
+
+  run = algorithm.run
+
+  def timed(ctx, *rest):
+    def steps():
+      for step in ctx.steps():
+        turns.take()
+        yield step
+
+    @contextlib.contextmanager
+    def stage(name):
+      with ctx.stage(name), turns.stage(name):
+        yield
+
+    def report(step, metrics, rows):
+      found = jax.block_until_ready(metrics)
+      ctx.report(step, metrics, rows)
+      turns.note(**{name: float(found[name]) for name in names})
+
+    ours = dataclasses.replace(ctx, steps=steps, stage=stage, report=report)
+    return run(ours, *rest)
+
+  algorithm.run = timed
+
+
+def alternate(folder, sides, repeats):
+  """Lets commands take turns; what each told of each step but the first.
+
+  Args:
+    folder: for their logs.
+    sides: name -> command of a process that has a `Turns`.
+    repeats: steps of each that count; one goes ahead, in which ours compiles.
+  """
+  with contextlib.ExitStack() as undo:
+    running = {}
+    for name, command in sides.items():
+      log = undo.enter_context(open(folder / f"{name}.log", "w"))
+      running[name] = undo.enter_context(
+        subprocess.Popen(
+          command,
+          cwd=ROOT,
+          stdin=subprocess.PIPE,
+          stdout=subprocess.PIPE,
+          stderr=log,
+          text=True,
+        )
+      )
+
+    def told(name):
+      line = running[name].stdout.readline()
+      if not line:
+        raise RuntimeError((folder / f"{name}.log").read_text()[-4000:])
+      return json.loads(line)
+
+    found = {name: [told(name)] for name in sides}
+    for _ in range(repeats + 1):
+      for name, process in running.items():
+        process.stdin.write("\n")
+        process.stdin.flush()
+        found[name].append(told(name))
+  return found
+
+
+def summary(found):
+  """Medians, peak and start of one side's steps, the first left out."""
+  start, _, *steps = found
+  median = lambda name: round(statistics.median(s[name] for s in steps), 3)
+  return {
+    "seconds": median("seconds"),
+    "cpu_seconds": median("cpu_seconds"),
+    "peak_mb": round(steps[-1]["peak_bytes"] / 1e6),
+    "start_mb": round(start["start_bytes"] / 1e6),
+  }
+
+
+def ratios(ours, theirs):
+  """How many times faster and smaller our summary is."""
+  over = lambda name: round(theirs[name] / ours[name], 2)
+  grown = lambda side: side["peak_mb"] - side["start_mb"]
+  return {
+    "speedup": over("seconds"),
+    "speedup_cpu_seconds": over("cpu_seconds"),
+    "memory": round(ours["peak_mb"] / theirs["peak_mb"], 2),
+    "memory_less_start": round(grown(ours) / grown(theirs), 2),
+  }
