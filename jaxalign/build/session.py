@@ -35,6 +35,10 @@ from jaxalign.runtime import (
 )
 from jaxalign.runtime.context import Context, Recorder
 
+# Unasked, XLA copies a donated array that is read twice, as an optimizer's
+# averages are, before it writes to it.
+CPU_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
+
 # What may differ between a run's first start and a later one.
 MAY_CHANGE = (
   *("checkpoint.*", "metrics.*", "mesh.*", "profile_steps"),
@@ -263,7 +267,13 @@ def _compile(update: Callable, places: TrainState, mesh: Mesh) -> Callable:
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
       return update(*args)
 
-  return jax.jit(on_mesh, donate_argnums=0, out_shardings=(places, None))
+  on_cpu = mesh.devices.flat[0].platform == "cpu"
+  return jax.jit(
+    on_mesh,
+    donate_argnums=0,
+    out_shardings=(places, None),
+    compiler_options=CPU_OPTIONS if on_cpu else None,
+  )
 
 
 def _prior(policy: Policy) -> tuple[Model, Params]:
