@@ -5,8 +5,8 @@ and a value model of its own. 32 prompts of 16 to 48 tokens, an answer of 48
 tokens to each (nothing ends it sooner), 4 epochs of minibatches of 8, which are
 16 updates. Ours is the command as it stands (`configs/ppo.py`), TRL's its
 `train()`; both read the same folders and prompts, and each step counts whole.
-Parts of it: `sample` draws the answers, `score` is the reward model on them,
-`rest` is reference, values, the updates and whatever else a step does.
+Parts of it, in CPU seconds: `sample` draws the answers, `score` is the reward
+model on them, `rest` is reference, values, the updates and whatever else.
 
 TRL 0.11.4 lives in an environment of its own (`tests/parity/record_trl.py` says
 which). Of its two trainers this is PPOv2Trainer, whose value model stands by
@@ -164,14 +164,14 @@ def theirs(folder):
 
 
 def parts(steps):
-  """Median seconds of a step's parts, the first step left out."""
+  """Median CPU seconds of a step's parts, the first step left out."""
   steps = steps[2:]
   median = lambda x: round(statistics.median(x), 2)
   found = {
     name: median([s["parts"][name] for s in steps])
     for name in ("sample", "score")
   }
-  rest = [s["seconds"] - sum(s["parts"][n] for n in found) for s in steps]
+  rest = [s["cpu_seconds"] - sum(s["parts"][n] for n in found) for s in steps]
   return found | {"rest": median(rest)}
 
 
