@@ -23,9 +23,9 @@ temperature 0.9, 64 new tokens, beta 0.1, learning rate 5e-7.
 
 Deviations: see the head of jaxalign/algorithms/dpo.py.
 
-Expected result: `rewards/accuracies` rises above one half; `lab` on short dialogues
-of HH-RLHF: 0.58 to 0.59 of held-out pairs; `online`: held-out score -3.4 -> -2.7
-(three seeds each, docs/log.md). The others have no run on record.
+Expected result: `rewards/accuracies` rises above one half; `lab` on short
+dialogues of HH-RLHF: 0.58 to 0.59 of held-out pairs; `online`: held-out score
+-3.4 -> -2.7 (three seeds each, docs/log.md). The others have no run on record.
 
 Time and memory: a full fine-tuning of N parameters takes 16 N bytes for
 parameters, gradients and Adam, and 4 N for the reference, which costs nothing

@@ -19,8 +19,8 @@ configs/dpo.py:causal.
 Deviations: see the head of jaxalign/algorithms/kto.py.
 
 Expected result: `rewards/margins` rises above 0; `lab` on short dialogues of
-HH-RLHF with a desirable weight of 1.33: 0.57 and 0.59 of held-out pairs (docs/log.md). `hh`
-has no run on record yet.
+HH-RLHF with a desirable weight of 1.33: 0.56 to 0.59 of held-out
+pairs (docs/log.md). `hh` has no run on record yet.
 
 Time and memory: a full fine-tuning of N parameters takes 16 N bytes for
 parameters, gradients and Adam, and 4 N for the reference, which costs nothing

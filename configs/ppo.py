@@ -48,8 +48,8 @@ answers are left out, no dropout. Besides,
  * ALMoST's "lr 1e-6, cosine to 8e-7" is an end ratio of 0.8; its policy,
    prompts and reward model are the user's own ALMoST runs.
 
-Expected result: `lab`: held-out score -3.4 -> -2.8 (three seeds), shorter answers
-(docs/log.md). The other presets have no run on record yet.
+Expected result: `lab`: held-out score -3.4 -> -2.8 (three seeds), shorter
+answers (docs/log.md). The other presets have no run on record yet.
 
 Time and memory: a full fine-tuning of N parameters takes 16 N bytes for
 parameters, gradients and Adam and 4 N for the reference; with LoRA the
