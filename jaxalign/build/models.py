@@ -127,9 +127,10 @@ def open_scorer(name: str, mesh: Mesh, dtype: str, field: str) -> Opened:
     )
   opened = Opened(model, _tokenizer(folder, model), read)
   weights = check_weights(model, weights, f"config.{field}: {place}")
+  if not weights:
+    return opened
   fold = lambda: groups.fold(model, read(), weights)[1]
-  folded = model.replace(groups=())
-  return dataclasses.replace(opened, model=folded, read=fold)
+  return dataclasses.replace(opened, model=model.replace(groups=()), read=fold)
 
 
 def check_weights(

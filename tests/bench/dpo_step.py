@@ -17,7 +17,6 @@ fused AdamW, no workers, no logging. Prints one JSON line.
 import argparse
 import functools
 import json
-import os
 import pathlib
 import random
 import subprocess
@@ -43,33 +42,18 @@ def write_rows(path, shared):
 
 def ours(folder, reference):
   """Takes turns until none is left, by this package."""
-  sys.path.insert(0, str(versus.ROOT))
-  from jaxalign import main
-  from jaxalign.algorithms import dpo
-  from jaxalign.build import runs
-
-  assert runs.RUNS
-  turns = versus.Turns()
-  versus.take_turns(dpo, turns, *NOTED)
-  fields = {
-    "policy": folder / "policy",
-    "data": folder / "rows.jsonl",
-    "reference": reference,
-    "steps": 10**6,
-    "batch_size": PAIRS,
-    "max_length": LENGTH,
-    "optimizer.learning_rate": RATE,
-    "optimizer.schedule": "constant",
-    "optimizer.warmup_steps": 0,
-    "optimizer.weight_decay": 0.0,
-    "checkpoint.every_steps": 0,
-    "checkpoint.every_minutes": 0,
-    "metrics.tensorboard": False,
-  }
-  words = [f"--config.{name}={value}" for name, value in fields.items()]
-  workdir = str(folder / f"ours-{reference}")
-  return main.main(
-    ["--config", "configs/dpo.py:causal", *words, "--workdir", workdir]
+  return versus.ours(
+    "dpo",
+    NOTED,
+    "configs/dpo.py:causal",
+    folder / f"ours-{reference}",
+    policy=folder / "policy",
+    data=folder / "rows.jsonl",
+    reference=reference,
+    batch_size=PAIRS,
+    max_length=LENGTH,
+    optimizer__learning_rate=RATE,
+    optimizer__weight_decay=0.0,
   )
 
 
@@ -169,8 +153,7 @@ def main():
       "bench": "dpo_step",
       "shape": f"{PAIRS} pairs x {LENGTH} Pythia-70M float32, AdamW, "
       f"{flags.prompt} of a text's tokens its prompt",
-      "cores": len(os.sched_getaffinity(0)),
-      "load": round(os.getloadavg()[0], 1),
+      **versus.machine(),
       "live": compare(folder, flags.trl, "auto", flags.repeats),
       "stored": compare(folder, flags.trl, "stored", flags.repeats),
     }

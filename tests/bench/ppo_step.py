@@ -19,7 +19,6 @@ samples to print, no logging. Prints one JSON line.
 
 import argparse
 import json
-import os
 import pathlib
 import random
 import statistics
@@ -44,44 +43,31 @@ def write_prompts(path):
 
 def ours(folder):
   """Takes turns until none is left, by this package."""
-  sys.path.insert(0, str(versus.ROOT))
-  from jaxalign import main
-  from jaxalign.algorithms import ppo
-  from jaxalign.build import runs
-
-  assert runs.RUNS
-  turns = versus.Turns()
-  versus.take_turns(ppo, turns, "updates", "num_tokens")
-  fields = {
-    "policy": folder / "policy",
-    "prompts": folder / "prompts.jsonl",
-    "reward_model": folder / "reward",
-    "test_reward_model": "",
-    "value_model": folder / "reward",
-    "validation_interval": 0,
-    "max_prompt_chars": 10**4,
-    "steps": 10**6,
-    "rollout.prompts": PROMPTS,
-    "minibatch": MINIBATCH,
-    "epochs": EPOCHS,
-    "sampling.max_new_tokens": NEW,
-    "sampling.truncation": "none",
-    "sampling.length_buckets": LONGEST,
-    "scoring.encoding": "concat",
-    "kl.coefficient": 0.05,
-    "shaping.scaling": "none",
-    "shaping.centre": False,
-    "optimizer.learning_rate": RATE,
-    "optimizer.schedule": "constant",
-    "optimizer.warmup_steps": 0,
-    "optimizer.clip_norm": 0.0,
-    "checkpoint.every_steps": 0,
-    "checkpoint.every_minutes": 0,
-    "metrics.tensorboard": False,
-  }
-  words = [f"--config.{name}={value}" for name, value in fields.items()]
-  workdir = str(folder / "ours")
-  return main.main(["--config", "configs/ppo.py", *words, "--workdir", workdir])
+  return versus.ours(
+    "ppo",
+    ("updates", "num_tokens"),
+    "configs/ppo.py",
+    folder / "ours",
+    policy=folder / "policy",
+    prompts=folder / "prompts.jsonl",
+    reward_model=folder / "reward",
+    test_reward_model="",
+    value_model=folder / "reward",
+    validation_interval=0,
+    max_prompt_chars=10**4,
+    rollout__prompts=PROMPTS,
+    minibatch=MINIBATCH,
+    epochs=EPOCHS,
+    sampling__max_new_tokens=NEW,
+    sampling__truncation="none",
+    sampling__length_buckets=LONGEST,
+    scoring__encoding="concat",
+    kl__coefficient=0.05,
+    shaping__scaling="none",
+    shaping__centre=False,
+    optimizer__learning_rate=RATE,
+    optimizer__clip_norm=0.0,
+  )
 
 
 def theirs(folder):
@@ -211,8 +197,7 @@ def main():
     "bench": "ppo_step",
     "shape": f"{PROMPTS} x ({SHORTEST} to {LONGEST} + {NEW}) Pythia-70M "
     f"float32, {EPOCHS} epochs of minibatches of {MINIBATCH}",
-    "cores": len(os.sched_getaffinity(0)),
-    "load": round(os.getloadavg()[0], 1),
+    **versus.machine(),
     **both,
     **versus.ratios(*both.values()),
     "speedup_of_parts": {n: round(other[n] / mine[n], 2) for n in mine},

@@ -9,6 +9,7 @@ memory would count as the child's.
 
 import contextlib
 import dataclasses
+import importlib
 import json
 import os
 import pathlib
@@ -111,7 +112,37 @@ class Turns:
     parts[name] = parts.get(name, 0.0) + spent
 
 
-def take_turns(algorithm, turns, *names):
+def ours(method, noted, config, workdir, **fields):
+  """Takes turns until none is left, by this package's command as it stands.
+
+  Args:
+    method: module of `jaxalign.algorithms` whose `run` it comes to.
+    noted: metrics that are told with each step.
+    config: as in `--config`.
+    workdir: of the run.
+    **fields: of the config, `__` for a dot, besides those that all benches
+      share: a constant rate, no end, nothing saved.
+  """
+  sys.path.insert(0, str(ROOT))
+  from jaxalign import main
+  from jaxalign.build import runs
+
+  assert runs.RUNS  # all is imported before the process is measured
+  algorithm = importlib.import_module(f"jaxalign.algorithms.{method}")
+  _take_turns(algorithm, Turns(), *noted)
+  fields |= {
+    "steps": 10**6,
+    "optimizer__schedule": "constant",
+    "optimizer__warmup_steps": 0,
+    "checkpoint__every_steps": 0,
+    "checkpoint__every_minutes": 0,
+    "metrics__tensorboard": False,
+  }
+  words = [f"--config.{k.replace('__', '.')}={v}" for k, v in fields.items()]
+  return main.main(["--config", config, *words, "--workdir", str(workdir)])
+
+
+def _take_turns(algorithm, turns, *names):
   """`algorithm.run`, with a turn for each step; notes the metrics `names`."""
   import jax
 
@@ -186,6 +217,14 @@ def summary(found):
     "cpu_seconds": median("cpu_seconds"),
     "peak_mb": round(steps[-1]["peak_bytes"] / 1e6),
     "start_mb": round(start["start_bytes"] / 1e6),
+  }
+
+
+def machine():
+  """What the figures were taken on."""
+  return {
+    "cores": len(os.sched_getaffinity(0)),
+    "load": round(os.getloadavg()[0], 1),
   }
 
 
