@@ -1,13 +1,13 @@
-r"""Best-of-N, distilled in one pass: answer every prompt, train on the best.
+r"""Best-of-N, distilled in one pass: sample N per prompt, train on the best.
 
   python -m jaxalign.main --config configs/best_of_n.py
   python -m jaxalign.main --config configs/best_of_n.py \
     --config.superbatch.samples_per_prompt=64
 
-No algorithm of its own: it is SuperHF's mode `single_pass` without a KL. The
-policy answers every prompt N times, the reward model's favourite of each goes
-into one supervised epoch, and nothing is sampled again. So the policy comes to
-do in one answer some of what best-of-N does in N (docs/best_of_n.md).
+It is SuperHF's mode `single_pass` without a KL. The policy samples N
+completions of every prompt, the reward model's favourite of each goes into one
+supervised epoch, and nothing is sampled again. So the policy learns to do with
+one completion some of what best-of-N does with N (docs/best_of_n.md).
 
   setting                                source
   N = 16 `samples_per_prompt`, keep 1    none; the N of the evaluation as well
@@ -62,7 +62,7 @@ def lab() -> ConfigDict:
     "clip_norm": 1.0,
   }
   config.kl_coefficient = -1.0
-  config.finetune_batch = 8
+  config.batch_size = 8
   config.validation_interval = 1
   config.evaluation = {"interval": 1, "best_of_n": 16, "num_prompts": 64}
   return config

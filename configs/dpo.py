@@ -1,4 +1,4 @@
-r"""Direct preference optimisation, on stored comparisons or on own answers.
+r"""Direct preference optimisation, on stored comparisons or own completions.
 
   python -m jaxalign.main --config configs/dpo.py[:PRESET]
   python -m jaxalign.main --config configs/dpo.py:causal \
@@ -10,10 +10,10 @@ whole dialogues. A source is a hub id, a file or a glob.
   preset   what                                        source
   lab      the lab's policy on the lab's comparisons, CPU   none
   causal   a causal model on HH-RLHF helpful-base      TRL's defaults
-  online   the lab's policy on pairs of its own answers, CPU   none
-  online-trl   a causal model on its own answers       TRL 0.11.4's defaults
+  online   the lab's policy on pairs of its own completions, CPU   none
+  online-trl   a causal model on its own completions   TRL 0.11.4's defaults
 
-`online` asks the lab's reward model which of two answers is better;
+`online` asks the lab's reward model which of two completions is better;
 `--config.judge=people` asks by a queue file, `--config.judge=mine.py:prefer` a
 function.
 
@@ -21,7 +21,7 @@ Settings of `causal`: beta 0.1, learning rate 1e-6 and texts of at most 1024
 tokens are TRL's; 64 pairs an update as in Rafailov 2023. Of `online-trl`:
 temperature 0.9, 64 new tokens, beta 0.1, learning rate 5e-7.
 
-Deviations: see the head of jaxalign/algorithms/dpo.py.
+Deviations: see the head of jaxalign/algorithms/dpo/train.py.
 
 Expected result: `rewards/accuracies` rises above one half; `lab` on short
 dialogues of HH-RLHF: 0.58 to 0.59 of held-out pairs; `online`: held-out score
@@ -77,7 +77,7 @@ def online() -> ConfigDict:
   config.prompts = "lab"
   config.reward_model = "lab"
   config.test_reward_model = "lab"
-  config.pairs = 32
+  config.batch_size = 32
   config.sampling = {"max_new_tokens": 48, "length_buckets": (32, 64, 128)}
   config.scoring = {
     "encoding": "pair",
@@ -98,12 +98,12 @@ def online() -> ConfigDict:
 
 
 def online_trl() -> ConfigDict:
-  """A causal model on its own answers; a start for your own."""
+  """A causal model on its own completions; a start for your own."""
   config = ConfigDict({"algorithm": "online_dpo", "seed": 0, "steps": 1000})
   config.policy = "EleutherAI/pythia-1b"
   config.prompts = "Anthropic/hh-rlhf:helpful-base"
   config.reward_model = "OpenAssistant/reward-model-deberta-v3-large-v2"
-  config.pairs = 64
+  config.batch_size = 64
   config.micro_batch = 8
   config.sampling = {"temperature": 0.9, "max_new_tokens": 64}
   config.optimizer = {

@@ -1,4 +1,4 @@
-r"""Kahneman-Tversky optimisation: answers labelled as good or bad.
+r"""Kahneman-Tversky optimisation: completions labelled good or bad.
 
   python -m jaxalign.main --config configs/kto.py[:PRESET]
   python -m jaxalign.main --config configs/kto.py:hh \
@@ -13,10 +13,10 @@ desirable and an undesirable row. A source is a hub id, a file or a glob.
   hh       a causal model on HH-RLHF helpful-base      TRL's defaults
 
 Settings of `hh`: beta 0.1, both weights 1, learning rate 1e-6 and texts of at
-most 1024 tokens are TRL's; 128 answers an update are as many as the 64 pairs of
-configs/dpo.py:causal.
+most 1024 tokens are TRL's; 128 completions an update are as many as the 64
+pairs of configs/dpo.py:causal.
 
-Deviations: see the head of jaxalign/algorithms/kto.py.
+Deviations: see the head of jaxalign/algorithms/kto/train.py.
 
 Expected result: `rewards/margins` rises above 0; `lab` on short dialogues of
 HH-RLHF with a desirable weight of 1.33: 0.56 to 0.59 of held-out

@@ -11,7 +11,7 @@ from Human Feedback", CS224N 2023):
 
   preset        source
   lab           none: small models, so that a laptop finishes in minutes
-  lab-rloo      lab against four other answers instead of a value model
+  lab-rloo      lab against three other completions, without a value model
   superhf-rlhf  Kor, Table 3, and its released script
   trl-041       the defaults of TRL 0.4.1's PPOConfig, on the same models
   almost        "Aligning Large Language Models through Synthetic Feedback"
@@ -21,7 +21,7 @@ Settings, in TRL's words and ours:
 
   setting                      superhf-rlhf   trl-041      almost
   batch `rollout.prompts`      32             256          512
-  minibatch                    8              1            32
+  mini_batch_size `batch_size` 8              1            32
   ppo_epochs `epochs`          4              4            4
   steps                        62             20000 / 256  80000 / 512
   learning rate                1.41e-5        1e-5         1e-6
@@ -38,9 +38,9 @@ Settings, in TRL's words and ours:
   temperature, top-p           1, 1           1, 1         1, 1
 
 Deviations of every paper preset, all of them repairs, are at the head of
-jaxalign/algorithms/ppo.py: the prompt is not trained again as part of the
-answer, the trained text is the rewarded one, whitening is over the step, empty
-answers are left out, no dropout. Besides,
+jaxalign/algorithms/ppo/train.py: the prompt is not trained again as part of
+the completion, the trained text is the rewarded one, whitening is over the
+step, empty completions are left out, no dropout. Besides,
  * the value head of all is TRL's linear one on the policy, starting at 0;
    trlX's has a hidden layer;
  * the paper tried rates from 1e-6 to 1.41e-5 and batches of 32 and 64 and does
@@ -49,7 +49,7 @@ answers are left out, no dropout. Besides,
    prompts and reward model are the user's own ALMoST runs.
 
 Expected result: `lab`: held-out score -3.4 -> -2.8 (three seeds), shorter
-answers (docs/log.md). The other presets have no run on record yet.
+completions (docs/log.md). The other presets have no run on record yet.
 
 Time and memory: a full fine-tuning of N parameters takes 16 N bytes for
 parameters, gradients and Adam and 4 N for the reference; with LoRA the
@@ -80,7 +80,7 @@ def lab() -> ConfigDict:
   config.reward_model = "lab"
   config.test_reward_model = "lab"
   config.rollout = {"prompts": 64}
-  config.minibatch = 16
+  config.batch_size = 16
   config.epochs = 2
   config.sampling = {"max_new_tokens": 48, "length_buckets": (32, 64, 128)}
   config.scoring = {
@@ -104,7 +104,7 @@ def lab() -> ConfigDict:
 
 
 def lab_rloo() -> ConfigDict:
-  """The lab without a value model: answers to one prompt are compared."""
+  """The lab without a value model: completions of a prompt are compared."""
   config = lab()
   config.advantage = "rloo"
   config.rollout = {"prompts": 16, "samples_per_prompt": 4}
@@ -117,7 +117,7 @@ def superhf_rlhf() -> ConfigDict:
   config.seed = 66
   config.steps = 62
   config.rollout.prompts = 32
-  config.minibatch = 8
+  config.batch_size = 8
   config.sampling.max_new_tokens = 64
   config.optimizer.learning_rate = 1.41e-5
   config.optimizer.schedule = "linear"
@@ -137,7 +137,7 @@ def trl_041() -> ConfigDict:
   config.deduplicate = False
   config.holdout = 0
   config.rollout = {"prompts": 256}
-  config.minibatch = 1
+  config.batch_size = 1
   config.sampling = {"max_new_tokens": 32, "truncation": "complex"}
   config.scoring = {
     "encoding": "concat",
@@ -161,7 +161,7 @@ def almost() -> ConfigDict:
   config.prompts = "runs/almost-prompts.jsonl"
   config.reward_model = "runs/reward_model-almost/model"
   config.rollout = {"prompts": 512}
-  config.minibatch = 32
+  config.batch_size = 32
   config.sampling = {"max_new_tokens": 128}
   config.scoring = {"encoding": "concat", "max_length": 1024}
   config.optimizer = {

@@ -14,10 +14,10 @@ reward`. A source is a hub id, a file or a glob.
   preset         what                                    source
   lab            a new 1 M-parameter DeBERTa on CPU      none
   deberta        DeBERTa-v3-base on HH-RLHF              none
-  distill        a new small DeBERTa from scored answers none
+  distill        a new small DeBERTa from scored rows    none
   groups         a head for each of two made-up people   none
   superhf-train  SuperHF's own reward model, first half  openfeedback/superhf
-  superhf-test   the same on the second half, which only watches
+  superhf-test   the same on the second half: held-out reward
 
 Settings of `superhf-train` and `superhf-test` (openfeedback/superhf, later):
 
@@ -81,7 +81,7 @@ def deberta() -> ConfigDict:
   config.batch_size = 64
   config.micro_batch = 16
   config.max_length = 512
-  config.centring = 0.01
+  config.center_rewards_coefficient = 0.01
   config.optimizer = {
     "learning_rate": 1e-5,
     "schedule": "linear",
@@ -92,7 +92,7 @@ def deberta() -> ConfigDict:
 
 
 def distill() -> ConfigDict:
-  """A new small DeBERTa from answers that a larger model has scored."""
+  """A new small DeBERTa from completions that a larger model has scored."""
   config = ConfigDict({"algorithm": "reward_model", "seed": 0, "epochs": 1.0})
   config.policy = "init"
   config.init = {

@@ -1,4 +1,4 @@
-"""SuperHF: sample several answers, keep the best, fine-tune on them, repeat.
+"""SuperHF: sample completions, keep the best, fine-tune on them, repeat.
 
   python -m jaxalign.main --config configs/superhf.py[:PRESET]
 
@@ -38,7 +38,7 @@ Settings, in the papers' words and ours:
   learning rate               1e-5       1e-6    1e-6     2e-5
   schedule, warm-up           cosine 100 cosine 100 linear 20 cosine 32
   max new tokens              64         64      64       64
-  fine-tune minibatch         8          8       8        2
+  fine-tune `batch_size`      8          8       8        2
   precision                   fp32       fp32    fp32     bf16
   repetition penalty          1.05       1.05    1.05     1.0
   temperature, top-p          1.0, 0.9   1.0, 0.95 0.9, 0.95 1.0, 0.95
@@ -50,8 +50,8 @@ Settings, in the papers' words and ours:
   optimizer: torch's AdamW (0.9, 0.999, 1e-8, weight decay 0.01), no clipping
 
 Deviations of every paper preset: the defects of the released code stay
-repaired (head of jaxalign/algorithms/superhf.py); the sources do not give the
-order of the four sets, so the prompts come in another order; all of a
+repaired (head of jaxalign/algorithms/superhf/train.py); the sources do not
+give the order of the four sets, so the prompts come in another order; all of a
 superbatch is sampled at once, which changes no result.
  * `pythia-1b`, `-repo`, `-cs224n` and `-mixed` use all rows of the sets' train
    splits, as the paper did (`holdout=0`); the later runs keep the last 2300
@@ -70,11 +70,11 @@ superbatch is sampled at once, which changes no result.
  * `rest`: 32 samples a prompt; those above a percentile of the prompt that
    grows from 0.7 to 0.95, no KL. There the four percentiles of an epoch come
    in turn on the same samples and end below 0.95; here every superbatch
-   samples anew and the percentile grows over the run.
+   is sampled again and the percentile grows over the run.
 
 Expected result:
   lab           held-out reward -3.4 -> -2.7 (ten seeds, +0.64 to +0.83), word
-                overlap of answers at 1.2 to 1.43 times its start (docs/log.md)
+                overlap of completions 1.2 to 1.43 times its start (docs/log.md)
   lab-collapse  one word again and again by superbatch 30; both rewards rise,
                 overlap to 8 times its start
   lab-percentile, raft, rest    no full run is on record yet
@@ -138,13 +138,13 @@ def lab() -> ConfigDict:
     "clip_norm": 1.0,
   }
   config.kl_coefficient = 0.05
-  config.finetune_batch = 8
+  config.batch_size = 8
   config.validation_interval = 1
   return config
 
 
 def lab_collapse() -> ConfigDict:
-  """The lab with nothing that holds the policy near its prior."""
+  """The lab with nothing that holds the policy near its reference."""
   config = lab()
   config.steps = 100
   config.kl_coefficient = 0.0  # measured, not added to the loss
@@ -195,7 +195,7 @@ def pythia_1b() -> ConfigDict:
   }
   config.precision = {"compute": "float32"}
   config.max_length = 1024
-  config.finetune_batch = 8  # one kept text a superbatch, so never full
+  config.batch_size = 8  # one kept text a superbatch, so never full
   config.kl_coefficient = -1.0
   config.inverse_loss_penalty = 0.0
   config.length_penalty = 0.0
@@ -254,13 +254,13 @@ def raft() -> ConfigDict:
   }
   config.optimizer = {"learning_rate": 2e-5, "schedule": "constant"}
   config.precision = {"compute": "bfloat16"}
-  config.finetune_batch = 8
+  config.batch_size = 8
   config.kl_coefficient = -1.0
   return config
 
 
 def llama_7b() -> ConfigDict:
-  """The later default.yaml, with LoRA and a KL to the prior."""
+  """The later default.yaml, with LoRA and a KL to the reference."""
   config = ConfigDict({"algorithm": "superhf", "seed": 66, "steps": 5000})
   config.policy = "huggyllama/llama-7b"
   config.prompts = SETS
@@ -302,7 +302,7 @@ def llama_7b() -> ConfigDict:
   }
   config.precision = {"params": "bfloat16", "compute": "bfloat16"}
   config.max_length = 1024
-  config.finetune_batch = 2
+  config.batch_size = 2
   config.kl_coefficient = 0.35
   config.train_eos = False
   return config

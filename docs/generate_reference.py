@@ -1,6 +1,6 @@
 """Writes docs/configuration_reference.md from the config classes.
 
-Run it after a change of `jaxalign.config`; a house test compares the page.
+Run it after a change of a config class; a house test compares the page.
 
     python docs/generate_reference.py
 """
@@ -8,15 +8,17 @@ Run it after a change of `jaxalign.config`; a house test compares the page.
 import pathlib
 
 from jaxalign import config as configs
+from jaxalign.algorithms import METHODS, config_class
 
 PAGE = pathlib.Path(__file__).parent / "configuration_reference.md"
 
 HEAD = """# Configuration reference
 
-Written by `docs/generate_reference.py` from the dataclasses in
-`jaxalign.config`; do not edit. How configs work is told in
-[Configuration](configuration.md). A name in parentheses behind a meaning is
-where the default comes from.
+Written by `docs/generate_reference.py` from the config dataclasses in
+`jaxalign/config/` and `jaxalign/algorithms/`; do not edit.
+[Configuration](configuration.md) explains how configs work. In parentheses
+after a meaning: where the default comes from, and what the field was called
+before.
 """
 
 
@@ -36,11 +38,12 @@ def table(rows: list[configs.Row]) -> str:
 
 
 def page() -> str:
-  """The whole page: the common fields once, then each algorithm's own."""
+  """The whole page: the common fields once, then each method's own."""
   common = configs.describe(configs.TrainingConfig)
   common = [row for row in common if row.path != "config.algorithm"]
   parts = [HEAD, "## Every training run\n", table(common)]
-  for name, cls in configs.CONFIGS.items():
+  for name in METHODS:
+    cls = config_class(name)
     own = [row for row in configs.describe(cls) if row not in common]
     own = [row for row in own if row.path != "config.algorithm"]
     first = (cls.__doc__ or "").splitlines()[0]

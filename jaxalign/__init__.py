@@ -1,15 +1,13 @@
-"""Language models aligned by preference: SuperHF and its kin, in JAX.
+"""Language models aligned by preference: SuperHF, RLHF and others, in JAX.
 
 Five functions for notebooks; everything else is `python -m jaxalign.main`.
 Importing this package imports neither jax nor starts a backend.
 """
 
-import dataclasses
-import functools
 import pathlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxalign.errors import UserError
 
@@ -17,29 +15,21 @@ if TYPE_CHECKING:
   import jax
   import numpy as np
 
+  from jaxalign.data.tokenizer import Tokenizer
+  from jaxalign.setup.models import Loaded
+
 __all__ = ["Loaded", "UserError", "generate", "load", "logits", "save", "score"]
 
-_TOKENIZER_FILES = (
-  "tokenizer.json",
-  "tokenizer_config.json",
-  "tokenizer.model",
-  "spm.model",
-)
+T = TypeVar("T")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # hashable: by identity
-class Loaded:
-  """What `load` returns.
+def __getattr__(name: str) -> Any:  # a module's attribute may be anything
+  """`Loaded`, what `load` returns; it lives where jax is imported."""
+  if name == "Loaded":
+    from jaxalign.setup.models import Loaded
 
-  Attributes:
-    model: the architecture, a `models.model.Model`.
-    params: its parameters, nested dicts of arrays.
-    tokenizer: a `data.tokenizer.Tokenizer`, or None if there are no files.
-  """
-
-  model: Any
-  params: dict[str, Any]
-  tokenizer: Any
+    return Loaded
+  raise AttributeError(f"module 'jaxalign' has no attribute {name!r}")
 
 
 def load(
@@ -49,7 +39,7 @@ def load(
   compute_dtype: str | None = None,
   head: str | None = None,
   group_weights: Mapping[str, float] | None = None,
-) -> Loaded:
+) -> "Loaded":
   """A causal LM or a sequence classifier, as its `config.json` says.
 
   Args:
@@ -57,7 +47,7 @@ def load(
       `lab` for the policy that ships with the package.
     dtype: of the parameters: "float32", "bfloat16" or "float16".
     compute_dtype: of the arithmetic; None = `dtype`.
-    head: another head than the file's, see `models.hf.folder.load`.
+    head: another head than the file's, see `models.hf.folder.open_pretrained`.
     group_weights: of a reward model with a head for each group: how much each
       counts, 0 where it is left out; its one score is then their weighted sum.
       None = keep all heads.
@@ -68,10 +58,10 @@ def load(
   Raises:
     UserError: one line that says what is wrong with the folder.
   """
-  from jaxalign.build import models
-  from jaxalign.data.tokenizer import load_tokenizer
+  from jaxalign.data.tokenizer import has_tokenizer, load_tokenizer
   from jaxalign.models import groups
   from jaxalign.models.hf import folder, hub
+  from jaxalign.setup import models
 
   path = hub.resolve(models.locate(str(source), "policy"))
   model, params = folder.load(
@@ -81,13 +71,16 @@ def load(
     names = model.config.groups
     weights = groups.weights_of(names, group_weights, f"group_weights: {path}")
     model, params = groups.fold(model, params, weights)
-  has_tokenizer = any((path / name).is_file() for name in _TOKENIZER_FILES)
-  tokenizer: Any = load_tokenizer(path) if has_tokenizer else None
-  return Loaded(model, params, tokenizer)
+  tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+  return models.Loaded(model, params, tokenizer)
 
 
-def logits(model: Loaded, token_ids: Any, mask: Any = None) -> "jax.Array":
-  """What the model says of token ids, padded on either side.
+def logits(
+  model: "Loaded",
+  token_ids: "np.ndarray | jax.Array | Sequence[Sequence[int]]",
+  mask: "np.ndarray | jax.Array | Sequence[Sequence[bool]] | None" = None,
+) -> "jax.Array":
+  """The model's logits for token ids, padded on either side.
 
   Args:
     model: from `load`.
@@ -98,16 +91,29 @@ def logits(model: Loaded, token_ids: Any, mask: Any = None) -> "jax.Array":
     float32 `[B, T, V]`; of a classifier `[B]`, or `[B, G]` where it has a
     head for each of G groups.
   """
+  import jax
   import jax.numpy as jnp
+
+  architecture = model.model
+
+  @jax.jit
+  def forward(params, tokens, mask):
+    module = architecture.bind(params)
+    if architecture.config.head != "lm":
+      scores = module.scores(tokens, mask)
+      return scores if architecture.config.groups else scores[:, 0]
+    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
+    hidden, _ = module(tokens, positions, mask.astype(jnp.int32))
+    return module.unembed(hidden)
 
   tokens = jnp.asarray(token_ids, jnp.int32)
   real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
-  forward = _kept(model, "logits", lambda: _forward(model.model))
-  return forward(model.params, tokens, real.astype(bool))
+  compiled = _kept(model, "logits", lambda: forward)
+  return compiled(model.params, tokens, real.astype(bool))
 
 
 def generate(
-  model: Loaded,
+  model: "Loaded",
   prompts: Sequence[str],
   *,
   samples_per_prompt: int = 1,
@@ -115,13 +121,13 @@ def generate(
   temperature: int | float = 1.0,
   top_p: int | float = 1.0,
   seed: int = 0,
-  **settings: Any,
+  **settings: Any,  # of `sampling.settings.make`, which checks them
 ) -> list[list[str]]:
   """Completions of each prompt.
 
   Args:
     model: a causal language model with its tokenizer.
-    prompts: texts; they are continued as they stand.
+    prompts: texts; they are continued verbatim.
     samples_per_prompt: S, completions of each.
     max_new_tokens: a completion ends after as many tokens, or at the end of
       text.
@@ -135,6 +141,7 @@ def generate(
   """
   import jax
 
+  from jaxalign.sampling.generator import Generator
   from jaxalign.sampling.sampler import Sampler
   from jaxalign.sampling.settings import make
 
@@ -146,30 +153,28 @@ def generate(
       f"generate needs a language model, this one has the head "
       f"{model.model.config.head!r}"
     )
-  sampler = _kept(model, "generate", lambda: Sampler(model.model))
   settings.setdefault("pad_id", tokenizer.pad_id)
   if tokenizer.eos_id is not None:
     settings.setdefault("eos_ids", (tokenizer.eos_id,))
-  drawn = sampler(
-    model.params,
-    tokenizer.encode_prompts(prompts),
+  generator = Generator(
+    _kept(model, "sampler", lambda: Sampler(model.model)),
+    tokenizer,
     make(
       temperature=temperature,
       top_p=top_p,
       max_new_tokens=max_new_tokens,
       **settings,
     ),
-    jax.random.key(seed),
-    samples_per_prompt=samples_per_prompt,
   )
-  rows = zip(drawn.tokens, drawn.lengths, strict=True)
-  texts = [tokenizer.decode(row[:length].tolist()) for row, length in rows]
+  texts = generator(
+    model.params, prompts, samples_per_prompt, jax.random.key(seed)
+  ).texts
   step = samples_per_prompt
   return [texts[i : i + step] for i in range(0, len(texts), step)]
 
 
 def score(
-  reward_model: Loaded,
+  reward_model: "Loaded",
   prompts: Sequence[str],
   completions: Sequence[str],
   *,
@@ -190,6 +195,7 @@ def score(
     scores; see `load` for other weights.
   """
   from jaxalign.models import groups
+  from jaxalign.scoring.reward_model import RewardModel
   from jaxalign.scoring.scorer import Scorer
 
   tokenizer = _tokenizer(reward_model)
@@ -200,18 +206,17 @@ def score(
       f"score needs as many prompts as completions, got {len(prompts)} and "
       f"{len(completions)}"
     )
-  eos = reward_model.model.config.head == "score_eos"
-  encode = functools.partial(
-    tokenizer.encode_rewards, encoding=encoding, eos=eos
-  )
-  fold = lambda: groups.fold(reward_model.model, reward_model.params)
-  make = lambda: Scorer(*fold(), encode)
-  scorer = _kept(reward_model, f"score {encoding}", make)
-  return scorer(prompts, completions)
+
+  def make() -> RewardModel:
+    folded = groups.fold(reward_model.model, reward_model.params)
+    return RewardModel((Scorer(*folded, tokenizer, encoding),))
+
+  rewards = _kept(reward_model, f"score {encoding}", make)
+  return rewards(prompts, completions)
 
 
 def save(
-  model: Loaded,
+  model: "Loaded",
   folder: str | pathlib.Path,
   *,
   dtype: str | None = None,
@@ -243,36 +248,18 @@ def save(
   )
 
 
-def _tokenizer(model: Loaded) -> Any:
+def _tokenizer(model: "Loaded") -> "Tokenizer":
   if model.tokenizer is None:
     raise UserError("the model's folder has no tokenizer files; add them")
   return model.tokenizer
 
 
-def _forward(model: Any) -> Any:
-  """Token ids to logits or scores, jitted."""
-  import jax
-  import jax.numpy as jnp
-
-  @jax.jit
-  def forward(params, tokens, mask):
-    module = model.bind(params)
-    if model.config.head != "lm":
-      scores = module.scores(tokens, mask)
-      return scores if model.config.groups else scores[:, 0]
-    positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    hidden, _ = module(tokens, positions, mask.astype(jnp.int32))
-    return module.unembed(hidden)
-
-  return forward
-
-
 # Compiled programs, dropped together with the model that they belong to.
-_programs: weakref.WeakKeyDictionary[Any, dict[str, Any]]
+_programs: weakref.WeakKeyDictionary["Loaded", dict[str, Any]]
 _programs = weakref.WeakKeyDictionary()
 
 
-def _kept(model: Loaded, name: str, make: Callable[[], Any]) -> Any:
+def _kept(model: "Loaded", name: str, make: Callable[[], T]) -> T:
   programs = _programs.setdefault(model, {})
   if name not in programs:
     programs[name] = make()

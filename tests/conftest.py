@@ -1,9 +1,20 @@
-"""Fixtures that tests of several rooms share."""
+"""Fixtures that tests of several rooms share, and how programs compile."""
 
+import os
 import pathlib
 
 import hypothesis
 import pytest
+
+# Compiling is most of the suite's time. What a test compiles is tiny, so no
+# optimisation pays, and programs are kept for other files and later runs.
+# Read by JAX when it is imported; processes that tests start inherit them.
+ROOT = pathlib.Path(__file__).parents[1]
+os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "test-programs")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
@@ -49,12 +60,12 @@ def shared_data() -> pathlib.Path:
 @pytest.fixture
 def fail():
   """(mapping, flags, algorithm) -> why the config is refused, in one line."""
-  from jaxalign import config as configs
+  from jaxalign.algorithms import read_config
   from jaxalign.errors import UserError
 
   def message_of(mapping, flags=(), algorithm="superhf") -> str:
     with pytest.raises(UserError) as caught:
-      configs.from_mapping({"algorithm": algorithm} | mapping, flags)
+      read_config({"algorithm": algorithm} | mapping, flags)
     message = str(caught.value)
     assert "\n" not in message
     return message

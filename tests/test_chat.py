@@ -4,10 +4,7 @@ from jaxalign import chat
 
 
 class Letters:
-  """A tokenizer whose ids are code points; 0xD8.. halves decode to U+FFFD."""
-
-  def decode(self, ids):
-    return bytes(ids).decode("utf-8", errors="replace")
+  """A tokenizer whose ids are bytes."""
 
   def render_chat(self, messages, reply):
     assert reply
@@ -17,48 +14,44 @@ class Letters:
     return [list(text.encode()) for text in texts]
 
 
-def shown(text):
-  return list(chat.pieces(text.encode(), Letters()))
-
-
-def test_pieces_add_up_and_leave_no_half_characters():
-  out = shown(" crème brûlée\n\nfor two ")
-  assert "".join(out) == "crème brûlée\n\nfor two"
-  assert len(out) > 10
-  assert not any("\ufffd" in piece for piece in out)
-
-
-def test_the_next_turn_is_neither_shown_nor_drawn():
-  tokens = iter(b" Yes.\n\nHuman: And now?")
-  assert "".join(chat.pieces(tokens, Letters())) == "Yes."
-  assert bytes(tokens) == b" And now?"
-
-
-def test_a_false_start_of_a_delimiter_is_shown_later():
-  assert "".join(shown("a\n\nHumble pie")) == "a\n\nHumble pie"
-  assert "".join(shown("a\n\nHum")) == "a\n\nHum"
+def turn(role, text):
+  return {"role": role, "content": text}
 
 
 def test_old_turns_are_forgotten_first():
-  turn = lambda role, text: {"role": role, "content": text}
   messages = [
     turn("system", "s"),
     turn("user", "a" * 20),
     turn("assistant", "b" * 20),
     turn("user", "last"),
   ]
-  ids = chat.fit(Letters(), messages, context=40)
-  assert bytes(ids) == b"[s][last]"
+  assert chat.fit(Letters(), messages, context=40) == "[s][last]"
   assert len(messages) == 2
   # A last turn that is too long by itself is left to the sampler's message.
-  assert len(chat.fit(Letters(), messages, context=4)) == 9
+  assert chat.fit(Letters(), messages, context=4) == "[s][last]"
 
 
-def test_one_shot_prompts():
-  ids = lambda text: bytes(chat.prompt_ids(Letters(), [], text))
-  assert ids("hello") == b"[hello]"
-  written = "\n\nHuman: hello\n\nAssistant:"
-  assert ids(written).decode() == written
+def test_a_prompt_is_a_question_or_a_dialogue_that_is_continued(capsys):
+  texts = []
+  for prompt in ("How are you?", "\n\nHuman: How are you?\n\nAssistant:"):
+    assert chat.main(["lab", "--prompt", prompt, "--max_new_tokens=6"]) == 0
+    texts.append(capsys.readouterr().out)
+  assert texts[0].strip()
+  assert texts[0] == texts[1]
+
+
+def test_a_conversation_answers_line_after_line(monkeypatch, capsys):
+  lines = iter(["How are you?", "  ", "And now?"])
+
+  def typed(prompt):
+    line = next(lines, None)
+    if line is None:
+      raise EOFError
+    return line
+
+  monkeypatch.setattr("builtins.input", typed)
+  assert chat.main(["lab", "--max_new_tokens=4", "--system=Be kind."]) == 0
+  assert capsys.readouterr().out.count("\n") == 2
 
 
 @pytest.mark.parametrize(
@@ -72,6 +65,11 @@ def test_one_shot_prompts():
       ["lab", "--best_of=4", "--reward_model=lab", "--temperature=0"],
       "--temperature=0 they are all the same",
     ),
+    (
+      ["lab", "--best_of=4", "--reward_model=m[alice]"],
+      "--reward_model must give each group in brackets one weight, got 'm[al",
+    ),
+    (["lab", "--bestof=4"], "unknown flag --bestof; did you mean --best_of?"),
   ],
 )
 def test_mistakes_are_one_line(arguments, message, capsys):
@@ -90,7 +88,7 @@ def test_the_best_is_shown_and_no_empty_answer_if_there_is_another(capsys):
 
 
 def test_interrupts_end_without_a_traceback(monkeypatch, capsys):
-  def interrupted(args):
+  def interrupted(argv):
     raise KeyboardInterrupt
 
   monkeypatch.setattr(chat, "run", interrupted)

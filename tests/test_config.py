@@ -7,26 +7,29 @@ import operator
 import pytest
 
 from jaxalign import config as configs
+from jaxalign.algorithms import METHODS, config_class, read_config
+from jaxalign.algorithms.superhf.config import SuperHFConfig
+from jaxalign.config import rules
 from jaxalign.errors import UserError
 
 
-@pytest.mark.parametrize("name", configs.CONFIGS)
+@pytest.mark.parametrize("name", METHODS)
 def test_defaults_are_valid_and_survive_json(name):
-  config = configs.from_mapping({"algorithm": name})
-  assert type(config) is configs.CONFIGS[name]
+  config = read_config({"algorithm": name})
+  assert type(config) is config_class(name)
   stored = json.loads(json.dumps(configs.to_mapping(config)))
-  assert configs.from_mapping(stored) == config
+  assert read_config(stored) == config
 
 
 def test_configs_are_frozen_and_hashable():
-  config = configs.from_mapping({"algorithm": "superhf"})
+  config = read_config({"algorithm": "superhf"})
   with pytest.raises(dataclasses.FrozenInstanceError):
     config.steps = 3
-  assert hash(config) == hash(configs.from_mapping({"algorithm": "superhf"}))
+  assert hash(config) == hash(read_config({"algorithm": "superhf"}))
 
 
 def test_a_whole_number_counts_as_a_number():
-  config = configs.from_mapping({"algorithm": "superhf", "kl_coefficient": 1})
+  config = read_config({"algorithm": "superhf", "kl_coefficient": 1})
   assert config.kl_coefficient == 1.0
   assert isinstance(config.kl_coefficient, float)
 
@@ -65,13 +68,13 @@ def test_an_unknown_field_like_no_other_lists_its_section(fail):
 
 def test_an_unknown_algorithm_names_the_nearest(fail):
   assert fail({}, algorithm="superhv") == (
-    f"config.algorithm must be one of {', '.join(configs.CONFIGS)}, "
+    f"config.algorithm must be one of {', '.join(METHODS)}, "
     "got 'superhv'; did you mean 'superhf'?"
   )
   with pytest.raises(UserError, match="got None"):
-    configs.from_mapping({})
+    read_config({})
   with pytest.raises(UserError, match="must be a mapping, got list"):
-    configs.from_mapping([1])
+    read_config([1])
 
 
 def test_flags_are_typed_by_their_fields_and_the_last_one_counts():
@@ -87,7 +90,7 @@ def test_flags_are_typed_by_their_fields_and_the_last_one_counts():
     ("superbatch.percentile", "0.7,1"),
     ("sampling.length_buckets", "(32, 64)"),
   ]
-  config = configs.from_mapping({"algorithm": "superhf", "steps": 3}, flags)
+  config = read_config({"algorithm": "superhf", "steps": 3}, flags)
   assert config.steps == 8
   assert config.optimizer.learning_rate == 3e-5
   assert config.kl_coefficient == 1.0
@@ -133,13 +136,93 @@ def test_a_flag_below_a_section_that_is_none_reports_the_section(fail):
   )
 
 
+ALIASES = [
+  ("superhf", "finetune_batch", "batch_size", 4),
+  ("ppo", "minibatch", "batch_size", 4),
+  ("online_dpo", "pairs", "batch_size", 4),
+  ("reward_model", "centring", "center_rewards_coefficient", 0.5),
+]
+
+
+@pytest.mark.parametrize(("algorithm", "old", "name", "value"), ALIASES)
+def test_a_renamed_field_keeps_its_old_name(
+  algorithm, old, name, value, caplog
+):
+  base = {"algorithm": algorithm}
+  wanted = read_config(base | {name: value})
+  assert not caplog.records
+  # In a mapping, in a flag, and in a flag over a file with either name.
+  flags = [(old, str(value))]
+  assert read_config(base | {old: value}) == wanted
+  assert read_config(base, flags) == wanted
+  assert read_config(base | {name: 1}, flags) == wanted
+  assert read_config(base | {old: 1}, [(name, str(value))]) == wanted
+  assert read_config(base | {old: 1}, flags) == wanted
+  note = f"config.{old} is now config.{name}"
+  assert [record.getMessage() for record in caplog.records] == [note] * 5
+
+
+@pytest.mark.parametrize(("algorithm", "old", "name", "value"), ALIASES)
+def test_a_field_has_one_of_its_names(fail, algorithm, old, name, value):
+  message = (
+    f"config.{old} is now config.{name}, and both are given; leave out "
+    f"config.{old}"
+  )
+  assert fail({old: value, name: value}, algorithm=algorithm) == message
+  assert fail({name: value, old: value}, algorithm=algorithm) == message
+  flags = [(name, str(value)), (old, str(value))]
+  assert fail({}, flags, algorithm=algorithm) == message
+
+
+@pytest.mark.parametrize(("algorithm", "old", "name", "value"), ALIASES)
+def test_a_stored_config_gets_the_names_of_today(
+  algorithm, old, name, value, caplog
+):
+  config = read_config({"algorithm": algorithm, name: value})
+  stored = json.loads(json.dumps(configs.to_mapping(config)))
+  earlier = {old if key == name else key: stored[key] for key in stored}
+  assert name not in earlier
+  found = configs.rename_aliases(type(config), earlier)
+  assert found == stored
+  assert old in earlier  # the mapping that was given is left as it was
+  assert not caplog.records
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inner(rules.Section):
+  size: int = rules.field(1, "a size", alias=("width",))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outer(rules.Section):
+  inner: Inner = Inner()
+
+
+def test_a_field_of_a_section_may_be_renamed(caplog):
+  assert configs.read(Outer, {"inner": {"width": 3}}).inner.size == 3
+  assert configs.read(Outer, {}, [("inner.width", "3")]).inner.size == 3
+  notes = {record.getMessage() for record in caplog.records}
+  assert notes == {"config.inner.width is now config.inner.size"}
+  stored = {"inner": {"width": 3}, "other": [1]}
+  found = configs.rename_aliases(Outer, stored)
+  assert found == {"inner": {"size": 3}, "other": [1]}
+  (row,) = configs.describe(Outer)
+  assert row.doc == "a size (formerly width)"
+
+
+def test_a_mistyped_old_name_is_understood_too(fail):
+  assert fail({"finetune_batc": 1}) == (
+    "config.finetune_batc is not a field; did you mean config.batch_size?"
+  )
+
+
 def test_flags_leave_the_mapping_as_it_was():
   mapping = {"algorithm": "superhf", "mesh": {"fsdp": 2}}
-  configs.from_mapping(mapping, [("mesh.fsdp", "4")])
+  read_config(mapping, [("mesh.fsdp", "4")])
   assert mapping["mesh"]["fsdp"] == 2
 
 
-@pytest.mark.parametrize("cls", configs.CONFIGS.values())
+@pytest.mark.parametrize("cls", [config_class(name) for name in METHODS])
 def test_every_field_is_documented_and_its_default_keeps_its_rule(cls):
   rows = configs.describe(cls)
   paths = [row.path for row in rows]
@@ -151,7 +234,7 @@ def test_every_field_is_documented_and_its_default_keeps_its_rule(cls):
 
 
 def test_a_row_of_the_reference():
-  rows = {row.path: row for row in configs.describe(configs.SuperHFConfig)}
+  rows = {row.path: row for row in configs.describe(SuperHFConfig)}
   row = rows["config.sampling.top_p"]
   assert (row.type, row.default, row.rule) == ("float", 1.0, "(0, 1]")
   assert rows["config.superbatch.mode"].rule.startswith("prompt_accumulation |")

@@ -3,6 +3,7 @@
 import pytest
 
 from jaxalign import config as configs
+from jaxalign.algorithms import read_config
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,8 @@ from jaxalign import config as configs
       "axis can take what is left",
     ),
     (
-      {"finetune_batch": 8, "micro_batch": 3},
-      "config.micro_batch must be 0 or divide finetune_batch=8, got 3; "
+      {"batch_size": 8, "micro_batch": 3},
+      "config.micro_batch must be 0 or divide batch_size=8, got 3; "
       "gradients are added up over equal parts",
     ),
     (
@@ -229,7 +230,7 @@ def test_single_pass_is_one_step_of_groups_of_prompts(fail):
   once = {"superbatch": {"mode": "single_pass", "prompts": 0}}
   assert fail(once).startswith("config.steps must be 1 in superbatch.mode")
   assert fail(once | {"steps": 1}).startswith("config.sampling.batch_prompts")
-  config = configs.from_mapping(
+  config = read_config(
     {"algorithm": "superhf", "steps": 1, "sampling": {"batch_prompts": 4}}
     | once
   )
@@ -256,23 +257,21 @@ def test_single_pass_is_one_step_of_groups_of_prompts(fail):
 )
 def test_rows_and_kept_rows_follow_from_the_mode(superbatch, rows, kept):
   mapping = {"algorithm": "superhf", "superbatch": superbatch}
-  found = configs.from_mapping(mapping).superbatch
+  found = read_config(mapping).superbatch
   assert (found.rows, found.kept_rows) == (rows, kept)
 
 
 @pytest.mark.parametrize(
-  ("kl", "rank", "reference"),
-  [
-    (-1.0, 0, "none"),
-    (0.0, 0, "frozen_copy"),
-    (0.3, 0, "frozen_copy"),
-    (0.3, 4, "lora_off"),
-  ],
+  ("kl", "uses_reference", "weight"),
+  [(-1.0, False, 0.0), (0.0, True, 0.0), (0.3, True, 0.3)],
 )
-def test_the_reference_follows_from_kl_and_lora(kl, rank, reference):
-  lora = {"rank": rank, "targets": ("query_key_value",)}
-  mapping = {"algorithm": "superhf", "kl_coefficient": kl, "lora": lora}
-  assert configs.from_mapping(mapping).reference == reference
+def test_the_reference_and_its_weight_follow_from_the_kl(
+  kl, uses_reference, weight
+):
+  config = read_config({"algorithm": "superhf", "kl_coefficient": kl})
+  assert config.kl_coefficient == kl
+  assert config.uses_reference is uses_reference
+  assert config.kl_weight == weight
 
 
 @pytest.mark.parametrize("algorithm", ["superhf", "ppo"])
@@ -283,10 +282,10 @@ def test_the_best_by_held_out_is_smoothed(algorithm):
     "validation_interval": 2,
   }
   flags = [("checkpoint.keep_best", "held_out")]
-  assert configs.from_mapping(mapping, flags).best_metric == "test_score/recent"
+  assert read_config(mapping, flags).best_metric == "test_score/recent"
   flags = [("checkpoint.keep_best", "test_score/mean")]
-  assert configs.from_mapping(mapping, flags).best_metric == "test_score/mean"
-  assert configs.from_mapping(mapping).best_metric == ""
+  assert read_config(mapping, flags).best_metric == "test_score/mean"
+  assert read_config(mapping).best_metric == ""
 
 
 def test_only_what_samples_has_a_held_out_reward(fail):
@@ -298,7 +297,7 @@ def test_only_what_samples_has_a_held_out_reward(fail):
 
 def test_reward_models_may_carry_weights():
   mapping = {"algorithm": "superhf", "reward_model": "a/b*0.5, runs/*/model,c"}
-  assert configs.from_mapping(mapping).reward_models == (
+  assert read_config(mapping).reward_models == (
     ("a/b", 0.5),
     ("runs/*/model", 1.0),
     ("c", 1.0),
@@ -317,11 +316,11 @@ def test_a_batch_of_one_has_no_mismatched_pair(fail):
   one = {"batch_size": 1}
   assert fail(one, algorithm="kto") == (
     "config.batch_size must be at least 2 while loss='kto', got 1; the KL is "
-    "estimated on prompts with the answers of other rows; raise it "
+    "estimated on prompts with completions of other rows; raise it "
     "(micro_batch may stay 1) or use loss='apo_zero_unpaired'"
   )
   apo = {"algorithm": "kto", "loss": "apo_zero_unpaired"} | one
-  assert configs.from_mapping(apo).batch_size == 1
+  assert read_config(apo).batch_size == 1
 
 
 @pytest.mark.parametrize("algorithm", ["dpo", "kto"])
@@ -353,7 +352,7 @@ def test_supervised_rules(fail):
 
 def test_reward_models_may_carry_groups():
   text = "a[x=0.7, y y=-1]*0.5, b [z=.5],c"
-  config = configs.from_mapping({"algorithm": "ppo", "reward_model": text})
+  config = read_config({"algorithm": "ppo", "reward_model": text})
   assert config.reward_models == (
     ("a[x=0.7, y y=-1]", 0.5),
     ("b [z=.5]", 1.0),
@@ -389,7 +388,7 @@ def test_group_weights_are_looked_for_elsewhere(fail):
 def test_reward_model_rules(fail):
   assert fail({"groups": ("a", "b")}, algorithm="reward_model") == (
     "config.groups must be empty while group_column is empty, got ('a', 'b'); "
-    "name the column that says who judged a row"
+    "name the column of the annotators"
   )
   for names in (("a",), ("a", "a")):
     wrong = {"groups": names, "group_column": "who"}
@@ -399,7 +398,7 @@ def test_reward_model_rules(fail):
   uneven = {"loss": "distill", "batch_size": 8, "answers_per_prompt": 3}
   assert fail(uneven, algorithm="reward_model") == (
     "config.answers_per_prompt must divide the 8 rows of a pass while "
-    "loss='distill', got 3; answers of one prompt are compared in one pass"
+    "loss='distill', got 3; completions of one prompt are compared in one pass"
   )
   odd = {"batch_size": 8, "micro_batch": 1}
   assert fail(odd, algorithm="reward_model") == (

@@ -5,19 +5,21 @@ import pathlib
 
 import pytest
 
+from jaxalign import cli
 from jaxalign import config as configs
-from jaxalign import main
+from jaxalign.algorithms import read_config
+from jaxalign.algorithms.superhf.config import SuperHFConfig
 from jaxalign.errors import UserError
 
 FOLDER = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def get_config(name: str):
-  return main.find_get_config(FOLDER / f"{name}.py")
+  return cli.load_config_file(FOLDER / f"{name}.py").get_config
 
 
 def load(name: str, preset: str):
-  return configs.from_mapping(get_config(name)(preset))
+  return read_config(get_config(name)(preset))
 
 
 NAMES = ("superhf", "sft", "reward_model", "dpo", "kto", "ppo")
@@ -32,7 +34,7 @@ ALL = [
 def test_every_preset_is_valid_and_complete_in_json(name, preset):
   config = load(name, preset)
   assert config.algorithm in (name, f"online_{name}")
-  assert configs.from_mapping(configs.to_mapping(config)) == config
+  assert read_config(configs.to_mapping(config)) == config
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -69,11 +71,11 @@ def test_pythia_1b_is_table_2():
   assert (sampling.temperature, sampling.top_p) == (1.0, 0.9)
   assert (sampling.repetition_penalty, sampling.max_new_tokens) == (1.05, 64)
   assert sampling.truncation == "complex"
-  assert config.finetune_batch == 8
+  assert config.batch_size == 8
   assert config.precision.compute == config.scoring.dtype == "float32"
   assert config.scoring.encoding == "concat"
   assert config.lora.rank == 0
-  assert config.reference == "none"
+  assert not config.uses_reference
   assert config.inverse_loss_penalty == config.length_penalty == 0
   assert not config.train_eos
   assert not config.deduplicate
@@ -90,7 +92,7 @@ def test_the_released_files_differ_where_they_should():
       row.path.removeprefix("config."): operator.attrgetter(
         row.path.removeprefix("config.")
       )(config)
-      for row in configs.describe(configs.SuperHFConfig)
+      for row in configs.describe(SuperHFConfig)
     }
 
   def changed(preset, base):
@@ -129,7 +131,7 @@ def test_raft_is_the_released_script():
   assert (config.steps, config.sampling.temperature) == (20, 0.85)
   assert config.optimizer.learning_rate == 2e-5
   assert config.optimizer.schedule == "constant"
-  assert config.reference == "none"
+  assert not config.uses_reference
 
 
 def test_best_of_n_is_superhf_in_one_pass():
@@ -139,7 +141,7 @@ def test_best_of_n_is_superhf_in_one_pass():
   assert (config.algorithm, config.steps) == ("superhf", 1)
   assert (batch.mode, batch.keep) == ("single_pass", 1)
   assert batch.samples_per_prompt == config.evaluation.best_of_n
-  assert config.reference == "none"
+  assert not config.uses_reference
   assert config.inverse_loss_penalty == config.length_penalty == 0
   aside = config.evaluation.num_prompts
   groups = config.sampling.batch_prompts
@@ -154,14 +156,14 @@ def test_llama_7b_is_the_later_default():
   assert config.steps * batch.prompts == config.num_prompts == 10_000
   assert config.num_prompts_per_set * 4 == config.num_prompts
   assert config.kl_coefficient == 0.35
-  assert config.reference == "lora_off"
+  assert config.uses_reference
   lora = config.lora
   assert (lora.rank, lora.alpha, lora.dropout) == (4, 32, 0.05)
   assert lora.targets == ("q_proj", "v_proj")
   assert config.optimizer.learning_rate == 2e-5
   assert config.optimizer.warmup_steps == 32
   assert config.sampling.truncation == "medium"
-  assert config.finetune_batch == 2
+  assert config.batch_size == 2
   neox = load("superhf", "pythia-70m").lora
   assert neox.targets == ("query_key_value",)
 

@@ -8,8 +8,10 @@ import jax
 import numpy as np
 import pytest
 
+import jaxalign
 from jaxalign import config as config_lib
 from jaxalign import convert
+from jaxalign.algorithms import read_config
 from jaxalign.models import lora
 from jaxalign.models.hf import folder
 from jaxalign.models.layers import LoraConfig
@@ -25,8 +27,9 @@ def base(tmp_path, word_tokenizer):
   """A tiny model folder with its tokenizer, the model and its parameters."""
   model = Model.build(LlamaConfig(19, 16, 2, 2, 2, 8, 16))
   rng = np.random.default_rng(0)
-  draw = lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32)
-  params = jax.tree.map(draw, model.shapes)
+  params = jax.tree.map(
+    lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32), model.shapes
+  )
   tokenizer = word_tokenizer("abcdefghijklmnop")
   ids = tokenizer.special_ids()
   folder.save(model, params, tmp_path / "base", config=ids, also=tokenizer.save)
@@ -36,7 +39,7 @@ def base(tmp_path, word_tokenizer):
 def make_run(path, base, **settings):
   """A run's folder as `main` leaves it in the middle."""
   mapping = {"algorithm": "sft", "policy": str(base)} | settings
-  config = config_lib.from_mapping(mapping)
+  config = read_config(mapping)
   path.mkdir()
   text = json.dumps(config_lib.to_mapping(config))
   (path / "config.json").write_text(text)
@@ -171,9 +174,12 @@ def test_check_of_a_classifier():
 @pytest.mark.parity
 def test_check_finds_a_difference(base, monkeypatch):
   pytest.importorskip("torch")
-  right = convert._their_logits
-  wrong = lambda *args: right(*args) + np.eye(19)[3]
-  monkeypatch.setattr(convert, "_their_logits", wrong)
+  right = jaxalign.logits
+
+  def wrong(*args):
+    return right(*args) + np.eye(19)[3]
+
+  monkeypatch.setattr(jaxalign, "logits", wrong)
   with pytest.raises(convert.UserError, match="differs from transformers"):
     convert.check(base[0])
 

@@ -3,7 +3,6 @@
 import pathlib
 import subprocess
 import sys
-import types
 
 import pytest
 
@@ -24,20 +23,16 @@ def fail(capsys, *argv: str) -> str:
   return err.removeprefix("error: ").rstrip("\n")
 
 
-def start_with(monkeypatch, run) -> None:
-  """Puts `run` in the place of the real one, without importing jax."""
-  runs = types.ModuleType("jaxalign.build.runs")
-  runs.run = run
-  monkeypatch.setitem(sys.modules, runs.__name__, runs)
-
-
 @pytest.fixture
 def started(monkeypatch):
   """What `run` was called with, in place of running it."""
   calls = []
-  start_with(
-    monkeypatch, lambda config, workdir: calls.append((config, workdir)) or 0
-  )
+
+  def run(config, workdir):
+    calls.append((config, workdir))
+    return 0
+
+  monkeypatch.setattr(main, "run", run)
   return calls
 
 
@@ -65,7 +60,7 @@ def test_the_default_preset_names_the_workdir(started):
 
 
 def test_the_exit_status_is_that_of_the_run(monkeypatch):
-  start_with(monkeypatch, lambda config, workdir: 130)
+  monkeypatch.setattr(main, "run", lambda config, workdir: 130)
   assert main.main(["--config", CONFIG]) == 130
 
 
@@ -73,13 +68,17 @@ def test_an_error_of_the_run_is_one_line_too(monkeypatch, capsys):
   def run(config, workdir):
     raise UserError("the disk is full\nhere")
 
-  start_with(monkeypatch, run)
+  monkeypatch.setattr(main, "run", run)
   assert fail(capsys, "--config", CONFIG) == "the disk is full here"
 
 
 @pytest.mark.parametrize(
   ("argv", "message"),
   [
+    (
+      ["--config.stps=3", "--config", CONFIG, "--help"],
+      "config.stps is not a field; did you mean config.steps?",
+    ),
     (
       ["--config.stps=3", "--config", CONFIG],
       "config.stps is not a field; did you mean config.steps?",
@@ -103,8 +102,16 @@ def test_an_error_of_the_run_is_one_line_too(monkeypatch, capsys):
     ),
     (
       [],
-      "--config must be FILE.py or FILE.py:PRESET, got ''; try --config "
-      "configs/superhf.py",
+      "--config is missing; give --config FILE.py or FILE.py:PRESET, one of "
+      "configs/best_of_n.py, configs/dpo.py, configs/kto.py, "
+      "configs/lab/policy.py, configs/lab/reward_model.py, configs/ppo.py, "
+      "configs/reward_model.py, configs/sft.py, configs/superhf.py; "
+      "python -m jaxalign lists their presets",
+    ),
+    (
+      ["--config", "superhf"],
+      "--config must be FILE.py or FILE.py:PRESET, got 'superhf'; try "
+      "--config configs/superhf.py",
     ),
     (
       ["--config", CONFIG, "--profile_steps=13"],
@@ -113,7 +120,8 @@ def test_an_error_of_the_run_is_one_line_too(monkeypatch, capsys):
     ),
   ],
 )
-def test_a_wrong_flag_is_one_line(capsys, argv, message):
+def test_a_wrong_flag_is_one_line(monkeypatch, capsys, argv, message):
+  monkeypatch.chdir(ROOT)
   assert fail(capsys, *argv) == message
 
 
@@ -132,10 +140,8 @@ def write(tmp_path, text: str) -> str:
 
 def test_a_typo_inside_a_config_file_is_caught(capsys, tmp_path):
   text = (ROOT / "configs" / "superhf.py").read_text()
-  path = write(
-    tmp_path, text.replace("config.finetune_batch", "config.finetun")
-  )
-  assert "config.finetun is not a field; did you mean" in fail(
+  path = write(tmp_path, text.replace("config.batch_size", "config.batch_siz"))
+  assert "config.batch_siz is not a field; did you mean" in fail(
     capsys, "--config", path
   )
 
@@ -167,8 +173,9 @@ def test_a_file_without_presets(capsys, tmp_path, started):
 
 
 def test_help_lists_flags_and_the_fields_of_a_config(capsys):
-  assert main.main(["--help"]) == 0
-  assert "--workdir" in capsys.readouterr().out
+  for flag in ("-h", "--help"):
+    assert main.main([flag]) == 0
+    assert "--workdir" in capsys.readouterr().out
   argv = ["--config", f"{CONFIG}:llama-7b", "--config.steps=9", "--help"]
   assert main.main(argv) == 0
   out = capsys.readouterr().out

@@ -21,7 +21,10 @@ def tiny(path, head, tokenizer):
   )
   model = Model.build(config)
   rng = np.random.default_rng(0)
-  draw = lambda s: 0.3 * rng.normal(size=s.shape).astype(np.float32)
+
+  def draw(s):
+    return 0.3 * rng.normal(size=s.shape).astype(np.float32)
+
   params = jax.tree.map(draw, model.shapes)
   folder.save(
     model, params, path, config=tokenizer.special_ids(), also=tokenizer.save

@@ -5,7 +5,7 @@ r"""Trains the lab's policy: a small GPT-NeoX on dialogues, from nothing.
   python -m jaxalign.main --config configs/lab/policy.py:second \
     --config.policy=FIRST/model
 
-Only answers count in the loss: questions recur up to 64 times, and a model
+Only completions count in the loss: prompts recur up to 64 times, and a model
 this small learns them by heart. The second run goes on with the corpus that
 holds few refusals (see prepare.py).
 """

@@ -5,9 +5,9 @@
   python -m jaxalign.main --config configs/lab/reward_model.py:test
 
 The two learn from the scores of two teachers that were trained on disjoint
-halves of their data, so that the one that chooses and the one that watches do
-not share their mistakes. Segment types tell the prompt from the answer. What
-else was tried stands in docs/log.md.
+halves of their data, so that train reward and held-out reward do not share
+their mistakes. Segment types tell the prompt from the completion. What else was
+tried is in docs/log.md.
 """
 
 from ml_collections import ConfigDict

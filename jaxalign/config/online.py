@@ -1,26 +1,134 @@
-"""What all runs share that learn from answers of the policy itself."""
+"""The configs that learn from completions which the policy itself samples."""
 
 import dataclasses
 from collections.abc import Iterator
 
-from jaxalign.config.fields import Rule, field
 from jaxalign.config.names import parse_models, weighs_groups
+from jaxalign.config.rules import Rule, Section, field
 from jaxalign.config.sections import TrainingConfig
-from jaxalign.config.stages import (
-  EvaluationConfig,
-  SamplingConfig,
-  ScoringConfig,
-)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BucketConfig(Section):
+  """Texts of many lengths through few compiled programs."""
+
+  length_buckets: tuple[int, ...] = field(
+    (64, 128, 256, 512, 1024),
+    "lengths in tokens, of prompts to sample from or of texts to score, that "
+    "get a compiled program each",
+    ">= 1",
+  )
+
+  def rules(self) -> Iterator[Rule]:
+    """A text takes the first bucket that holds it, so they grow."""
+    lengths = list(self.length_buckets)
+    yield Rule(
+      bool(lengths) and lengths == sorted(set(lengths)),
+      "length_buckets must hold at least one length and grow",
+      "write 64,128,256",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig(BucketConfig):
+  """How completions are sampled."""
+
+  # What reshapes the distribution; PPO corrects for these, or refuses them.
+  temperature: float = field(1.0, "divides the logits (SuperHF Table 2)", "> 0")
+  top_p: float = field(1.0, "sampled probability mass; 1 = all", "(0, 1]")
+  top_k: int = field(0, "most probable tokens to sample from; 0 = all", ">= 0")
+  repetition_penalty: float = field(
+    1.0, "divides the logits of tokens that were used; 1 = off", "> 0"
+  )
+  no_repeat_ngram: int = field(
+    0,
+    "length of token runs that may not come twice; 0 = off",
+    ">= 0",
+    also=("no_repeat_ngram_size",),
+  )
+  # Where a completion ends.
+  max_new_tokens: int = field(
+    64, "longest completion in tokens (SuperHF Table 2)", ">= 1"
+  )
+  min_new_tokens: int = field(0, "tokens before the text may end", ">= 0")
+  truncation: str = field(
+    "delimiters",
+    "where the text of a completion is cut",
+    choices=("none", "delimiters", "simple", "medium", "complex"),
+    also=("extra_turns",),
+  )
+  # Memory; it changes no completion.
+  batch_prompts: int = field(
+    0,
+    "prompts in one sampler call; 0 = all of a step",
+    ">= 0",
+    also=("minibatch_size_generating",),
+  )
+
+  def rules(self) -> Iterator[Rule]:
+    """Bounds that depend on other fields."""
+    yield from super().rules()
+    yield Rule(
+      self.min_new_tokens <= self.max_new_tokens,
+      f"min_new_tokens must be in [0, max_new_tokens={self.max_new_tokens}]",
+      "lower it or raise max_new_tokens",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoringConfig(BucketConfig):
+  """How reward models read a completion."""
+
+  encoding: str = field(
+    "concat",
+    "concat = one text (SuperHF's way), pair = prompt and completion as "
+    "segments",
+    choices=("concat", "pair"),
+  )
+  max_length: int = field(
+    1024,
+    "longest text in tokens, cut on the right (SuperHF code)",
+    ">= 2",
+    also=("max_length_rm",),
+  )
+  batch_size: int = field(
+    64,
+    "texts in one scorer call (SuperHF code)",
+    ">= 1",
+    also=("minibatch_size_scoring",),
+  )
+  dtype: str = field(
+    "auto",
+    "number format of reward models; auto = bfloat16 on accelerators",
+    choices=("auto", "float32", "bfloat16"),
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig(Section):
+  """Best-of-N on prompts that training leaves out, by both reward models."""
+
+  interval: int = field(
+    0,
+    "steps between evaluations, also on the last; 0 = off",
+    ">= 0",
+    also=("eval_steps",),
+  )
+  best_of_n: int = field(
+    16, "N, completions of each prompt of which the best counts", ">= 1"
+  )
+  num_prompts: int = field(64, "prompts kept out of training", ">= 1")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OnlineConfig(TrainingConfig):
-  """Prompts, how they are answered, and who judges the answers.
+  """Prompts, how they are completed, and what scores the completions.
 
-  A method says how many prompts a step has and how often each is answered:
-  `prompts_per_step`, `samples_per_prompt`.
+  Each method has its own fields for `prompts_per_step` and
+  `samples_per_prompt`.
   """
 
+  # Prompts.
   prompts: str = field(
     "lab",
     "prompt source: lab, a hub id, a file or a glob; several with commas",
@@ -29,60 +137,55 @@ class OnlineConfig(TrainingConfig):
   max_prompt_chars: int = field(
     1024,
     "longest prompt in characters, without system_prompt; longer ones are left "
-    "out",
-    rule=">= 1",
-    source="SuperHF, later runs",
+    "out (SuperHF, later runs)",
+    ">= 1",
     also=("max_prompt_char_length",),
   )
+  # Kor (2023) used every row, repeated ones too.
   deduplicate: bool = field(True, "use every distinct prompt once")
   holdout: int = field(
     -1,
     "last rows of each set that are kept out of training; -1 = 2300 of "
-    "SuperHF's sets without a test split, 0 of others",
-    rule=">= -1",
-    source="SuperHF, later runs",
+    "SuperHF's sets without a test split, 0 of others (SuperHF, later runs)",
+    ">= -1",
   )
   num_prompts_per_set: int = field(
     0,
     "first prompts of each set to use, before shuffling; 0 = all",
-    rule=">= 0",
+    ">= 0",
     also=("num_prompts_per_dataset",),
   )
   num_prompts: int = field(
-    0,
-    "prompts to use, after shuffling; 0 = all",
-    rule=">= 0",
-    also=("debug_max_prompts",),
+    0, "shuffled prompts to use; 0 = all", ">= 0", also=("debug_max_prompts",)
   )
   system_prompt: str = field(
-    "", "text directly in front of every prompt", also=("conversation_prompt",)
+    "", "text directly before every prompt", also=("conversation_prompt",)
   )
-  max_bad_share: float = field(
-    0.01, "share of unusable data rows that is tolerated", rule="[0, 1]"
-  )
-  sampling: SamplingConfig = field(SamplingConfig(), "see the class")
+
+  # Completions and their rewards.
+  sampling: SamplingConfig = SamplingConfig()  # by the policy
+  scoring: ScoringConfig = ScoringConfig()  # by both rewards
   reward_model: str = field(
     "lab",
-    "model that chooses; several with commas, each with a weight as in a*0.5; "
+    "train reward; several models with commas, each with a weight as in a*0.5; "
     "groups' heads are weighed as in a[alice=0.7,bob=0.3]",
     also=("reward_model_name", "train_reward_model", "group_weights"),
   )
-  test_reward_model: str = field(
-    "", "model that only watches, never chooses", also=("reward_model_val",)
-  )
-  scoring: ScoringConfig = field(ScoringConfig(), "see the class")
   length_penalty: float = field(
-    0.0,
-    "score -= length_penalty x ln(characters of the completion)",
-    rule=">= 0",
+    0.0, "score -= length_penalty x ln(characters of the completion)", ">= 0"
+  )
+  max_exception_count: int = field(0, "steps that may fail in a run", ">= 0")
+
+  # Rewards that training never sees.
+  test_reward_model: str = field(
+    "",
+    "held-out reward, written like reward_model; empty = none",
+    also=("reward_model_val",),
   )
   validation_interval: int = field(
-    0, "steps between scorings with test_reward_model; 0 = off", rule=">= 0"
+    0, "steps between scorings with test_reward_model; 0 = off", ">= 0"
   )
-  evaluation: EvaluationConfig = field(EvaluationConfig(), "see the class")
-  max_exception_count: int = field(
-    0, "superbatches that may fail before the run stops", rule=">= 0"
-  )
+  evaluation: EvaluationConfig = EvaluationConfig()  # best-of-N
 
   @property
   def prompts_per_step(self) -> int:
@@ -91,51 +194,48 @@ class OnlineConfig(TrainingConfig):
 
   @property
   def samples_per_prompt(self) -> int:
-    """Answers to each of them."""
+    """Completions of each of them."""
     return 1
 
   @property
   def held_out_metric(self) -> str:
-    """A single validation is noise; see docs/checkpoints.md."""
+    """A mean of five: a single validation is noise (docs/checkpoints.md)."""
     return "test_score/recent" if self.validation_interval else ""
 
   @property
   def reward_models(self) -> tuple[tuple[str, float], ...]:
-    """Name and weight of each model that chooses."""
+    """Name and weight of each model in the train reward."""
     return parse_models(self.reward_model)
 
   @property
   def test_reward_models(self) -> tuple[tuple[str, float], ...]:
-    """Name and weight of each model that watches; may be empty."""
+    """Name and weight of each model in the held-out reward; may be empty."""
     return parse_models(self.test_reward_model)
 
   def rules(self) -> Iterator[Rule]:
     """What holds between sections."""
     yield from super().rules()
     yield Rule(
-      "reward_model",
       bool(self.reward_models),
-      "must name a model",
+      "reward_model must name a model",
       "give a hub id, a folder or lab",
     )
     yield Rule(
-      "validation_interval",
       self.validation_interval == 0 or bool(self.test_reward_models),
-      "must be 0 while test_reward_model is empty",
+      "validation_interval must be 0 while test_reward_model is empty",
       "name a test_reward_model or set the interval to 0",
     )
     for name in ("reward_model", "test_reward_model"):
       models = parse_models(getattr(self, name))
-      yield weighs_groups(name, *(model for model, _ in models))
+      yield weighs_groups(name, *[model for model, _ in models])
+    # Every sampler call has the same number of prompts: one compiled program.
     group, prompts = self.sampling.batch_prompts, self.prompts_per_step
+    must = f"sampling.batch_prompts must be 0 or divide the {prompts} prompts"
     yield Rule(
-      "sampling.batch_prompts",
-      prompts % group == 0 if group else prompts > 0,
-      f"must be 0 or divide the {prompts} prompts of a step"
-      if prompts
-      else "must be >= 1 in superbatch.mode 'single_pass'",
+      group == 0 or prompts % group == 0,
+      f"{must} of a step",
       "it is the number of prompts that are sampled at once",
     )
     yield Rule(
-      "prompts", bool(self.prompts), "must name a source", "lab is the smallest"
+      bool(self.prompts), "prompts must name a source", "lab is the smallest"
     )

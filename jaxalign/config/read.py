@@ -1,4 +1,4 @@
-"""Mapping -> frozen dataclass: the one place where a config is validated.
+"""Mapping and flags -> frozen dataclass: here a config is validated, once.
 
 Every mistake is a `UserError` of one line: the full path, the rule, the value,
 the remedy.
@@ -6,192 +6,197 @@ the remedy.
 
 import dataclasses
 import difflib
-from collections.abc import Sequence
-from typing import Any, get_type_hints
+import logging
+import operator
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, get_args, get_type_hints
 
-from jaxalign.config.fields import (
-  convert,
-  fits,
-  in_range,
-  parse_text,
-  type_name,
-)
+from jaxalign.config.hints import run_together, unknown_field
+from jaxalign.config.rules import Section, in_range
 from jaxalign.errors import UserError
+
+S = TypeVar("S", bound=Section)
+V = TypeVar("V")
+
+TYPE_NAMES = {
+  bool: "true or false",
+  int: "a whole number",
+  float: "a number",
+  str: "a text",
+  tuple[int, ...]: "a list of whole numbers",
+  tuple[float, ...]: "a list of numbers",
+  tuple[str, ...]: "a list of texts",
+}
+# How a flag may write a number: Python's own int() would take "1_000" too.
+NUMBERS = {
+  int: r"[+-]?\d{1,18}",
+  float: r"[+-]?(\d+\.?\d*|\.\d+)(e[+-]?\d+)?",
+}
+_log = logging.getLogger(__name__)
 
 
 def read(
-  cls: type, mapping: Any, path: str = "config", root: Any = None
-) -> Any:
-  """Builds `cls` from a mapping, checking names, types, ranges and rules.
+  cls: type[S],
+  mapping: Any,  # a user's: what it holds is checked here
+  flags: Sequence[tuple[str, str]] = (),
+  path: str = "config",
+  root: type[Section] | None = None,
+) -> S:
+  """Builds a config or one of its sections, and checks everything in it.
 
   Args:
-    cls: a config dataclass; nested dataclasses are its sections.
+    cls: the class; fields whose type is a dataclass are its sections.
     mapping: anything with `items()`: a dict, a ConfigDict, parsed JSON.
+    flags: (path below this section, text) pairs. They win over the mapping,
+      later ones over earlier ones.
     path: name of this section in messages.
-    root: the whole config's class, searched for the nearest names.
+    root: class of the whole config, searched for the nearest names.
 
   Raises:
-    UserError: the first mistake found.
+    UserError: the first mistake.
   """
-  root = root or cls
-  kinds = get_type_hints(cls)
+  root, kinds = root or cls, get_type_hints(cls)
   if not hasattr(mapping, "items"):
     raise UserError(
       f"{path} must be a section of fields, got {mapping!r}; "
       f"set one of {path}.{{{', '.join(kinds)}}}"
     )
+  # The flags of each field: ("", text), or (path below it, text) of a section.
+  below: dict[str, list[tuple[str, str]]] = {}
+  for name, text in flags:
+    first, _, rest = name.partition(".")
+    below.setdefault(first, []).append((rest, text))
+
+  # Earlier names: one note for each, wherever it is used.
+  given = dict(mapping.items())
+  for old, name in aliases(cls).items():
+    if old in given or old in below:
+      _log.warning("%s.%s is now %s.%s", path, old, path, name)
+  given = current_names(cls, given, path)
+  below = current_names(cls, below, path)
+
+  # Each field and section by itself.
   values = {}
-  for name, value in mapping.items():
-    where = f"{path}.{name}"
+  for name in given | below:
+    where, value = f"{path}.{name}", given.get(name, {})
     if name not in kinds:
-      raise UserError(unknown_field(root, where))
-    if dataclasses.is_dataclass(kinds[name]):
-      values[name] = read(kinds[name], value, where, root)
+      rest = below[name][0][0] if name in below else ""
+      raise UserError(unknown_field(root, f"{where}.{rest}".rstrip(".")))
+    section = dataclasses.is_dataclass(kinds[name])
+    for rest, text in below.get(name, ()):
+      if rest and not section:
+        raise UserError(
+          f"{where}.{rest} is not a field, because {where} is a single value; "
+          f"set {where} itself"
+        )
+      if not rest:
+        value = text if section else parse_text(kinds[name], text)
+    if section:
+      values[name] = read(kinds[name], value, below.get(name, ()), where, root)
     else:
       values[name] = read_value(cls, name, kinds[name], value, where)
+
+  # The rules between them.
   config = cls(**values)
-  for rule in config.rules() if hasattr(config, "rules") else ():
+  for rule in config.rules():
     if not rule.holds:
-      got = config
-      for part in rule.field.split("."):
-        got = getattr(got, part)
-      raise UserError(
-        f"{path}.{rule.field} {rule.must}, got {got!r}; {rule.remedy}"
-      )
+      got = operator.attrgetter(rule.must.partition(" ")[0])(config)
+      raise UserError(f"{path}.{rule.must}, got {got!r}; {rule.remedy}")
   return config
 
 
+# Any below: a type that is looked up, and what a user wrote for it.
 def read_value(cls: type, name: str, kind: Any, value: Any, where: str) -> Any:
   """One field's value, of its type and within its range or choices."""
   field = next(f for f in dataclasses.fields(cls) if f.name == name)
   choices, rule = field.metadata["choices"], field.metadata["rule"]
-  if not fits(kind, value):
-    remedy = f"write it like the default {field.default!r}"
-    if meant := run_together(cls, where, value):
-      remedy = f"did you mean {meant}?"
+  try:
+    typed = convert(kind, value)
+  except (TypeError, OverflowError) as error:
+    meant = run_together(cls, where, value)
+    like = f"write it like the default {field.default!r}"
     raise UserError(
-      f"{where} must be {type_name(kind)}, got {value!r} "
-      f"({type(value).__name__}); {remedy}"
-    )
-  if choices and value not in choices:
-    near = difflib.get_close_matches(value, choices, 1) or [field.default]
+      f"{where} must be {TYPE_NAMES[kind]}, got {value!r} "
+      f"({type(value).__name__}); {f'did you mean {meant}?' if meant else like}"
+    ) from error
+  if choices and typed not in choices:
+    near = difflib.get_close_matches(typed, choices, 1) or [field.default]
     raise UserError(
       f"{where} must be one of {', '.join(choices)}, got {value!r}; "
       f"did you mean {near[0]!r}?"
     )
-  numbers = value if isinstance(value, list | tuple) else [value]
-  numeric = all(isinstance(x, int | float) for x in numbers)
-  if numeric and not all(in_range(rule, x) for x in numbers):
-    must = f"be {rule}".replace("be [", "be in [").replace("be (", "be in (")
-    raise UserError(
-      f"{where} must {must if rule else 'be finite'}, got {value!r}; "
-      f"the default is {field.default!r}"
-    )
-  return convert(kind, value)
+  for number in typed if isinstance(typed, tuple) else (typed,):
+    if isinstance(number, int | float) and not in_range(rule, number):
+      must = f"in {rule}" if rule.startswith(("[", "(")) else rule or "finite"
+      raise UserError(
+        f"{where} must be {must}, got {value!r}; "
+        f"the default is {field.default!r}"
+      )
+  return typed
 
 
-def run_together(cls: type, where: str, value: Any) -> str:
-  """`keep` = best_held_out -> `keep_best=held_out`; "" if no field is meant."""
-  section, _, name = where.rpartition(".")
-  for f in dataclasses.fields(cls):
-    start = f.name.removeprefix(f"{name}_") + "_"
-    if f.name.startswith(f"{name}_") and str(value).startswith(start):
-      return f"{section}.{f.name}={str(value).removeprefix(start)}"
-  return ""
+def convert(kind: Any, value: Any) -> Any:
+  """The value as exactly the field's type, or TypeError if it is another."""
+  if inner := get_args(kind):
+    if not isinstance(value, list | tuple):
+      raise TypeError(value)
+    return tuple(convert(inner[0], x) for x in value)
+  # A bool is no number, although Python's bool is an int; an int is a float.
+  fits = isinstance(value, int | float if kind is float else kind)
+  if not fits or isinstance(value, bool) != (kind is bool):
+    raise TypeError(value)
+  return kind(value)
 
 
-def override(cls: type, mapping: Any, flags: Sequence[tuple[str, str]]) -> dict:
-  """A mapping with `--config.path=text` flags put in, typed as their fields.
+def parse_text(kind: Any, text: str) -> Any:
+  """A flag's text as the field's type, or the text itself where it is not."""
+  if inner := get_args(kind):
+    parts = text.strip("()[] ").split(",")
+    words = (part.strip().strip("'\"") for part in parts)
+    return tuple(parse_text(inner[0], word) for word in words if word)
+  if kind is bool:
+    return {"true": True, "false": False}.get(text.lower(), text)
+  if kind in NUMBERS and re.fullmatch(NUMBERS[kind], text):
+    return kind(text)
+  return text
+
+
+def aliases(cls: type) -> dict[str, str]:
+  """Earlier name -> name of the fields of a section."""
+  fields = dataclasses.fields(cls)
+  return {old: f.name for f in fields for old in f.metadata.get("alias", ())}
+
+
+def current_names(
+  cls: type, section: Mapping[str, V], path: str = "config"
+) -> dict[str, V]:
+  """The entries of a section, earlier names replaced by the fields' own."""
+  renamed, names = {}, aliases(cls)
+  for old, value in section.items():
+    name = names.get(old, old)
+    if name in renamed or (name != old and name in section):
+      old = next(other for other in section if names.get(other) == name)
+      raise UserError(
+        f"{path}.{old} is now {path}.{name}, and both are given; "
+        f"leave out {path}.{old}"
+      )
+    renamed[name] = value
+  return renamed
+
+
+def rename_aliases(
+  cls: type, mapping: Mapping[str, Any], path: str = "config"
+) -> dict[str, Any]:
+  """A stored config with today's field names, so that it can be compared.
 
   Args:
-    cls: the config's class, which knows the types.
-    mapping: what the config file gave.
-    flags: (path below `config`, text) pairs; of equal paths the last counts.
-
-  Raises:
-    UserError: a path that is no field.
+    cls: the config's class.
+    mapping: nested, say a run's config.json; its values are any JSON.
+    path: name of this section in messages.
   """
-  result = plain(mapping)
-  for path, text in flags:
-    value = parse_text(kind_at(cls, path), text)
-    *sections, last = path.split(".")
-    inner = result
-    for name in sections:
-      inner = inner.setdefault(name, {})
-      if not isinstance(inner, dict):  # `read` says what it has to be
-        return result
-    inner[last] = value
-  return result
-
-
-def kind_at(cls: type, path: str) -> Any:
-  """The type of the field at a path below `config`."""
-  kind, where = cls, "config"
-  for name in path.split("."):
-    if not dataclasses.is_dataclass(kind):
-      raise UserError(
-        f"config.{path} is not a field, because {where} is a single value; "
-        f"set {where} itself"
-      )
-    kinds, where = get_type_hints(kind), f"{where}.{name}"
-    if name not in kinds:
-      raise UserError(unknown_field(cls, f"config.{path}"))
-    kind = kinds[name]
-  return kind
-
-
-def plain(mapping: Any) -> Any:
-  """Nested mappings (ConfigDict included) as nested dicts, a copy."""
-  if not hasattr(mapping, "items"):
-    return mapping
-  return {name: plain(value) for name, value in mapping.items()}
-
-
-def unknown_field(root: type, where: str) -> str:
-  """The message for a name that is no field, with the nearest that are."""
-  near = nearest_fields(root, where)
-  if near:
-    return f"{where} is not a field; did you mean {' or '.join(near)}?"
-  section = where.rpartition(".")[0] + "."
-  paths = all_paths(root)
-  if not any(path.startswith(section) for path in paths):
-    section = "config."
-  names = [p.removeprefix(section) for p in paths if p.startswith(section)]
-  here = ", ".join(name for name in names if "." not in name)
-  return f"{where} is not a field; the fields of {section[:-1]} are {here}"
-
-
-def nearest_fields(root: type, where: str) -> list[str]:
-  """Up to three field paths that a mistyped path may have meant.
-
-  A name that is right in another section, and a name that other programs use
-  (`also`), count as much as a typing mistake in the right place.
-  """
-  section, _, name = where.rpartition(".")
-  scores = {}
-  for path, also in all_paths(root).items():
-    home, _, leaf = path.rpartition(".")
-    alike = max(likeness(name.lower(), word) for word in (leaf, *also))
-    scores[path] = alike + (0.15 if home == section else 0.0)
-  best = sorted(scores, key=lambda path: -scores[path])[:3]
-  # A near-certain match stands alone; doubtful ones are offered together.
-  if scores[best[0]] >= 1.0:
-    return best[:1]
-  return [path for path in best if scores[path] >= 0.72]
-
-
-def likeness(name: str, word: str) -> float:
-  """In [0, 1]; `kl` is much like `kl_coefficient`, if not the same."""
-  alike = difflib.SequenceMatcher(None, name, word).ratio()
-  return max(alike, 0.75) if name in word.split("_") else alike
-
-
-def all_paths(cls: type, path: str = "config") -> dict[str, tuple[str, ...]]:
-  """Every field and section of a config, with its names elsewhere."""
-  kinds, found = get_type_hints(cls), {}
-  for f in dataclasses.fields(cls):
-    where = f"{path}.{f.name}"
-    found[where] = f.metadata["also"]
-    if dataclasses.is_dataclass(kinds[f.name]):
-      found |= all_paths(kinds[f.name], where)
-  return found
+  kinds, renamed = get_type_hints(cls), current_names(cls, mapping, path)
+  for name, value in renamed.items():
+    if dataclasses.is_dataclass(kinds.get(name)) and isinstance(value, Mapping):
+      renamed[name] = rename_aliases(kinds[name], value, f"{path}.{name}")
+  return renamed

@@ -4,65 +4,55 @@ import dataclasses
 import re
 from collections.abc import Iterator
 
-from jaxalign.config.fields import Rule, field
-
-HF_ADAMW = "torch AdamW, used by every SuperHF run"
+from jaxalign.config.rules import Rule, Section, field
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class OptimizerConfig(Section):
   """How gradients change parameters."""
 
   name: str = field(
     "adamw", "update rule of optax", choices=("adamw", "adafactor", "lion")
   )
+  # The learning rate over the run, in updates (SuperHF: in superbatches).
   learning_rate: float = field(
-    1e-5,
-    "peak learning rate",
-    rule="> 0",
-    source="SuperHF Table 2",
-    also=("lr",),
+    1e-5, "the peak (SuperHF Table 2)", "> 0", also=("lr",)
   )
   schedule: str = field(
     "linear",
-    "shape of the learning rate after the warm-up",
+    "shape of the learning rate after the warm-up (SuperHF code)",
     choices=("constant", "linear", "cosine"),
-    source="SuperHF code",
     also=("scheduler_name", "lr_scheduler_type"),
   )
   warmup_steps: int = field(
-    0, "steps of linear warm-up", rule=">= 0", also=("scheduler_warmup_steps",)
+    0, "steps of linear warm-up", ">= 0", also=("scheduler_warmup_steps",)
   )
   end_value_ratio: float = field(
-    0.0, "learning rate at the end, as a share of the peak", rule="[0, 1]"
+    0.0, "learning rate at the end, as a share of the peak", "[0, 1]"
   )
+  # The defaults of torch's AdamW, which every SuperHF run used.
   weight_decay: float = field(
-    0.01, "decoupled weight decay on all leaves", rule=">= 0", source=HF_ADAMW
+    0.01, "decoupled decay of all leaves (torch AdamW, as SuperHF)", ">= 0"
   )
   beta1: float = field(
-    0.9, "decay of the gradient mean", rule="[0, 1)", also=("adam_beta1",)
+    0.9, "decay of the gradient mean", "[0, 1)", also=("adam_beta1",)
   )
   beta2: float = field(
-    0.999, "decay of the squared gradient", rule="[0, 1)", also=("adam_beta2",)
+    0.999, "decay of the squared gradient", "[0, 1)", also=("adam_beta2",)
   )
-  eps: float = field(
-    1e-8, "added to the denominator", rule="> 0", also=("adam_epsilon",)
-  )
+  eps: float = field(1e-8, "in the denominator", "> 0", also=("adam_epsilon",))
   clip_norm: float = field(
     0.0,
-    "largest global gradient norm; 0 = no clipping",
-    rule=">= 0",
-    source="none in SuperHF",
+    "largest global gradient norm; 0 = no clipping (none in SuperHF)",
+    ">= 0",
     also=("max_grad_norm", "grad_clip"),
   )
-  ema: float = field(
-    0.0, "decay of the averaged parameters; 0 = off", rule="[0, 1)"
-  )
+  ema: float = field(0.0, "decay of the averaged parameters; 0 = off", "[0, 1)")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MeshConfig:
-  """How many devices each mesh axis has; -1 takes what is left."""
+class MeshConfig(Section):
+  """How many devices each mesh axis has; -1 takes all that are left."""
 
   replica: int = field(1, "copies of the parameters", also=("data", "dp"))
   fsdp: int = field(1, "parts that parameters and rows are split into")
@@ -74,54 +64,50 @@ class MeshConfig:
     for name, size in sizes.items():
       others = [n for n, s in sizes.items() if s == -1 and n != name]
       yield Rule(
-        name,
         size >= 1 or size == -1,
-        "must be >= 1, or -1 for the devices that are left",
+        f"{name} must be >= 1, or -1 for the devices that are left",
         "1 is one device",
       )
       yield Rule(
-        name,
         size != -1 or not others,
-        f"must be >= 1 while {', '.join(others)} is -1",
+        f"{name} must be >= 1 while {', '.join(others)} is -1",
         "only one axis can take what is left",
       )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CheckpointConfig:
-  """When to save, and how many saves to keep."""
+class CheckpointConfig(Section):
+  """When checkpoints are saved, and how many are kept."""
 
-  every_steps: int = field(50, "steps between saves; 0 = off", rule=">= 0")
-  every_minutes: float = field(
-    10.0, "minutes between saves; 0 = off", rule=">= 0"
-  )
+  every_steps: int = field(50, "steps between saves; 0 = off", ">= 0")
+  every_minutes: float = field(10.0, "minutes between saves; 0 = off", ">= 0")
   keep: int = field(
-    2, "newest checkpoints to keep", rule=">= 1", also=("save_total_limit",)
+    2, "newest checkpoints to keep", ">= 1", also=("save_total_limit",)
   )
   keep_best: str = field(
     "",
-    "metric whose highest value keeps its checkpoint too, as "
-    "eval_test_score/mean; held_out = the mean of the last five validations by "
+    "metric, say eval_test_score/mean, whose highest value keeps its "
+    "checkpoint too; held_out = the mean of the last five validations by "
     "test_reward_model; empty = off",
     also=("metric_for_best_model",),
   )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MetricsConfig:
+class MetricsConfig(Section):
   """Where metrics go besides metrics.jsonl, which is always written."""
 
   tensorboard: bool = field(True, "write TensorBoard events")
   wandb: bool = field(False, "log to Weights & Biases; needs the extra [wandb]")
   trackio: bool = field(False, "log to trackio; needs the extra [trackio]")
   every_steps: int = field(
-    1, "steps between lines", rule=">= 1", also=("logging_steps",)
+    1, "steps between lines", ">= 1", also=("logging_steps",)
   )
   project: str = field("jaxalign", "project name for wandb and trackio")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrecisionConfig:
+class PrecisionConfig(Section):
   """Number formats; softmax, norms, log-probs and losses are always float32."""
 
   params: str = field(
@@ -138,24 +124,22 @@ class PrecisionConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LoraConfig:
-  """Low-rank adapters; with them only the adapters are trained."""
+class AdapterConfig(Section):
+  """Low-rank adapters (LoRA); with them only the adapters are trained."""
 
   rank: int = field(
-    0, "inner width r; 0 = train all parameters", rule=">= 0", also=("lora_r",)
+    0, "inner width r; 0 = train all parameters", ">= 0", also=("lora_r",)
   )
   alpha: float = field(
     32.0,
-    "the update is scaled by alpha / rank",
-    rule="> 0",
-    source="SuperHF, later runs",
+    "the update is scaled by alpha / rank (SuperHF, later runs)",
+    "> 0",
     also=("lora_alpha",),
   )
   dropout: float = field(
     0.05,
-    "probability of dropping an adapter's input",
-    rule="[0, 1)",
-    source="SuperHF, later runs",
+    "probability of dropping an adapter's input (SuperHF, later runs)",
+    "[0, 1)",
     also=("lora_dropout",),
   )
   targets: tuple[str, ...] = field(
@@ -165,17 +149,16 @@ class LoraConfig:
   )
 
   def rules(self) -> Iterator[Rule]:
-    """Adapters need layers to sit on."""
+    """Adapters name their layers: each architecture calls them differently."""
     yield Rule(
-      "targets",
       self.rank == 0 or bool(self.targets),
-      f"must name a layer while rank={self.rank}",
+      f"targets must name a layer while rank={self.rank}",
       "give query_key_value (GPT-NeoX) or q_proj,v_proj (LLaMA), or rank=0",
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class InitConfig:
+class InitConfig(Section):
   """A new model with random weights, used where `policy` is `init`.
 
   The names are those of a Hugging Face config.json; 0 takes the architecture's
@@ -189,83 +172,96 @@ class InitConfig:
     choices=("gpt_neox", "llama", "gpt_neo", "deberta-v2"),
     also=("architecture",),
   )
-  hidden_size: int = field(256, "width", rule=">= 1", also=("d_model",))
-  num_hidden_layers: int = field(4, "layers", rule=">= 1", also=("layers",))
-  num_attention_heads: int = field(4, "query heads", rule=">= 1")
+  hidden_size: int = field(256, "width", ">= 1", also=("d_model",))
+  num_hidden_layers: int = field(4, "layers", ">= 1", also=("layers",))
+  num_attention_heads: int = field(4, "query heads", ">= 1")
   num_key_value_heads: int = field(
-    0, "key and value heads (LLaMA); 0 = as many as query heads", rule=">= 0"
+    0, "key and value heads (LLaMA); 0 = as many as query heads", ">= 0"
   )
   intermediate_size: int = field(
-    0, "inner width of the feed-forward layer; 0 = 4 x hidden_size", rule=">= 0"
+    0, "inner width of the feed-forward layer; 0 = 4 x hidden_size", ">= 0"
   )
-  max_position_embeddings: int = field(512, "context in tokens", rule=">= 1")
+  max_position_embeddings: int = field(512, "context in tokens", ">= 1")
   type_vocab_size: int = field(
-    0, "segment types (DeBERTa); 2 tells prompt and answer apart", rule=">= 0"
+    0, "segment types (DeBERTa); 2 = prompt and completion", ">= 0"
   )
-  tie_word_embeddings: bool = field(
-    False, "use the input embedding as the output matrix"
-  )
+  tie_word_embeddings: bool = field(False, "share input and output embeddings")
 
   def rules(self) -> Iterator[Rule]:
     """Heads divide the width and the query heads."""
+    # Grouped-query attention: `groups` key heads serve `heads` query heads.
     heads, groups = self.num_attention_heads, self.num_key_value_heads
     yield Rule(
-      "hidden_size",
       self.hidden_size % heads == 0,
-      f"must be a multiple of num_attention_heads={heads}",
+      f"hidden_size must be a multiple of num_attention_heads={heads}",
       f"take {-(-self.hidden_size // heads) * heads}",
     )
     yield Rule(
-      "num_key_value_heads",
       groups == 0 or heads % groups == 0,
-      f"must divide num_attention_heads={heads}",
+      f"num_key_value_heads must divide num_attention_heads={heads}",
       "take 0 for as many",
     )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
+class TrainingConfig(Section):
   """What every training run has."""
 
   algorithm: str = field("superhf", "what to run", choices=("superhf",))
-  seed: int = field(
-    0, "seed of samples, data order and dropout", rule="[0, 4294967296)"
-  )
-  steps: int = field(200, "length of the run", rule=">= 1")
+  seed: int = field(0, "of samples, data order and dropout", "[0, 4294967296)")
+  steps: int = field(200, "length of the run", ">= 1")
   policy: str = field(
     "lab",
     "model to train: a hub id, a folder, lab, or init (see config.init)",
     also=("model", "model_name", "language_model_name", "model_name_or_path"),
   )
-  optimizer: OptimizerConfig = field(OptimizerConfig(), "see the class")
-  lora: LoraConfig = field(LoraConfig(), "see the class", also=("peft",))
-  init: InitConfig = field(InitConfig(), "see the class")
-  mesh: MeshConfig = field(MeshConfig(), "see the class")
-  checkpoint: CheckpointConfig = field(CheckpointConfig(), "see the class")
-  metrics: MetricsConfig = field(MetricsConfig(), "see the class")
-  precision: PrecisionConfig = field(PrecisionConfig(), "see the class")
+  optimizer: OptimizerConfig = OptimizerConfig()  # updates and their rate
+  lora: AdapterConfig = field(AdapterConfig(), "adapters", also=("peft",))
+  init: InitConfig = InitConfig()  # policy="init": a new model
+  mesh: MeshConfig = MeshConfig()  # devices
+  checkpoint: CheckpointConfig = CheckpointConfig()  # saves
+  metrics: MetricsConfig = MetricsConfig()  # logs
+  precision: PrecisionConfig = PrecisionConfig()  # number formats
+  # Memory against time; an update stays the same but for rounding.
   remat: bool = field(
     False,
     "compute activations again in the backward pass: less memory, more time",
     also=("gradient_checkpointing",),
   )
+  micro_batch: int = field(
+    0,
+    "rows in one forward and backward pass; 0 = batch_size",
+    ">= 0",
+    also=("gradient_accumulation_steps",),
+  )
+  batch_size: int = field(
+    8,
+    "rows in one optimizer update, over all devices",
+    ">= 1",
+    also=("train_batch_size", "per_device_train_batch_size"),
+  )
   max_length: int = field(
     1024,
-    "longest training text in tokens; the rest is cut off",
-    rule=">= 2",
-    source="SuperHF code",
+    "longest training text in tokens; the rest is cut off (SuperHF code)",
+    ">= 2",
     also=("max_length_rm", "max_seq_length"),
+  )
+  max_bad_share: float = field(
+    0.01, "tolerated share of unusable rows", "[0, 1]"
   )
   profile_steps: str = field(
     "", "steps A to B-1 to trace with jax.profiler, as A:B; empty = none"
   )
-  compilation_cache: bool = field(
-    True, "keep compiled programs on disk for the next start"
-  )
+  compilation_cache: bool = field(True, "keep compiled programs on disk")
+
+  @property
+  def micro_rows(self) -> int:
+    """Rows in one forward and backward pass."""
+    return self.micro_batch or self.batch_size
 
   @property
   def held_out_metric(self) -> str:
-    """What `checkpoint.keep_best=held_out` goes by; empty = not measured."""
+    """The metric that `checkpoint.keep_best=held_out` means; empty = none."""
     return ""
 
   @property
@@ -276,58 +272,60 @@ class TrainingConfig:
 
   @property
   def learning_rate_ratios(self) -> dict[str, float]:
-    """Parts of the parameters that have a learning rate of their own."""
+    """Learning rates of parts of the parameters, as shares of the policy's."""
     return {}
 
   @property
   def derived(self) -> tuple[str, ...]:
-    """Fields that the data decide, because they are left open."""
+    """Fields that are left open here and follow from the data."""
     return () if self.steps else ("steps",)
 
   def rules(self) -> Iterator[Rule]:
     """What holds for every training run."""
     yield Rule(
-      "policy",
-      bool(self.policy),
-      "must name a model",
-      "give a hub id or a folder",
+      bool(self.policy), "policy must name a model", "give a hub id or a folder"
     )
     yield Rule(
-      "checkpoint.keep_best",
+      self.batch_size % self.micro_rows == 0,
+      f"micro_batch must be 0 or divide batch_size={self.batch_size}",
+      "gradients are added up over equal parts",
+    )
+    yield Rule(
       self.checkpoint.keep_best != "held_out" or bool(self.held_out_metric),
-      "must name a metric where no held-out reward is measured",
+      "checkpoint.keep_best must name a metric where no held-out reward is "
+      "measured",
       "set test_reward_model and validation_interval of a method that samples, "
       "or name a metric of metrics.jsonl",
     )
+    # The profiler reads these steps as they are.
     span = re.fullmatch(r"(\d+):(\d+)", self.profile_steps)
+    first, end = (int(span[1]), int(span[2])) if span else (0, 0)
     yield Rule(
-      "profile_steps",
-      not self.profile_steps
-      or (span is not None and int(span[1]) < int(span[2])),
-      "must be empty or A:B with A < B",
+      not self.profile_steps or first < end,
+      "profile_steps must be empty or A:B with A < B",
       "write 10:13 for steps 10, 11 and 12",
     )
     yield Rule(
-      "profile_steps",
-      span is None or not self.steps or int(span[1]) < self.steps,
-      f"must begin before the run's end at steps={self.steps}",
+      not self.steps or first < self.steps,
+      f"profile_steps must begin before the run's end at steps={self.steps}",
       "steps are counted from 0",
     )
+    # A new model has no tokenizer, and no weights that adapters could refine.
+    is_new = self.policy == "init"
     yield Rule(
-      "init.tokenizer",
-      self.policy != "init" or bool(self.init.tokenizer),
-      "must be a folder or a hub id while policy='init'",
+      not is_new or bool(self.init.tokenizer),
+      "init.tokenizer must be a folder or a hub id while policy='init'",
       "a new model needs a vocabulary",
     )
     yield Rule(
-      "lora.rank",
-      self.policy != "init" or self.lora.rank == 0,
-      "must be 0 while policy='init'",
+      not is_new or self.lora.rank == 0,
+      "lora.rank must be 0 while policy='init'",
       "adapters on random weights would leave those as they are",
     )
+    # Small updates would be lost in bfloat16's eight significant bits.
     yield Rule(
-      "precision.params",
       self.precision.params == "float32" or self.lora.rank > 0,
-      "must be 'float32' while lora.rank=0 trains every parameter",
+      "precision.params must be 'float32' while lora.rank=0 trains every "
+      "parameter",
       "use lora.rank, or precision.compute='bfloat16'",
     )

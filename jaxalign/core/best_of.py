@@ -1,4 +1,4 @@
-"""The best of n answers: what it is worth, and how far it strays."""
+"""The best of n completions: its score, and its distance from the policy."""
 
 import math
 
@@ -15,13 +15,14 @@ def sizes(samples: int) -> list[int]:
 def weights(samples: int, n: int) -> Float[np.ndarray, " S"]:
   """wᵢ = C(S − i, n − 1) / C(S, n), i = 1 … S.
 
-  The chance that the i-th best of S is the best of n of them: it is drawn, and
-  the n − 1 others come from the S − i behind it.
+  The chance that the i-th best of S is the best of n drawn from them: it is
+  drawn, and the n − 1 others are among the S − i that score lower.
 
   Args:
     samples: S.
     n: in [1, S].
   """
+  # Python's integers are exact: C(S, n) outgrows a float64 near S = 1000.
   ways = [math.comb(samples - i, n - 1) for i in range(1, samples + 1)]
   return np.array([w / math.comb(samples, n) for w in ways])
 
@@ -29,15 +30,15 @@ def weights(samples: int, n: int) -> Float[np.ndarray, " S"]:
 def expected(
   scores: Float[np.ndarray, "P S"], values: Float[np.ndarray, "P S"], n: int
 ) -> float:
-  """What the best of n answers is worth, mean over prompts.
+  """The expected value of the best of n completions, mean over prompts.
 
-  The mean over all C(S, n) choices of n of a prompt's S answers. Each choice is
-  a draw of n, so the mean is unbiased, and has the least variance of all that
-  S answers give.
+  It averages over all C(S, n) ways to choose n of a prompt's S completions.
+  Each choice is a draw of n, so the mean is unbiased, and no other unbiased
+  estimate from S completions has a smaller variance.
 
   Args:
-    scores: what the best is chosen by; of equal ones the first.
-    values: what an answer is worth: `scores`, or a second model's.
+    scores: the best is chosen by these; of equal ones it is the first.
+    values: what a completion is worth: `scores`, or a second model's scores.
     n: in [1, S].
   """
   order = np.argsort(-scores, axis=1, kind="stable")
@@ -46,12 +47,12 @@ def expected(
 
 
 def kl_bound(n: int) -> float:
-  """log n − (n − 1) / n, nats an answer, >= KL(best of n ‖ policy).
+  """log n − (n − 1) / n, nats a completion, >= KL(best of n ‖ policy).
 
-  Stiennon 2020, appendix G.3; equal to the KL where no two answers score the
-  same and every single one is rare, else above it (Beirami 2024).
+  Stiennon 2020, appendix G.3; equal to the KL where no two completions
+  score the same and each one is rare, else above it (Beirami 2024).
 
   Args:
-    n: answers that are chosen from, >= 1.
+    n: completions to choose from, >= 1.
   """
   return math.log(n) - (n - 1) / n

@@ -1,6 +1,4 @@
-"""Which samples are kept to be trained on."""
-
-from collections.abc import Callable
+"""Which completions are kept for training."""
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -9,8 +7,8 @@ from jaxtyping import Float, Int
 def top_k(scores: Float[np.ndarray, " S"], keep: int) -> Int[np.ndarray, " K"]:
   """Indices of the `keep` highest scores, best first; ties keep their order.
 
-  Scores of minus infinity mark samples that may not be kept (empty
-  completions, non-finite rewards), so fewer than `keep` may come back.
+  A score of minus infinity marks a completion that must not be kept (it is
+  empty or its reward is not finite), so fewer than `keep` may come back.
   """
   order = np.argsort(-scores, kind="stable")[:keep]
   return order[np.isfinite(scores[order])]
@@ -21,13 +19,14 @@ def from_percentile(
 ) -> Int[np.ndarray, " K"]:
   """Indices of the scores at or above a percentile, best first.
 
-  Of n usable scores the rank ⌈share (n − 1)⌉, from 0, is the least that
-  stays, and with it whatever equals it; minus infinity as for `top_k`.
+  Of n usable scores, the one of rank ⌈share (n − 1)⌉, counted from 0, is the
+  lowest that stays, with all that equal it; minus infinity as for `top_k`.
 
   Args:
-    scores: of samples that are compared with one another.
+    scores: of completions that are compared with one another.
     share: in [0, 1]; 0 keeps all, 1 the best.
   """
+  # "higher" returns one of the scores, so at least that one is kept.
   usable = scores[np.isfinite(scores)]
   if not len(usable):
     return np.zeros(0, np.int64)
@@ -35,11 +34,24 @@ def from_percentile(
   return top_k(scores, int((usable >= least).sum()))
 
 
-def per_prompt(
-  choose: Callable[[Float[np.ndarray, " S"]], Int[np.ndarray, " K"]],
-  scores: Float[np.ndarray, "P S"],
+def top_k_per_group(
+  scores: Float[np.ndarray, "P S"], keep: int
 ) -> Int[np.ndarray, " N"]:
-  """Flat indices of what `choose` keeps of each prompt, prompt by prompt."""
-  samples = scores.shape[1]
-  kept = [p * samples + choose(row) for p, row in enumerate(scores)]
-  return np.concatenate(kept) if kept else np.zeros(0, np.int64)
+  """Flat indices of `top_k` of each row, row by row."""
+  kept = [top_k(row, keep) for row in scores]
+  return _flat(kept, scores.shape[1])
+
+
+def from_percentile_per_group(
+  scores: Float[np.ndarray, "P S"], share: float
+) -> Int[np.ndarray, " N"]:
+  """Flat indices of `from_percentile` of each row, row by row."""
+  kept = [from_percentile(row, share) for row in scores]
+  return _flat(kept, scores.shape[1])
+
+
+def _flat(
+  kept: list[Int[np.ndarray, "..."]], samples: int
+) -> Int[np.ndarray, " N"]:
+  flat = [g * samples + row for g, row in enumerate(kept)]
+  return np.concatenate(flat) if flat else np.zeros(0, np.int64)

@@ -1,4 +1,4 @@
-"""Keys of random numbers: derived from the run's key, never stored."""
+"""Random keys: derived from the run's key, never stored."""
 
 import jax
 import numpy as np
@@ -6,7 +6,7 @@ from jaxtyping import Array
 
 
 def fold(key: Array, number: int) -> Array:
-  """`jax.random.fold_in` with a number of the host's, say a step.
+  """`jax.random.fold_in` with a number from the host, such as a step.
 
   Args:
     key: not consumed; every number gives an independent key.

@@ -1,49 +1,55 @@
 """Log-probabilities without ever holding `[B, T, V]` logits.
 
-Hidden states pass through the output matrix in chunks, which hold nothing but
-positions that count: a completion-only loss pays for the completion alone.
+Hidden states pass through the output matrix in chunks that hold only the
+positions that count, so a loss on completions does not pay for the prompts.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Unembed = Callable[[Array], Array]  # hidden [..., D] -> float32 logits [..., V]
 
 
 def over_counted(
-  fn: Callable[..., Any],
+  fn: Callable[..., PyTree],
   mask: Bool[Array, "B T"],
   *arrays: Array,
   tokens_a_chunk: int = 512,
-) -> Any:
-  """`fn` of the positions where `mask` is True, zero elsewhere.
+) -> PyTree:
+  """Evaluates `fn` at the positions where `mask` is True; zero elsewhere.
 
   Args:
     fn: takes chunks `[C, ...]` of the arrays, returns a pytree of `[C]`; what
       it closes over gets gradients.
     mask: True = evaluate here.
-    *arrays: `[B, T, ...]`; each position is treated on its own.
-    tokens_a_chunk: positions that are evaluated at once, a device.
+    *arrays: `[B, T, ...]`; each position is treated by itself.
+    tokens_a_chunk: positions evaluated at once on each device.
 
   Returns:
     The pytree of `[B, T]` values, in place. Differentiable; a chunk's
     intermediates are recomputed in the backward pass.
   """
+  # One part per device, so that no chunk mixes the rows of two devices.
   parts = _row_parts(mask.shape[0])
   flat = [x.reshape(parts, -1, *x.shape[2:]) for x in (mask, *arrays)]
   size = min(tokens_a_chunk, flat[0].shape[1])
   apply, closed = _hoist(fn, size, flat[1:])
+  # A custom gradient, because autodiff of a loop of unknown length is not
+  # possible, and it would keep every chunk's logits.
   out = _counted(apply, size, closed, *flat)
   return jax.tree.map(lambda x: x.reshape(mask.shape), out)
 
 
 def _hoist(fn, size, arrays):
-  """`fn` with what it closes over as its first argument, and that."""
+  """Turns what `fn` closes over into its first argument; returns both.
+
+  A custom gradient gives gradients to arguments alone.
+  """
+  # One conversion per chunk size: `closure_convert` fixes the shapes.
   converted, closed = {}, []
   for n in {size, _tail(size)}:
     example = [jnp.zeros((n, *x.shape[2:]), x.dtype) for x in arrays]
@@ -68,10 +74,12 @@ def _counted_forward(apply, size, closed, mask, *arrays):
 
 
 def _counted_backward(apply, size, saved, d):
+  # The same chunks again, each with its share of the incoming gradient.
   closed, mask, arrays = saved
 
   def body(counted, chunk, d_closed):
     *chunk, d = chunk
+    # The forward pass kept the inputs alone, so the chunk is run again.
     _, pull = jax.vjp(apply, closed, *chunk)
     more, *found = pull(jax.tree.map(lambda x: jnp.where(counted, x, 0), d))
     return jax.tree.map(jnp.add, d_closed, more), _of_floats(chunk, found)
@@ -104,19 +112,19 @@ def weighted_nll(
 ) -> Float[Array, ""]:
   """Σ −w log p(target), in nats; positions of weight 0 cost nothing.
 
-  Cheaper than a sum over `target_logprobs`: as the weights are known here,
-  d logits = w (softmax − one-hot) is at hand with the logits, and
-  differentiating this makes a chunk's gradients at once, instead of keeping
-  its logits or computing them again. Three products with the output matrix
-  are left of four.
+  Cheaper than a sum over `target_logprobs`. The weights are known here, so the
+  gradient d logits = w (softmax − one-hot) can be computed while a chunk's
+  logits exist, and they need not be kept or computed twice. That saves one of
+  four products with the output matrix.
 
   Args:
     hidden: the state *before* each target, i.e. already shifted by one.
     targets: ids.
     weights: w, say 1 / tokens of the whole batch; no gradient flows into it.
     unembed: the model's output matrix; what it closes over gets gradients.
-    tokens_a_chunk: positions whose logits are held at once, a device.
+    tokens_a_chunk: positions whose logits are held at once on each device.
   """
+  # As in `over_counted`: one part per device.
   parts = _row_parts(weights.shape[0])
   hidden, targets, weights = (
     x.reshape(parts, -1, *x.shape[2:]) for x in (hidden, targets, weights)
@@ -127,7 +135,7 @@ def weighted_nll(
 
 
 def _tail(size: int) -> int:
-  """Positions in the smaller chunks that take what whole ones leave."""
+  """Positions in a smaller chunk, which takes what whole ones leave."""
   return max(1, size // 4)
 
 
@@ -164,6 +172,7 @@ def _weighted_nll_forward(apply, size, matrix, hidden, targets, weights):
 
 def _weighted_nll_backward(apply, size, saved, d):
   del apply, size
+  # The forward pass computed the gradients already; only scale them.
   scaled = jax.tree.map(lambda x: x * d.astype(x.dtype), saved)
   return *scaled, None, None
 
@@ -172,18 +181,19 @@ _weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
 
 
 def _chunk_nll(logits: Array, targets: Array, w: Array) -> tuple[Array, Array]:
-  """Σ −w log p(target) of a chunk `[C, V]`, and its gradient by the logits."""
+  """Σ −w log p(target) of a chunk `[C, V]`, and d/d logits of it."""
   top = logits.max(axis=-1, keepdims=True)
   e = jnp.exp(logits - top)
   total = e.sum(axis=-1, keepdims=True)
   nll = jnp.log(total[:, 0]) + top[:, 0] - _select(logits, targets)
   hit = jnp.arange(logits.shape[-1]) == targets[:, None]
+  # `where`: a position of weight 0 may hold NaN.
   d_logits = jnp.where(w[:, None] == 0, 0, w[:, None] * (e / total - hit))
   return jnp.where(w == 0, 0, w * nll).sum(), d_logits
 
 
 def _over_chunks(body, size, weights, arrays, carry, placed):
-  """Folds `body` over each part's counted positions, `size` at a time.
+  """Runs `body` over each part's counted positions, `size` at a time.
 
   Args:
     body: `(weights [C], arrays [C, ...], carry) -> (carry, values [C, ...])`.
@@ -193,6 +203,8 @@ def _over_chunks(body, size, weights, arrays, carry, placed):
     carry: with a leading axis of parts.
     placed: `[parts, N, ...]`, into which the values are written.
   """
+  # Counted positions first, then the others; past the end an index that does
+  # not exist, which reads as weight 0 and is not written.
   length = weights.shape[1]
   order = jnp.argsort(weights == 0, axis=1, stable=True)
   order = jnp.pad(order, [(0, 0), (0, size)], constant_values=length)
@@ -200,6 +212,7 @@ def _over_chunks(body, size, weights, arrays, carry, placed):
   take_or_0 = jax.vmap(lambda x, at: x.at[at].get(mode="fill", fill_value=0))
   place = jax.vmap(lambda x, at, y: x.at[at].set(y, mode="drop"))
 
+  # One chunk of every part: gather, run, add to the carry, scatter.
   def step(i, state, start, size):
     carry, placed = state
     at = jax.lax.dynamic_slice_in_dim(order, start + i * size, size, axis=1)
@@ -207,8 +220,8 @@ def _over_chunks(body, size, weights, arrays, carry, placed):
     carry, values = jax.vmap(body)(take_or_0(weights, at), chunk, carry)
     return carry, jax.tree.map(lambda x, y: place(x, at, y), placed, values)
 
-  # Whole chunks, and up to half of one in quarters: three tokens too many
-  # should not cost as much as five hundred.
+  # Whole chunks, then quarters for the rest, at most two: three tokens too
+  # many should not cost as much as five hundred.
   count, tail = (weights != 0).sum(axis=1).max(), _tail(size)
   whole = (count + size // 2) // size
   rest = jnp.maximum(count - whole * size, 0)
@@ -217,13 +230,16 @@ def _over_chunks(body, size, weights, arrays, carry, placed):
     (whole, 0, size),
     ((rest + tail - 1) // tail, whole * size, tail),
   ):
-    run = functools.partial(step, start=start, size=n)
+
+    def run(i, state, start=start, size=n):
+      return step(i, state, start, size)
+
     state = jax.lax.fori_loop(0, times, run, state)
   return state
 
 
 def _row_parts(rows: int) -> int:
-  """Over how many devices the rows lie on the mesh in force; 1 without one."""
+  """How many devices the rows are sharded over; 1 without a mesh in force."""
   shape = jax.sharding.get_abstract_mesh().shape
   parts = shape.get("replica", 1) * shape.get("fsdp", 1)
   return parts if rows % parts == 0 else 1
@@ -235,7 +251,7 @@ def target_logprobs(
   mask: Bool[Array, "B T"],
   unembed: Unembed,
 ) -> Float[Array, "B T"]:
-  """The log p(target) at temperature 1 from the states that predict it.
+  """Computes log p(target) at temperature 1.
 
   Args:
     hidden: the state *before* each target, i.e. already shifted by one.
@@ -252,27 +268,27 @@ def target_logprobs(
 
 def logprobs_and_kl(
   hidden: Float[Array, "B T D"],
-  prior: Float[Array, "B T E"],
+  reference: Float[Array, "B T E"],
   targets: Int[Array, "B T"],
   mask: Bool[Array, "B T"],
   unembed: Unembed,
-  prior_unembed: Unembed,
+  reference_unembed: Unembed,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-  """The log p(target) and the exact KL(prior ‖ policy) at each position.
+  """Computes log p(target) and the exact KL(reference ‖ policy).
 
   KL = Σ_v p₀(v) (log p₀(v) − log p(v)) over the whole vocabulary, in nats.
-  No gradient flows into the prior.
+  No gradient flows into the reference.
   """
 
   def fn(h, h0, t):
     logp = jax.nn.log_softmax(unembed(h))
-    logp0 = jax.lax.stop_gradient(jax.nn.log_softmax(prior_unembed(h0)))
-    prior_p = jnp.exp(logp0)
+    logp0 = jax.lax.stop_gradient(jax.nn.log_softmax(reference_unembed(h0)))
+    p0 = jnp.exp(logp0)
     # 0 log 0 = 0: an id that cannot occur (logit -inf) adds nothing.
-    terms = jnp.where(prior_p > 0, prior_p * (logp0 - logp), 0)
+    terms = jnp.where(p0 > 0, p0 * (logp0 - logp), 0)
     return _select(logp, t), terms.sum(axis=-1)
 
-  return over_counted(fn, mask, hidden, prior, targets)
+  return over_counted(fn, mask, hidden, reference, targets)
 
 
 def logprobs_and_entropy(
@@ -281,7 +297,7 @@ def logprobs_and_entropy(
   mask: Bool[Array, "B T"],
   unembed: Unembed,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-  """The log p(target) and the entropy −Σ_v p(v) log p(v), in nats."""
+  """Computes log p(target) and the entropy −Σ_v p(v) log p(v), in nats."""
 
   def fn(h, t):
     logp = jax.nn.log_softmax(unembed(h))
@@ -292,26 +308,27 @@ def logprobs_and_entropy(
 
 def reverse_kl(
   hidden: Float[Array, "B T D"],
-  prior: Float[Array, "B T E"],
+  reference: Float[Array, "B T E"],
   mask: Bool[Array, "B T"],
   unembed: Unembed,
-  prior_unembed: Unembed,
+  reference_unembed: Unembed,
 ) -> Float[Array, "B T"]:
-  """The exact KL(policy ‖ prior) at each position, in nats.
+  """The exact KL(policy ‖ reference) at each position, in nats.
 
-  Σ_v p(v) (log p(v) − log p₀(v)); no gradient flows into the prior.
+  Σ_v p(v) (log p(v) − log p₀(v)); no gradient flows into the reference.
   """
 
   def fn(h, h0):
     logp = jax.nn.log_softmax(unembed(h))
-    logp0 = jax.lax.stop_gradient(jax.nn.log_softmax(prior_unembed(h0)))
+    logp0 = jax.lax.stop_gradient(jax.nn.log_softmax(reference_unembed(h0)))
     p = jnp.exp(logp)
     return jnp.where(p > 0, p * (logp - logp0), 0).sum(axis=-1)
 
-  return over_counted(fn, mask, hidden, prior)
+  return over_counted(fn, mask, hidden, reference)
 
 
 def _entropy(logp: Array) -> Array:
+  # 0 log 0 = 0, also where log p is −inf.
   p = jnp.exp(logp)
   return -jnp.where(p > 0, p * logp, 0).sum(axis=-1)
 
@@ -326,7 +343,7 @@ def _select_forward(logp, targets):
 
 
 def _select_backward(saved, d):
-  # What indexing would scatter into zeros, as something that can be fused.
+  # Indexing's own gradient is a scatter, which XLA does not fuse; this is.
   targets, ids = saved
   return jnp.where(ids == targets[..., None], d[..., None], 0), None
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 
-def pairwise(
+def bradley_terry_loss(
   chosen: Float[Array, "*#B"],
   rejected: Float[Array, "*#B"],
   margin: Float[Array, "*#B"] | float = 0.0,
@@ -18,21 +18,22 @@ def pairwise(
   Args:
     chosen: score s_w of the better text, raw logit.
     rejected: score s_l of the worse text, raw logit.
-    margin: m >= 0, by how much the better one should win (Touvron 2023).
-    label: p in [0, 1], how sure it is that the better one is better.
+    margin: m >= 0, how far apart the scores should be (Touvron 2023).
+    label: p in [0, 1], the probability that the better one is better.
   """
+  # −log σ(−d) = −log σ(d) + d, so one log-sigmoid is enough.
   gap = chosen - rejected - margin
   return -jax.nn.log_sigmoid(gap) + (1 - label) * gap
 
 
-def centring(
+def reward_centering(
   chosen: Float[Array, "*#B"], rejected: Float[Array, "*#B"]
 ) -> Float[Array, "..."]:
-  """(s_w + s_l)², keeps scores around zero (Eisenstein 2023)."""
+  """(s_w + s_l)², which keeps scores around zero (Eisenstein 2023)."""
   return (chosen + rejected) ** 2
 
 
-def preference(
+def dpo_loss(
   kind: str,
   lead: Float[Array, "*B"],
   beta: float,
@@ -45,16 +46,17 @@ def preference(
   robust: (−(1 − ε) log σ(βΔ) + ε log σ(−βΔ)) / (1 − 2ε): Chowdhury 2024, whose
     expectation under labels flipped with probability ε is the clean loss.
   hinge: max(0, 1 − βΔ): Zhao 2023 (SLiC).
-  ipo: (Δ − 1 / 2β)²: Azar 2023 (eq. 17); Δ of means a token where the caller
-    divides by length, as TRL does.
+  ipo: (Δ − 1 / 2β)²: Azar 2023 (eq. 17). TRL takes Δ of the mean per token;
+    the caller divides by the length.
 
   Args:
     kind: sigmoid, robust, hinge or ipo.
     lead: Δ, in nats.
-    beta: > 0, how strongly the reference holds.
-    smoothing: ε in [0, 0.5), the share of labels taken to be wrong; read by
+    beta: > 0, how strongly the policy is held to the reference.
+    smoothing: ε in [0, 0.5), the assumed share of wrong labels; used by
       sigmoid and robust.
   """
+  # log σ of a large negative number is exact; log(σ(x)) would be −inf.
   won = jax.nn.log_sigmoid(beta * lead)
   lost = jax.nn.log_sigmoid(-beta * lead)
   if kind == "sigmoid":
@@ -66,7 +68,7 @@ def preference(
   return (lead - 1 / (2 * beta)) ** 2
 
 
-def unpaired(
+def kto_loss(
   ratio: Float[Array, "*B"],
   desirable: Bool[Array, "*B"],
   kl: Float[Array, ""] | float,
@@ -74,26 +76,28 @@ def unpaired(
   desirable_weight: float = 1.0,
   undesirable_weight: float = 1.0,
 ) -> Float[Array, "*B"]:
-  """KTO's loss of ρ = log π(y|x)/π₀(y|x), without a second answer.
+  """KTO's loss of ρ = log π(y|x)/π₀(y|x), which needs no pair.
 
   λ_D (1 − σ(β(ρ − z₀))) where y is desirable, λ_U (1 − σ(β(z₀ − ρ))) where it
   is not: Ethayarajh 2024 (eq. 8). With z₀ = 0 it is APO-zero on unpaired rows:
   D'Oosterlinck 2024 (eq. 7).
 
   Args:
-    ratio: ρ, in nats, summed over the answer's tokens.
+    ratio: ρ, in nats, summed over the completion's tokens.
     desirable: True = y is desirable.
-    kl: z₀ >= 0, in nats, what an answer's ρ is compared with; a constant.
-    beta: > 0, how soon the loss is saturated.
+    kl: z₀ >= 0, in nats, the baseline that ρ is compared with; no gradient
+      flows into it.
+    beta: > 0, how soon the loss saturates.
     desirable_weight: λ_D.
     undesirable_weight: λ_U.
   """
+  # 1 − σ(x) = σ(−x), exact also where σ(x) rounds to 1.
   lead = jnp.where(desirable, ratio - kl, kl - ratio)
   weight = jnp.where(desirable, desirable_weight, undesirable_weight)
   return weight * jax.nn.sigmoid(-beta * lead)
 
 
-def policy_gradient(
+def clipped_surrogate_loss(
   log_ratio: Float[Array, "*#B"],
   advantage: Float[Array, "*#B"],
   low: float,
@@ -105,22 +109,25 @@ def policy_gradient(
   Args:
     log_ratio: ln ρ, in nats.
     advantage: A.
-    low: how far ρ may fall, in [0, 1).
-    high: how far it may rise, > 0.
+    low: how far ρ may fall below 1, in [0, 1).
+    high: how far it may rise above 1, > 0.
     dual: c > 1; the loss of a bad action (A < 0) is at most −cA, however
       likely the action has become (Ye 2020); 0 = no such bound.
   """
+  # The larger loss of the two: clipping removes the gain from going further,
+  # never the way back.
   ratio = jnp.exp(log_ratio)
   clipped = jnp.clip(ratio, 1 - low, 1 + high)
   loss = jnp.maximum(-advantage * ratio, -advantage * clipped)
+  # Without this bound a bad action that became likely has an unbounded loss.
   if dual:
     loss = jnp.where(advantage < 0, jnp.minimum(loss, -dual * advantage), loss)
   return loss
 
 
-def value(
+def clipped_value_loss(
   values: Float[Array, "*#B"],
-  before: Float[Array, "*#B"],
+  old_values: Float[Array, "*#B"],
   returns: Float[Array, "*#B"],
   clip: float = 0.0,
 ) -> Float[Array, "..."]:
@@ -128,19 +135,20 @@ def value(
 
   Args:
     values: V, now.
-    before: V_old, when the answer was drawn.
+    old_values: V_old, when the completion was drawn.
     returns: R.
-    clip: ε; 0 = ½ (V − R)².
+    clip: ε; 0 = ½ (V − R)², without clipping.
   """
   loss = (values - returns) ** 2
   if clip:
-    near = jnp.clip(values, before - clip, before + clip)
+    # The larger of the two: clipping may only make the loss worse.
+    near = jnp.clip(values, old_values - clip, old_values + clip)
     loss = jnp.maximum(loss, (near - returns) ** 2)
   return 0.5 * loss
 
 
-def divergence(kind: str, log_ratio: Float[Array, "*B"]) -> Float[Array, "*B"]:
-  """What one token tells of KL(π ‖ π₀); Δ = ln π/π₀ of a token drawn from π.
+def kl_estimate(kind: str, log_ratio: Float[Array, "*B"]) -> Float[Array, "*B"]:
+  """Estimates KL(π ‖ π₀) from one token drawn from π, with Δ = ln π/π₀.
 
   k1: Δ, unbiased, may be negative.
   k2: ½Δ², biased, small variance.
@@ -152,15 +160,15 @@ def divergence(kind: str, log_ratio: Float[Array, "*B"]) -> Float[Array, "*B"]:
   if kind == "k2":
     return 0.5 * log_ratio**2
   if kind == "k3":
+    # expm1 keeps the digits that 1 − exp(−Δ) loses near Δ = 0.
     return jnp.expm1(-log_ratio) + log_ratio
   assert kind == "abs", kind
   return jnp.abs(log_ratio)
 
 
 def inverse_loss(nll: Float[Array, ""], coefficient: float) -> Float[Array, ""]:
-  """C / loss, SuperHF's guard against zero-entropy states; 0 turns it off.
+  """C / loss, SuperHF's guard against collapse to zero entropy; 0 = off.
 
-  The value is finite for loss 0, where the formula is not: the loss is
-  bounded below by 1e-6.
+  The formula is infinite at loss 0; here the loss is at least 1e-6.
   """
   return coefficient / jnp.maximum(nll, 1e-6)

@@ -11,6 +11,7 @@ def masked_sum(
 
   Values under False may be anything, NaN and infinities included.
   """
+  # `where`, not `x * mask`: NaN times 0 is NaN.
   total = jnp.where(mask, x, 0).sum(dtype=jnp.float32)
   return total, mask.sum(dtype=jnp.float32)
 

@@ -1,7 +1,7 @@
-"""The type page: every pytree that crosses from one room to another.
+"""The type page: the pytrees that several rooms share.
 
-`no_type_check`: such a tree also carries shapes, shardings or numpy rows in
-the places of its arrays.
+`no_type_check`: such a tree may hold shapes, shardings or numpy rows in
+place of its arrays.
 """
 
 import dataclasses
@@ -10,28 +10,30 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
+AnyArray = Any  # a jax array in a trace, a numpy array on the host
 Params = dict[str, Any]  # nested; leaves are arrays, layers stacked on axis 0
-Metrics = dict[str, Any]  # "group/name" -> scalar array or number
+Metrics = dict[str, AnyArray]  # "group/name" -> scalar array or number
+JsonObject = dict[str, Any]  # values are checked where they are read
 
 
 @typing.no_type_check
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-  """What a training run changes, and all that a checkpoint has to hold."""
+  """What a training run changes: all that a checkpoint has to hold."""
 
   params: Params  # the trained leaves: all of them, or the LoRA adapters
-  opt_state: Any  # optax state over `params`
+  opt_state: PyTree  # optax state over `params`
   step: Int[Array, ""]  # steps done: superbatches or batches
-  skipped: Int[Array, ""]  # updates left out because they were not finite
-  ema: Params | None = None  # running mean of `params`, where it is kept
-  carried: Any = None  # what an algorithm keeps besides: controllers, moments
+  skipped: Int[Array, ""]  # updates skipped because they were not finite
+  ema: Params | None = None  # moving average of `params`, where it is kept
+  extra_state: PyTree = None  # a method's own: controllers, moments
 
   @property
-  def result(self) -> Params:
-    """What a run validates and exports: the mean, or else `params`."""
+  def eval_params(self) -> Params:
+    """What a run evaluates and exports: the average, or else `params`."""
     return self.params if self.ema is None else self.ema
 
 
@@ -39,28 +41,53 @@ class TrainState:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TextBatch:
-  """Token rows with the tokens that count in a loss.
+  """Token rows, and which of their tokens count in a loss."""
 
-  N texts: one a row, or with `parents` two that share their prompt. Segment 1
-  is then the prompt without its last token, segments 2 and 3 are that token
-  and an answer each; the rows' first texts are counted before all second ones.
-  """
-
-  tokens: Int[Array, "*M B T"]
-  positions: Int[Array, "*M B T"]  # position of each token in its own text
-  segments: Int[Array, "*M B T"]  # 0 = padding; equal = one text
-  loss_mask: Bool[Array, "*M B T"]  # True = this token is to be predicted
-  # Σ log π₀ of the tokens to be predicted, where the reference's are stored.
-  reference_logps: Float[Array, "*M N"] | None = None
-  # The segment that a token's own goes on from, where texts share a prompt.
-  parents: Int[Array, "*M B T"] | None = None
+  tokens: Int[AnyArray, "*M B T"]
+  position_ids: Int[AnyArray, "*M B T"]  # of each token in its own text, from 0
+  segment_ids: Int[AnyArray, "*M B T"]  # 0 = padding; equal = one text
+  loss_mask: Bool[AnyArray, "*M B T"]  # True = predicting this token counts
+  # Σ log π₀ over each text's counted tokens; None = the reference is run live.
+  reference_logps: Float[AnyArray, "*M N"] | None = None
 
   @property
-  def counted(self) -> Bool[Array, "*M N T"]:
-    """Of each text the tokens to be predicted, where its row has them."""
-    if self.parents is None:
-      return self.loss_mask
-    sides = [self.loss_mask & (self.segments == side) for side in (2, 3)]
+  def targets(self) -> Int[AnyArray, "*M B T-1"]:
+    """The token that each position but the last predicts."""
+    return self.tokens[..., 1:]
+
+  @property
+  def target_mask(self) -> Bool[AnyArray, "*M B T-1"]:
+    """True = predicting this target counts."""
+    return self.loss_mask[..., 1:]
+
+  @property
+  def completion_mask(self) -> Bool[AnyArray, "*M N T-1"]:
+    """`target_mask` of each of N texts; here a row holds one text."""
+    return self.target_mask
+
+
+@typing.no_type_check
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PairBatch(TextBatch):
+  """Chosen and rejected completions, N = 2B texts, the chosen ones first.
+
+  Either each text has a row of its own, or the two completions of a prompt
+  share one. Segment 1 is then the prompt without its last token, segments 2
+  and 3 are that token followed by the chosen and the rejected completion.
+  """
+
+  # A second segment that each token attends to; None = every text has a row.
+  prompt_segment_ids: Int[AnyArray, "*M B T"] | None = None
+
+  @property
+  def completion_mask(self) -> Bool[AnyArray, "*M N T-1"]:
+    """`target_mask` of each text, in its row; chosen texts first."""
+    if self.prompt_segment_ids is None:
+      return self.target_mask
+    # A shared row has two texts: it is listed once for each side.
+    segments = self.segment_ids[..., 1:]
+    sides = [self.target_mask & (segments == side) for side in (2, 3)]
     return jnp.concatenate(sides, axis=-2)
 
 
@@ -72,16 +99,16 @@ class SamplingParams:
   Built by `sampling.settings.make`, which checks the ranges.
   """
 
-  temperature: Float[Any, ""]  # >= 0; 0 = greedy
-  top_p: Float[Any, ""]  # in (0, 1]; 1 = off
-  top_k: Int[Any, ""]  # >= 0; 0 = off
-  repetition_penalty: Float[Any, ""]  # > 0; 1 = off
-  no_repeat_ngram: Int[Any, ""]  # >= 0; 0 = off
-  min_new_tokens: Int[Any, ""]  # end-of-text is forbidden before
-  max_new_tokens: Int[Any, ""]  # at most the sampler's capacity
-  eos_ids: Int[Any, " E"]  # -1 = unused entry
-  stops: Int[Any, "M W"]  # stop sequences, right-aligned; -1 = unused entry
-  pad_id: Int[Any, ""]  # written after the end of a sample
+  temperature: Float[AnyArray, ""]  # >= 0; 0 = greedy
+  top_p: Float[AnyArray, ""]  # in (0, 1]; 1 = off
+  top_k: Int[AnyArray, ""]  # >= 0; 0 = off
+  repetition_penalty: Float[AnyArray, ""]  # > 0; 1 = off
+  no_repeat_ngram: Int[AnyArray, ""]  # >= 0; 0 = off
+  min_new_tokens: Int[AnyArray, ""]  # end-of-text is forbidden before
+  max_new_tokens: Int[AnyArray, ""]  # at most the sampler's capacity
+  eos_ids: Int[AnyArray, " E"]  # -1 = unused entry
+  stops: Int[AnyArray, "M W"]  # stop sequences, right-aligned; -1 = unused
+  pad_id: Int[AnyArray, ""]  # written after the end of a sample
 
 
 @jax.tree_util.register_dataclass
@@ -89,36 +116,31 @@ class SamplingParams:
 class Samples:
   """Drawn completions; row p S + s is sample s of prompt p."""
 
-  tokens: Int[Any, "B N"]  # pad_id from `lengths` on
-  lengths: Int[Any, " B"]  # tokens drawn, end-of-text included
-  finish: Int[Any, " B"]  # 0 length, 1 end of text, 2 stop sequence
-  model_logps: Float[Any, "B N"]  # nats, temperature 1, nothing masked
-  sampling_logps: Float[Any, "B N"]  # nats, under what was drawn from
+  tokens: Int[AnyArray, "B N"]  # pad_id from `lengths` on
+  lengths: Int[AnyArray, " B"]  # tokens drawn, end-of-text included
+  finish: Int[AnyArray, " B"]  # 0 length, 1 end of text, 2 stop sequence
+  model_logps: Float[AnyArray, "B N"]  # nats, temperature 1, nothing masked
+  sampling_logps: Float[AnyArray, "B N"]  # nats, under what was drawn from
 
 
 @dataclasses.dataclass(frozen=True)
-class Answers:
-  """The completions of one superbatch as text, prompt by prompt."""
+class Completions:
+  """What a policy wrote on P prompts, S times each; row p S + s."""
 
   prompts: list[str]  # P, system text included
-  texts: list[str]  # P S completions, truncated and stripped
+  prompt_ids: list[list[int]]  # P; the ids that the policy read
+  texts: list[str]  # P S, truncated and stripped
   samples: Samples  # the tokens they were decoded from
   ended: list[bool]  # P S; False = cut at the length limit
-  trained: list[int] | None = None  # P S; drawn tokens that make up the text
+  num_tokens: list[int]  # P S; drawn tokens that make up the text
 
   @property
-  def asked(self) -> list[str]:
-    """The prompt of each completion."""
-    each = len(self.texts) // len(self.prompts)
-    return [p for p in self.prompts for _ in range(each)]
+  def samples_per_prompt(self) -> int:
+    """S."""
+    return len(self.texts) // len(self.prompts)
 
-
-@typing.no_type_check
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class KeptBatch:
-  """Kept texts of one update, and what the sampler thought of them."""
-
-  text: TextBatch
-  sampled_logps: Float[Array, "*M B T"]  # the sampler's model log-probs
-  sampled: Bool[Array, "*M B T"]  # True = that log-prob is known
+  @property
+  def prompt_of_each(self) -> list[str]:
+    """The prompt of every completion, P S."""
+    each = self.samples_per_prompt
+    return [prompt for prompt in self.prompts for _ in range(each)]

@@ -1,7 +1,7 @@
 """Deterministic order, length buckets and padding; numpy only.
 
 Which rows a step sees is a pure function of (seed, step): a resumed run needs
-no iterator state, and hosts agree without talking to each other.
+no iterator state, and hosts agree without communicating.
 """
 
 import functools
@@ -11,7 +11,6 @@ import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
 DEFAULT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-BEYOND = 1024  # longer texts go up to the next multiple
 
 
 @functools.lru_cache(maxsize=8)
@@ -29,6 +28,7 @@ def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, " n"]:
   Returns:
     A permutation of 0..n-1, read-only because calls share it.
   """
+  # Sorting random keys: equal ones (2⁻⁶⁴ a pair) keep their order.
   key = np.array([seed % 2**64, epoch], dtype=np.uint64)
   bits = np.random.Philox(key=key).random_raw(n)
   order = np.argsort(bits, kind="stable").astype(np.int64)
@@ -50,6 +50,7 @@ def rows_of_step(
   Returns:
     Indices in [0, n).
   """
+  # Places in the endless sequence of epochs, then (epoch, place in it).
   flat = step * batch + np.arange(batch, dtype=np.int64)
   epochs, places = np.divmod(flat, n)
   rows = np.empty(batch, dtype=np.int64)
@@ -62,33 +63,40 @@ def rows_of_step(
 def mismatch(
   group: Int64[np.ndarray, " batch"],
 ) -> Int64[np.ndarray, " batch"]:
-  """Whose completion each row is given, so that it belongs to another prompt.
+  """Gives each row the index of a completion that belongs to another prompt.
 
-  The rows are laid out with those of one prompt side by side, the completions
-  moved on by as many places as the largest prompt has rows: by one where all
-  prompts differ. Then none meets a prompt of its own group, unless one group
-  is more than half of the batch; what it has beyond that half meets its own.
+  KTO estimates its KL from such mismatched pairs. The rows are sorted by prompt
+  and the completions shifted by as many places as the largest group has rows
+  (by one where all prompts differ). No row then keeps a completion of its own
+  group, unless one group is more than half of the batch; the rows beyond that
+  half do.
 
   Args:
-    group: rows of one prompt carry one number.
+    group: the same number on all rows of a prompt.
 
   Returns:
-    Indices of rows; each occurs once, none in its own place (of two or more).
+    A permutation of the rows; none stays in place, if there are two or more.
   """
   _, first, number, count = np.unique(
     group, return_index=True, return_inverse=True, return_counts=True
   )
+  # Groups in order of appearance, so distinct prompts are just shifted by one.
   order = np.argsort(first[number], kind="stable")
-  by = int(count.max()) % len(group) or 1  # a single prompt: by one as well
+  by = int(count.max()) % len(group) or 1  # a single group: by one as well
   mates = np.empty(len(group), dtype=np.int64)
   mates[order] = np.roll(order, by)
   return mates
 
 
 def bucket_length(n: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> int:
-  """The smallest bucket that holds `n` tokens, or a multiple of `BEYOND`."""
+  """The smallest bucket that holds `n` tokens.
+
+  Longer texts are rounded up to a multiple of the last bucket, or of 1024 if
+  that is less.
+  """
+  step = min(max(buckets), 1024)
   fitting = [bucket for bucket in buckets if bucket >= n]
-  return min(fitting, default=-(-n // BEYOND) * BEYOND)
+  return min(fitting, default=-(-n // step) * step)
 
 
 def pad_rows(
@@ -103,7 +111,7 @@ def pad_rows(
     rows: ids of each row, at most `length` long.
     length: T.
     pad_id: fills the rest.
-    side: `right` or `left`: where the filling goes.
+    side: `right` or `left`, where the padding goes.
 
   Returns:
     `(tokens, mask)`; the mask is True on the rows' own ids, also on one that

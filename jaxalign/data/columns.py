@@ -1,11 +1,11 @@
-"""Do a data set's columns fit? If not, say what to rename."""
+"""Checks a data set's columns; where they do not fit, says what to rename."""
 
 import difflib
 
 from jaxalign.data.sources import Table
 from jaxalign.errors import UserError
 
-# Other formats in use, and what makes them one of ours.
+# Other formats in use, and how to convert them.
 CONVERSIONS = (
   (
     {"instruction", "output"},
@@ -36,16 +36,17 @@ MEANING = {"label": " (true = desirable, false = not)"}
 
 
 def lacking_columns(table: Table, wanted: tuple[str, ...]) -> None:
-  """Passes if the table's columns hold one of the wanted sets.
+  """Checks that a table has one of the wanted sets of columns.
 
   Args:
-    table: its rows may differ in columns; all of theirs count.
+    table: its rows may differ in columns; the union of them counts.
     wanted: alternatives, each `a, b, c`.
 
   Raises:
-    UserError: none fits; says the columns found, those needed, the nearest
-      known format and how to convert.
+    UserError: none fits. It names the columns found, those needed, the nearest
+      known format and how to convert to it.
   """
+  # An empty table passes: that it has no rows is reported elsewhere.
   found = {column for row in table.rows for column in row}
   options = [set(option.split(", ")) for option in wanted]
   if any(option <= found for option in options) or not table.rows:
@@ -58,7 +59,7 @@ def lacking_columns(table: Table, wanted: tuple[str, ...]) -> None:
 
 
 def _conversion(found: set[str], options: list[set[str]]) -> str:
-  """What makes the columns fit: a known recipe, else the nearest format."""
+  """How to convert the columns: a known recipe, else to the nearest format."""
   for columns, advice in CONVERSIONS:
     if columns <= found:
       return advice
@@ -73,10 +74,11 @@ def _conversion(found: set[str], options: list[set[str]]) -> str:
 def _renames(
   found: set[str], option: set[str]
 ) -> tuple[list[tuple[str, str]], list[str]]:
-  """`(old, new)` names that lead to an option, and what is still absent."""
+  """The `(old, new)` renames that lead to an option, and what stays absent."""
   renames, absent = [], []
   for column in sorted(option - found):
     free = sorted(found - option)
+    # Known other names first, then names that are merely spelt alike.
     known = [name for name in ALIASES.get(column, ()) if name in free]
     known += difflib.get_close_matches(column, free, n=1)
     if known:

@@ -4,15 +4,17 @@ import itertools
 import math
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jaxalign.data.sources import Row, Table
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.text import templates
 
+# JSON may escape half of a surrogate pair, which has no UTF-8 form.
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
+# What separates groups in flags (a=1,b=2) and in metric names (group/name).
 _RESERVED = re.compile(r"[,=/\[\]]")
 _CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
 
@@ -49,10 +51,12 @@ def check_text(value: str, column: str) -> str:
   return value
 
 
-def messages_of(value: Any, column: str) -> list[templates.Message]:
+def messages_of(value: object, column: str) -> list[templates.Message]:
   """A role list with known roles and text contents."""
   if not value:
     raise BadRow(f"has no messages in {column}")
+  if not isinstance(value, list):
+    raise BadRow(f"has {_kind(value)} in {column}, need a list of messages")
   for turn in value:
     if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
       raise BadRow(f"needs role and content in every message of {column}")
@@ -78,7 +82,7 @@ def render(
 
 
 def text_of(
-  value: Any, column: str, tokenizer: Tokenizer | None, reply: bool = False
+  value: object, column: str, tokenizer: Tokenizer | None, reply: bool = False
 ) -> str:
   """A string as it is, or a role list rendered.
 
@@ -86,7 +90,7 @@ def text_of(
     value: of the column.
     column: its name, for messages.
     tokenizer: its chat template is used, if any.
-    reply: the assistant speaks next, unless the list ends with its words.
+    reply: end with the assistant's delimiter, unless the last turn is its own.
   """
   if isinstance(value, str):
     return check_text(value, column)
@@ -99,7 +103,7 @@ def text_of(
   return render(messages, tokenizer, reply)
 
 
-def _kind(value: Any) -> str:
+def _kind(value: object) -> str:
   if isinstance(value, dict) and "from" in value:
     return "a ShareGPT message (write role and content, in a list)"
   return "nothing" if value is None else f"a {type(value).__name__}"
@@ -107,16 +111,17 @@ def _kind(value: Any) -> str:
 
 def _after(
   prompt: list[templates.Message],
-  answer: list[templates.Message],
+  completion: list[templates.Message],
   tokenizer: Tokenizer | None,
 ) -> tuple[str, str]:
-  """Two role lists as prompt text and the answer's text behind it."""
-  if not answer:
-    raise BadRow("has no message in an answer")
+  """Renders two role lists as the prompt's text and the completion's."""
+  if not completion:
+    raise BadRow("has no message in a completion")
   start = render(prompt, tokenizer, reply=True) if prompt else ""
-  whole = render(prompt + answer, tokenizer)
+  whole = render(prompt + completion, tokenizer)
   if not whole.startswith(start):
-    # Templates that rewrite earlier turns: cut where the texts part.
+    # Some templates rewrite earlier turns (Qwen3 drops their reasoning): cut
+    # where the two texts first differ.
     alike = (a == b for a, b in zip(start, whole, strict=False))
     start = start[: sum(itertools.takewhile(bool, alike))]
   return start, whole[len(start) :]
@@ -126,13 +131,16 @@ def prompt_completion_of(
   row: Row, tokenizer: Tokenizer | None
 ) -> tuple[str, str]:
   """`(prompt, completion)` of a row; an empty prompt = train on all of it."""
+  # One role list: the last turn is the completion.
   if "messages" in row:
     messages = messages_of(row["messages"], "messages")
     if messages[-1]["role"] != "assistant":
       raise BadRow("has messages that do not end with the assistant")
     return _after(messages[:-1], messages[-1:], tokenizer)
+  # Plain text, without a prompt.
   if "text" in row and "completion" not in row:
     return "", text_of(row["text"], "text", tokenizer)
+  # Two columns, both text or both role lists.
   for column in ("prompt", "completion"):
     if column not in row:
       raise BadRow(f"has no column {column}")
@@ -157,6 +165,7 @@ def instruction_of(row: Row) -> tuple[str, str]:
     check_text(row.get(name) or "", name)
     for name in ("context", "instruction", "response")
   )
+  # Dolly's context takes the place of the system text.
   system = f"\n\nContext: {given}" if given.strip() else ""
   return templates.build_prompt(asked, system), f" {answer.strip()}"
 
@@ -166,7 +175,7 @@ def preference_of(
 ) -> tuple[str, str, str]:
   """`(prompt, chosen, rejected)` of a row, the prompt explicit or implied.
 
-  A tie (WebGPT has them) comes as two equal answers.
+  A tie (WebGPT has them) gives two equal completions.
   """
   if "score_0" in row and "chosen" not in row:
     return _preference_of_webgpt(row)
@@ -178,6 +187,7 @@ def preference_of(
     row["chosen"],
     row["rejected"],
   )
+  # Role lists, with or without a prompt of their own.
   if isinstance(chosen, list) and isinstance(rejected, list):
     return _preference_of_lists(
       prompt,
@@ -185,6 +195,7 @@ def preference_of(
       messages_of(rejected, "rejected"),
       tokenizer,
     )
+  # Text: the prompt is a column, or what the two dialogues share.
   if any(isinstance(value, list) for value in (prompt, chosen, rejected)):
     raise BadRow("mixes a string and a list of messages")
   chosen = text_of(chosen, "chosen", tokenizer)
@@ -213,6 +224,7 @@ def _preference_of_webgpt(row: Row) -> tuple[str, str, str]:
     _CITATION.sub("", text_of(row.get(name), name, None)).strip()
     for name in ("answer_0", "answer_1")
   )
+  # WebGPT's scores are opposite numbers in [-1, 1]; 0 and 0 is a tie.
   lead = (number_of(row, "score_0") or 0) - (number_of(row, "score_1") or 0)
   if lead < 0:
     first, second = second, first
@@ -220,7 +232,7 @@ def _preference_of_webgpt(row: Row) -> tuple[str, str, str]:
 
 
 def _preference_of_lists(
-  prompt: Any,
+  prompt: object,  # a row's column: text, a role list, or None
   chosen: list[templates.Message],
   rejected: list[templates.Message],
   tokenizer: Tokenizer | None,
@@ -234,11 +246,12 @@ def _preference_of_lists(
     given = bool(shared) or isinstance(prompt, str)
     if not given or {chosen[0]["role"], rejected[0]["role"]} != {"assistant"}:
       raise BadRow(
-        "has no turns in front of the answers that chosen and rejected share, "
+        "has no turns before the completions that chosen and rejected share, "
         "so no prompt; write it into a column prompt"
       )
     if isinstance(prompt, str) and not shared:
       shared = [{"role": "user", "content": check_text(prompt, "prompt")}]
+  # A template may look at the completion, so the prompts may come out unequal.
   start, better = _after(shared, chosen, tokenizer)
   again, worse = _after(shared, rejected, tokenizer)
   if start != again:
@@ -249,7 +262,7 @@ def _preference_of_lists(
 def _common_turns(
   first: list[templates.Message], second: list[templates.Message]
 ) -> list[templates.Message]:
-  """The turns both begin with; each list keeps at least its last turn."""
+  """The turns that both begin with, but never the last turn of either."""
   count = 0
   limit = min(len(first), len(second)) - 1
   while count < limit and first[count] == second[count]:
@@ -264,6 +277,7 @@ def number_of(row: Row, column: str, needed: bool = False) -> float | None:
     if needed:
       raise BadRow(f"has no {column}")
     return None
+  # float() by itself would also take "nan" and "1_000".
   if not isinstance(value, int | float) and not _NUMBER.fullmatch(str(value)):
     raise BadRow(f"has {value!r} in {column}, need a number")
   if not math.isfinite(float(value)):
@@ -272,7 +286,7 @@ def number_of(row: Row, column: str, needed: bool = False) -> float | None:
 
 
 def group_of(row: Row, column: str) -> str:
-  """Who judged a row: a text or a whole number, as text."""
+  """A row's group (annotator, subset): a text or a whole number, as text."""
   if column not in row:
     raise BadRow(
       f"has no column {column}, which has to say who judged it; it has "
@@ -280,11 +294,12 @@ def group_of(row: Row, column: str) -> str:
     )
   value = row[column]
   if isinstance(value, float) and value.is_integer():
-    value = int(value)  # a column with gaps
+    value = int(value)  # pandas writes a column with gaps as floats
   if value is None or value != value or not str(value).strip():
     raise BadRow(f"has no {column}, which has to say who judged it")
   if isinstance(value, bool) or not isinstance(value, str | int):
     raise BadRow(f"has {value!r} in {column}, need a name or a whole number")
+  # A group's name becomes part of a flag and of a metric's name.
   name = str(value).strip()
   if not name.isprintable() or _RESERVED.search(name):
     raise BadRow(
@@ -307,6 +322,7 @@ def truth_of(row: Row, column: str, needed: bool = False) -> bool | None:
     if needed:
       raise BadRow(f"has no {column}")
     return None
+  # An optional column with other values (grades, say) just has no label.
   found = _TRUTH.get(str(value).lower())
   if found is None and needed:
     raise BadRow(

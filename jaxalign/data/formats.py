@@ -4,18 +4,18 @@
 |----------------|------------------------------------------------------------|
 | CompletionRow  | `prompt, completion` [`label`, `reward`]; `messages`;      |
 |                | `instruction, response` [`context`], Dolly's; `text`; a    |
-|                | preference (its chosen answer)                             |
+|                | preference (its chosen completion)                         |
 | PreferenceRow  | `prompt, chosen, rejected`; `chosen, rejected`; WebGPT's    |
 
 Values are strings or lists of `{"role", "content"}`. Optional everywhere:
-`group` (annotators, subsets); on preferences `margin`. What a row is, is
-decided row by row: one odd row costs itself and not the data set.
+`group` (annotators, subsets); on preferences `margin`. The format is decided
+row by row, so one odd row loses itself and not the data set.
 """
 
 import collections
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TypeVar
 
 from jaxalign.data import sources
 from jaxalign.data.columns import lacking_columns
@@ -30,11 +30,13 @@ from jaxalign.data.fields import (
 )
 from jaxalign.data.rows import (
   CompletionRow,
-  Loaded,
+  LoadedRows,
   PreferenceRow,
 )
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
+
+Made = TypeVar("Made", bound=CompletionRow | PreferenceRow)
 
 
 def load_completions(
@@ -47,15 +49,15 @@ def load_completions(
   part: str = "all",
   columns: Mapping[str, str] | None = None,
   group: str = "",
-) -> Loaded[CompletionRow]:
-  """Prompts with answers, for SFT (`need=""`), KTO or distillation.
+) -> LoadedRows[CompletionRow]:
+  """Prompts with completions, for SFT (`need=""`), KTO or distillation.
 
   Args:
     source: see `sources.read`.
     need: `label` or `reward`: a column every row must have. With `label` a
       preference gives two rows, a desirable and an undesirable one, or none
       where `load_preferences` would drop it.
-    tokenizer: writes role lists with its chat template, if it has one.
+    tokenizer: renders role lists with its chat template, if it has one.
     split: of a hub set or folder.
     max_bad_share: unusable rows are skipped up to this share.
     part: `all`, or the `first` or `second` half by index of every source.
@@ -67,20 +69,25 @@ def load_completions(
     UserError: see `sources.read`; missing columns; nothing left.
   """
 
+  # A preference passes as one row, because its halves are checked together.
   def build(row: sources.Row) -> list[CompletionRow | PreferenceRow]:
     who = _group(row, group) or str(row.get("category") or "")
+    # Dolly.
     if "instruction" in row and "response" in row and not need:
       return [CompletionRow(*instruction_of(row), group=who)]
+    # A preference: for SFT its chosen completion, for KTO both.
     if "chosen" in row and not need:
       prompt, chosen, _ = preference_of(row, tokenizer)
       return [CompletionRow(prompt, chosen, group=who)]
     if "chosen" in row and need == "label":
       return [PreferenceRow(*preference_of(row, tokenizer), group=who)]
+    # Anything else: prompt and completion, messages, or text.
     prompt, completion = prompt_completion_of(row, tokenizer)
     reward = number_of(row, "reward", need == "reward")
     label = truth_of(row, "label", need == "label")
     return [CompletionRow(prompt, completion, reward, label, who)]
 
+  # The sets of columns of which a source must have one.
   wanted = {
     "": (
       "prompt, completion",
@@ -94,8 +101,8 @@ def load_completions(
   }[need]
   tables = _tables(source, split, max_bad_share, part, columns or {})
   found = _load(tables, build, _with(wanted, group), max_bad_share)
-  rows = [made for row in found.rows for made in _completions_of(row)]
-  return dataclasses.replace(found, rows=tuple(rows))
+  rows = tuple(made for row in found.rows for made in _completions_of(row))
+  return LoadedRows(rows, found.read, found.bad, found.dropped)
 
 
 def load_preferences(
@@ -107,12 +114,12 @@ def load_preferences(
   part: str = "all",
   columns: Mapping[str, str] | None = None,
   group: str = "",
-) -> Loaded[PreferenceRow]:
-  r"""Pairs of answers, for reward models and DPO.
+) -> LoadedRows[PreferenceRow]:
+  r"""Pairs of completions, for reward models and DPO.
 
   Without a `prompt` column two dialogues are split at the last
-  `\n\nAssistant:` they share, two role lists behind their common turns.
-  Rows with an empty answer, and those whose answers are equal or tie, are
+  `\n\nAssistant:` they share, two role lists after their common turns. Rows
+  with an empty completion, and those whose completions are equal or tie, are
   dropped and counted.
 
   Args and raises: as `load_completions`.
@@ -146,8 +153,9 @@ def half(rows: tuple, part: str) -> tuple:
   """The `first` or `second` half of rows by index, or `all` of them.
 
   SuperHF trains its two reward models on the two halves of each data set, so
-  that the one that is optimised against never saw what the other judges by.
+  that the training reward never saw the data of the held-out reward.
   """
+  # By index, before any filter, so both halves stay the same for all runs.
   cut = len(rows) // 2
   halves = {"all": rows, "first": rows[:cut], "second": rows[cut:]}
   if part not in halves:
@@ -163,6 +171,7 @@ def _tables(
   columns: Mapping[str, str],
 ) -> list[sources.Table]:
   tables = sources.read(source, split=split, max_bad_share=max_bad_share)
+  # `columns` maps our names to theirs; rows are renamed the other way.
   ours = {theirs: name for name, theirs in columns.items()}
   return [
     dataclasses.replace(
@@ -178,7 +187,7 @@ def _tables(
 
 
 def _completions_of(row: CompletionRow | PreferenceRow) -> list[CompletionRow]:
-  """A row itself, or the desirable and the undesirable one of a preference."""
+  """The row itself, or a preference as a desirable and an undesirable row."""
   if isinstance(row, CompletionRow):
     return [row]
   return [
@@ -188,7 +197,7 @@ def _completions_of(row: CompletionRow | PreferenceRow) -> list[CompletionRow]:
 
 
 def _useless(row: CompletionRow | PreferenceRow) -> str:
-  """Why nothing can be learned from a row that is as it should be, or ""."""
+  """Why nothing can be learned from a valid row, or ""."""
   if isinstance(row, CompletionRow):
     return "" if row.completion.strip() else "empty"
   chosen, rejected = row.chosen.strip(), row.rejected.strip()
@@ -199,17 +208,19 @@ def _useless(row: CompletionRow | PreferenceRow) -> str:
 
 def _load(
   tables: list[sources.Table],
-  build: Callable[[sources.Row], list[Any]],
+  build: Callable[[sources.Row], list[Made]],
   wanted: tuple[str, ...],
   max_bad_share: float,
-) -> Loaded[Any]:
+) -> LoadedRows[Made]:
   """Builds the rows of every table; bad ones are counted by table."""
-  rows: list[Any] = []
+  rows: list[Made] = []
   bad: list[str] = []
   dropped: collections.Counter[str] = collections.Counter()
+  # Building the rows; each table has its own limit of bad ones.
   for table in tables:
     lacking_columns(table, wanted)
     made, problems = collect(table, build)
+    # Bad rows of this table: those not readable, then those not usable.
     problems = [*table.bad, *problems]
     reasons = [_useless(row) for row in made]
     dropped.update(filter(None, reasons))
@@ -217,6 +228,7 @@ def _load(
     good = len(table.rows) + len(table.bad) - len(problems)
     sources.check_bad(table.name, tuple(problems), good, max_bad_share)
     bad.extend(problems)
+  # Refusing a source of which nothing is left.
   read = sum(len(table.rows) + len(table.bad) for table in tables)
   if not rows:
     names = ",".join(table.name for table in tables)
@@ -225,4 +237,6 @@ def _load(
       f"{names}: nothing is left of {read} rows ({', '.join(counts)}); give a "
       "source with usable rows"
     )
-  return Loaded(tuple(rows), read, tuple(bad), tuple(sorted(dropped.items())))
+  return LoadedRows(
+    tuple(rows), read, tuple(bad), tuple(sorted(dropped.items()))
+  )

@@ -1,45 +1,38 @@
-"""Several short texts in one row, kept apart by segment numbers."""
+"""Lays texts into rows of tokens: one per row, or several as segments."""
 
 import bisect
-import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Int32
 
+from jaxalign.core.types import TextBatch
+from jaxalign.data.batches import bucket_length
 from jaxalign.data.encode import Encoded
 
 
-@dataclasses.dataclass(frozen=True)
-class Packed:
-  """Rows of texts; a token attends only to its own segment."""
-
-  tokens: Int32[np.ndarray, "B T"]
-  positions: Int32[np.ndarray, "B T"]  # from 0 in every segment
-  segments: Int32[np.ndarray, "B T"]  # 1.. a row; 0 = padding
-  loss_mask: Bool[np.ndarray, "B T"]  # True = predicting this token counts
-
-
 def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
-  """Best-fit decreasing: which texts share a row.
+  """Decides which texts share a row, by best-fit decreasing.
 
-  The longest text goes first, each into the fullest row that still holds it;
-  ties go to the lower index and the older row, so the plan is deterministic.
-  Uses at most 11/9 of the fewest possible rows, plus one (Johnson 1974).
+  Texts go from the longest to the shortest, each into the fullest row that
+  still holds it. Ties go to the lower index and the older row, so the plan is
+  deterministic. It uses at most 11/9 of the fewest possible rows, plus one
+  (Johnson 1974).
 
   Args:
     lengths: tokens of each text, each in [1, length].
-    length: T, tokens a row.
+    length: T, tokens per row.
 
   Returns:
     Indices of the texts in each row.
   """
   order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
   rows: list[list[int]] = []
+  # Sorted by free tokens, so the fullest row that fits is found by bisection.
   open_rows: list[tuple[int, int]] = []  # (free tokens, row), ascending
   for index in order:
     need = lengths[index]
     assert 1 <= need <= length, (need, length)
+    # The first row with room for the text; -1 sorts before any row number.
     at = bisect.bisect_left(open_rows, (need, -1))
     if at == len(open_rows):
       free, row = length, len(rows)
@@ -47,46 +40,54 @@ def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
     else:
       free, row = open_rows.pop(at)
     rows[row].append(index)
+    # A full row is not offered again.
     if free > need:
       bisect.insort(open_rows, (free - need, row))
   return rows
 
 
 def pack(
-  rows: Sequence[Encoded],
-  length: int,
-  pad_id: int = 0,
-  plan: Sequence[Sequence[int]] | None = None,
-) -> Packed:
-  """Lays encoded texts into rows of `length` tokens.
+  rows: Sequence[Sequence[Encoded]],
+  width: int,
+  pad_id: int,
+  micro_batches: int = 1,
+) -> TextBatch:
+  """Lays encoded texts into rows of `width` tokens.
 
   Args:
-    rows: texts, each at most `length` long.
-    length: T.
+    rows: the texts of each row, together at most `width` long; in an empty row
+      nothing counts.
+    width: T.
     pad_id: fills the rest.
-    plan: which texts share a row; best-fit decreasing by default. One text a
-      row (`[[0], [1], …]`) gives plain right padding.
+    micro_batches: M, divides the number of rows.
+
+  Returns:
+    Numpy rows `[M, B, T]`; the texts of a row are segments 1, 2, ...
   """
-  if plan is None:
-    plan = plan_packing([len(row) for row in rows], length)
-  shape = (len(plan), length)
+  shape = (len(rows), width)
   tokens = np.full(shape, pad_id, dtype=np.int32)
-  positions = np.zeros(shape, dtype=np.int32)
-  segments = np.zeros(shape, dtype=np.int32)
+  position_ids = np.zeros(shape, dtype=np.int32)
+  segment_ids = np.zeros(shape, dtype=np.int32)
   loss_mask = np.zeros(shape, dtype=bool)
-  for b, members in enumerate(plan):
+  for b, texts in enumerate(rows):
     start = 0
-    for segment, index in enumerate(members, start=1):
-      row = rows[index]
-      here = slice(start, start + len(row))
-      tokens[b, here] = row.ids
-      positions[b, here] = np.arange(len(row))
-      segments[b, here] = segment
-      loss_mask[b, here] = row.loss_mask
-      start += len(row)
-  return Packed(tokens, positions, segments, loss_mask)
+    for segment, text in enumerate(texts, start=1):
+      here = slice(start, start + len(text))
+      tokens[b, here] = text.ids
+      position_ids[b, here] = np.arange(len(text))
+      segment_ids[b, here] = segment
+      loss_mask[b, here] = text.loss_mask
+      start += len(text)
+  # Rows stay in order: micro-batch m holds rows m B .. (m + 1) B - 1.
+  cut = (micro_batches, -1, width)
+  return TextBatch(
+    tokens.reshape(cut),
+    position_ids.reshape(cut),
+    segment_ids.reshape(cut),
+    loss_mask.reshape(cut),
+  )
 
 
-def pad(rows: Sequence[Encoded], length: int, pad_id: int = 0) -> Packed:
-  """One text a row, padded on the right."""
-  return pack(rows, length, pad_id, [[index] for index in range(len(rows))])
+def row_width(rows: Sequence[Sequence[Encoded]], limit: int) -> int:
+  """The length bucket of the longest row, at most `limit`."""
+  return min(limit, bucket_length(max(sum(map(len, texts)) for texts in rows)))

@@ -1,4 +1,4 @@
-"""Prompts to align on: SuperHF's sets by hub id, or any source of questions.
+"""The prompts of online methods: SuperHF's sets by hub id, or any source.
 
 Differs from SuperHF: repeated prompts are dropped by default (WebGPT asks
 each question several times); `unique=False` keeps them, as the paper did.
@@ -10,7 +10,7 @@ import random
 from jaxalign.data import sources
 from jaxalign.data.columns import lacking_columns
 from jaxalign.data.fields import BadRow, collect, messages_of, render, text_of
-from jaxalign.data.rows import Loaded, PromptRow
+from jaxalign.data.rows import LoadedRows, PromptRow
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.text import templates
@@ -24,7 +24,7 @@ class PromptSet:
 
   name: str  # as in its result files
   own_test: bool  # False: the test split is the last HOLDOUT rows
-  answer_mark: str = ""  # where the field's question ends and its answer begins
+  answer_mark: str = ""  # in a text field the completion begins with this
 
 
 PROMPT_SETS = {
@@ -51,11 +51,11 @@ def load_prompts(
   system: str = "",
   tokenizer: Tokenizer | None = None,
   max_bad_share: float = 0.01,
-) -> Loaded[PromptRow]:
+) -> LoadedRows[PromptRow]:
   """Questions in the dialogue template, filtered and shuffled.
 
   Only the first human question of a dialogue is used; it is put into the
-  template unless it is in it already. A role list is rendered as it stands.
+  template unless it already is. A role list is rendered up to that question.
 
   Args:
     source: see `sources.read`; columns as in COLUMNS.
@@ -78,11 +78,13 @@ def load_prompts(
   """
   if split not in ("train", "test"):
     raise UserError(f"split must be train or test, got {split!r}")
+  # Reading every set, so that their order below is that of the source.
   found = [
     _questions(table, PROMPT_SETS.get(part), tokenizer, max_bad_share)
     for part in sources.part_names(source)
     for table in _read_set(part, split, holdout, max_bad_share)
   ]
+  # Filtering: by length, then repeats over all sets.
   sets, dropped = _filter(
     [rows for rows, _ in found], max_chars, len(system), unique
   )
@@ -94,14 +96,16 @@ def load_prompts(
       f"prompts {source}: none of {read} rows has at most {max_chars} "
       "characters; raise config.max_prompt_chars"
     )
+  # Shuffling over all sets; Python keeps this stream stable over versions.
   random.Random(seed).shuffle(rows)
-  return Loaded(tuple(rows[: limit or None]), read, bad, dropped)
+  return LoadedRows(tuple(rows[: limit or None]), read, bad, dropped)
 
 
 def _read_set(
   part: str, split: str, holdout: int | None, max_bad_share: float
 ) -> list[sources.Table]:
   """The rows of one part of a source that belong to a split."""
+  # Without a test split of its own, the last rows of `train` are held out.
   known = PROMPT_SETS.get(part)
   only_train = known is not None and not known.own_test
   if holdout is None:
@@ -119,6 +123,7 @@ def _filter(
     [row for row in rows if len(row.prompt) + extra <= max_chars]
     for rows in sets
   ]
+  # Length first: a long repeat counts as too long, not as repeated.
   seen: set[str] = set()
   kept = [_new_ones(rows, seen) for rows in fitting] if unique else fitting
   total, short, new = (sum(map(len, x)) for x in (sets, fitting, kept))
@@ -141,21 +146,22 @@ def _new_ones(rows: list[PromptRow], seen: set[str]) -> list[PromptRow]:
 def question_of(
   row: sources.Row, tokenizer: Tokenizer | None = None, answer_mark: str = ""
 ) -> str:
-  """The prompt that one row of any known kind asks.
+  """The prompt in one row of any known format.
 
   Args:
     row: with one of the columns that `load_prompts` names.
     tokenizer: renders role lists.
-    answer_mark: text from its first occurrence on is no part of a question.
+    answer_mark: the question ends before the first occurrence of this text.
 
   Raises:
     BadRow: no known column, or no text in it.
   """
+  # The first known column decides, whatever else the row has.
   column = next((name for name in COLUMNS if name in row), "")
   if not column:
     raise BadRow(f"has none of the columns {', '.join(COLUMNS)}")
   value = row[column]
-  if column == "question" and isinstance(value, dict):  # WebGPT
+  if column == "question" and isinstance(value, dict):  # WebGPT, nested
     value = value.get("full_text")
   if isinstance(value, list):
     return _first_turn(messages_of(value, column), tokenizer)
@@ -165,6 +171,7 @@ def question_of(
 
 def wrap(text: str) -> str:
   """A dialogue's first question, or a bare question put into the template."""
+  # A dialogue whose question is cut off gets its assistant delimiter here.
   if templates.HUMAN in text:
     return templates.first_question(text) or text.rstrip() + templates.ASSISTANT
   question = text.strip()

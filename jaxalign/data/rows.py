@@ -1,4 +1,4 @@
-"""The typed rows that data sets are made into."""
+"""The typed rows that data sets are turned into."""
 
 import dataclasses
 from typing import Generic, TypeVar
@@ -6,7 +6,7 @@ from typing import Generic, TypeVar
 
 @dataclasses.dataclass(frozen=True)
 class PromptRow:
-  """What a model is asked."""
+  """A prompt to complete."""
 
   prompt: str  # ready for the model, role delimiters included
   group: str = ""  # the prompt set it comes from
@@ -14,7 +14,7 @@ class PromptRow:
 
 @dataclasses.dataclass(frozen=True)
 class CompletionRow:
-  """A prompt with one answer."""
+  """A prompt with one completion."""
 
   prompt: str  # "" where the whole text is trained on
   completion: str
@@ -25,7 +25,7 @@ class CompletionRow:
 
 @dataclasses.dataclass(frozen=True)
 class PreferenceRow:
-  """A prompt with a better and a worse answer."""
+  """A prompt with a better and a worse completion."""
 
   prompt: str
   chosen: str
@@ -34,17 +34,17 @@ class PreferenceRow:
   group: str = ""
 
 
-Row = TypeVar("Row", PromptRow, CompletionRow, PreferenceRow)
+Row = TypeVar("Row", bound=PromptRow | CompletionRow | PreferenceRow)
 
 
 @dataclasses.dataclass(frozen=True)
-class Loaded(Generic[Row]):
-  """Typed rows and what became of the others."""
+class LoadedRows(Generic[Row]):
+  """Typed rows, and counts of what was left out."""
 
   rows: tuple[Row, ...]
   read: int  # rows that the source held
   bad: tuple[str, ...] = ()  # `file:line what is wrong`, one a skipped row
-  dropped: tuple[tuple[str, int], ...] = ()  # (reason, rows) of good rows
+  dropped: tuple[tuple[str, int], ...] = ()  # (reason, rows), not errors
 
   def __str__(self) -> str:
     counts = (("bad", len(self.bad)), *self.dropped)

@@ -1,7 +1,7 @@
 """Rows of a data source: `lab`, local files, globs, hub data sets.
 
-A source that exists on disk or looks like a path is never asked of the hub,
-so a mistyped file name costs no network call and gets a plain answer.
+A source that exists on disk or looks like a path is never looked up on the hub,
+so a mistyped file name costs no network call and gets a plain message.
 """
 
 import csv
@@ -17,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from typing import Any
 
-from jaxalign.errors import UserError, explained
+from jaxalign.errors import UserError
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +25,13 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 INSTEAD = {"test": ("validation", "train")}  # where there is no such split
 LAB_PROMPTS = pathlib.Path(__file__).parent.parent / "lab" / "prompts.jsonl"
 
-# The hub's own copy of sets whose loading script the library no longer runs
-# (WebGPT, Self-Instruct); their single configuration is called default there.
+# The hub's own Parquet copy of data sets whose loading script the `datasets`
+# library no longer runs (WebGPT, Self-Instruct). Its one configuration is
+# called default.
 CONVERTED = "refs/convert/parquet"
 ELSEWHERE = ("scripts are no longer supported", "Unknown split")
 
-Row = dict[str, Any]
+Row = dict[str, Any]  # any JSON; `fields` checks the values
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +47,15 @@ class Table:
 def read(
   source: str, *, split: str = "train", max_bad_share: float = 0.01
 ) -> list[Table]:
-  """Reads every row of a source; nothing is filtered but unreadable lines.
+  """Reads every row of a source; only unreadable lines are left out.
 
   Args:
     source: `lab`, a hub id `name` or `name:subset`, a file (`.jsonl`, `.json`,
       `.csv`, each also `.gz`, or `.parquet`), a folder, a glob; several joined
       by commas.
-    split: the part of a hub data set; of a folder, the files whose names begin
-      with it, if there are any. Where there is no `test`, `validation` is
-      taken, then `train`. Single files and globs have no splits.
+    split: of a hub data set; in a folder, the files whose names begin with it,
+      if there are any. Without a `test` split, `validation` is read, else
+      `train`. Single files and globs have no splits.
     max_bad_share: unreadable rows are skipped and logged up to this share of
       each part, in [0, 1].
 
@@ -91,7 +92,7 @@ def part_names(source: str) -> list[str]:
 def check_bad(
   name: str, bad: tuple[str, ...], good: int, max_bad_share: float
 ) -> None:
-  """Logs skipped rows, or stops where they are more than a share.
+  """Logs skipped rows, or raises if they are more than a share.
 
   Raises:
     UserError: `len(bad) / (len(bad) + good) > max_bad_share`.
@@ -99,6 +100,7 @@ def check_bad(
   if not bad:
     return
   count = f"{len(bad)} of {len(bad) + good} rows cannot be used"
+  # The first bad row leads the message: its place is where to look.
   if len(bad) > max_bad_share * (len(bad) + good):
     raise UserError(
       f"{bad[0]} ({name}: {count}, the limit is max_bad_share="
@@ -108,7 +110,7 @@ def check_bad(
 
 
 def is_local(name: str) -> bool:
-  """Whether a source is meant as a path, whether it exists or not."""
+  """Whether a source is written as a path; it need not exist."""
   return (
     name == "lab"
     or name.startswith((".", "/", "~"))
@@ -140,6 +142,7 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
         f"lab prompts are not installed: {LAB_PROMPTS} is missing"
       )
     return [LAB_PROMPTS]
+  # A folder: the files of the split, or else of the one that replaces it.
   path = pathlib.Path(name).expanduser()
   if not path.exists() and ":" in name:  # folder:subset, as a hub clone has it
     head, _, subset = name.rpartition(":")
@@ -155,6 +158,7 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
         _warn_of_another(str(path), split, part)
         return named
     return found
+  # A file, or a glob. A name that exists is taken literally, brackets and all.
   if path.is_file():
     return [path]
   matches = sorted(pathlib.Path(p) for p in glob.glob(str(path)))
@@ -185,7 +189,7 @@ Entry = tuple[str, Row, str]  # place, row, problem ("" = good)
 
 
 def _read_file(path: pathlib.Path) -> Iterator[Entry]:
-  """Every row of a file; what ends the reading becomes a UserError."""
+  """Every row of a file; a read error becomes a UserError."""
   readers = {
     ".jsonl": _read_lines,
     ".json": _read_json,
@@ -196,10 +200,15 @@ def _read_file(path: pathlib.Path) -> Iterator[Entry]:
     raise UserError(
       f"{path}: unknown kind of file; need {', '.join(SUFFIXES)} (or .gz)"
     )
-  failed = lambda why: f"{path} cannot be read: {why}; get the file anew"
-  kinds = (OSError, EOFError, zlib.error, csv.Error, ValueError)
-  with explained(*kinds, by=failed):
+  try:
     yield from readers[_suffix(path)](path)
+  except UserError:  # a ValueError too, and it says more already
+    raise
+  except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(
+      f"{path} cannot be read: {reason}; get the file again"
+    ) from error
 
 
 def _open(path: pathlib.Path):
@@ -217,11 +226,11 @@ def _parse_line(line: bytes) -> tuple[Row, str]:
   row, problem = _parse(line)
   if not problem and not isinstance(row, dict):
     problem = f"is a JSON {type(row).__name__}, not an object of columns"
-  return ({}, problem) if problem else (row, "")
+  return (row, "") if isinstance(row, dict) else ({}, problem)
 
 
-def _parse(data: bytes) -> tuple[Any, str]:
-  """JSON, or what is wrong with it."""
+def _parse(data: bytes) -> tuple[object, str]:
+  """The JSON value, or what is wrong with it."""
   try:
     return json.loads(data), ""
   except (ValueError, RecursionError) as err:  # also bytes that are not UTF-8
@@ -231,9 +240,10 @@ def _parse(data: bytes) -> tuple[Any, str]:
 def _read_json(path: pathlib.Path) -> Iterator[Entry]:
   with _open(path) as file:
     data = file.read()
+  # Many files named .json hold one object per line. A list begins with [; of
+  # the others the first line by itself is an object.
   head = data.lstrip(b"\xef\xbb\xbf \t\r\n")
   if head[:1] != b"[" and not _parse_line(head.partition(b"\n")[0])[1]:
-    # Many files named .json hold one object a line.
     yield from _read_lines(path)
     return
   rows, problem = _parse(data)
@@ -255,6 +265,7 @@ def _read_json(path: pathlib.Path) -> Iterator[Entry]:
 
 def _read_csv(path: pathlib.Path) -> Iterator[Entry]:
   csv.field_size_limit(sys.maxsize)  # dialogues pass the default 128 KiB
+  # The csv module reads text; it finds line breaks inside quotes itself.
   opened = gzip.open if path.suffix == ".gz" else open
   with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
     lines = csv.reader(file)
@@ -262,6 +273,7 @@ def _read_csv(path: pathlib.Path) -> Iterator[Entry]:
     for cells in lines:
       if not cells:
         continue
+      # zip would silently shift or drop cells.
       problem = ""
       if len(cells) != len(header):
         problem = f"has {len(cells)} cells, the header has {len(header)}"
@@ -272,6 +284,7 @@ def _read_csv(path: pathlib.Path) -> Iterator[Entry]:
 def _read_parquet(path: pathlib.Path) -> Iterator[Entry]:
   import pyarrow.parquet
 
+  # By batches, so the file is not in memory twice.
   batches = pyarrow.parquet.ParquetFile(path).iter_batches()
   rows = itertools.chain.from_iterable(b.to_pylist() for b in batches)
   for number, row in enumerate(rows, start=1):
@@ -279,9 +292,11 @@ def _read_parquet(path: pathlib.Path) -> Iterator[Entry]:
 
 
 def _read_hub(name: str, split: str) -> Table:
-  """A hub data set through the `datasets` library (the one network call)."""
+  """Reads a hub data set through `datasets`, the only network call here."""
   repo, _, subset = name.partition(":")
   failure = ""
+  # First as the set is published, then its Parquet copy, each with the splits
+  # that may stand in for the wanted one.
   for revision, part in itertools.product((None, CONVERTED), _splits(split)):
     try:
       rows = _load_hub(repo, subset, part, revision)
@@ -289,7 +304,7 @@ def _read_hub(name: str, split: str) -> Table:
       failure = (str(err).splitlines() or [type(err).__name__])[0]
       if any(reason in failure for reason in ELSEWHERE):
         continue
-      break
+      break  # no such set, or no network: another try would say the same
     _warn_of_another(name, split, part)
     places = tuple(f"{name}:row {i}" for i in range(1, len(rows) + 1))
     return Table(name, rows, places)
@@ -304,7 +319,7 @@ def _load_hub(
 ) -> tuple[Row, ...]:
   import datasets
 
-  options: dict[str, Any] = {"path": repo, "split": split}
+  options = {"path": repo, "split": split}
   if revision:
     options["revision"] = revision
   elif subset:

@@ -1,8 +1,8 @@
-"""Tokenizers: a thin frozen face over transformers' AutoTokenizer.
+"""A thin frozen wrapper of transformers' AutoTokenizer.
 
-What differs from calling transformers: no special tokens unless asked for, no
-clean-up of spaces, a missing pad token is no trouble (masks go by length), and
-`vocab_size` counts every id that can occur.
+It differs from transformers in that it adds no special tokens unless asked to,
+does not clean up spaces, needs no pad token (masks go by length), and counts
+every id that can occur in `vocab_size`.
 """
 
 import dataclasses
@@ -11,25 +11,36 @@ import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
-from jaxalign.errors import UserError, explained
+from jaxalign.errors import UserError
 from jaxalign.text import templates
 
 ENCODINGS = ("concat", "pair")
+FILES = (
+  "tokenizer.json",
+  "tokenizer_config.json",
+  "tokenizer.model",
+  "spm.model",
+)
+# Names of the end-of-text token, for files that do not say which one it is.
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")
+
+# A transformers.PreTrainedTokenizerBase. Its import takes seconds, so the class
+# is not named here, where every annotation is evaluated in the test run.
+HFTokenizer = Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
   """One tokenizer; made by `load_tokenizer`."""
 
-  inner: Any  # transformers' object
+  inner: HFTokenizer
   name: str  # folder or hub id, for messages
   pad_id: int  # fills rows; the eos id or 0 where there is no pad token
   bos_id: int | None
   eos_id: int | None
   vocab_size: int  # one more than the largest id
-  prefix: tuple[int, ...]  # what it sets in front of one text, e.g. (bos,)
-  suffix: tuple[int, ...]  # what it sets behind one text, e.g. (sep,)
+  prefix: tuple[int, ...]  # special tokens it puts before a text, e.g. (bos,)
+  suffix: tuple[int, ...]  # special tokens it puts after a text, e.g. (sep,)
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text without special tokens added."""
@@ -44,9 +55,9 @@ class Tokenizer:
     ]
 
   def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
-    """Ids a causal model starts from: as encoded, behind the bos if any.
+    """Ids that a causal model starts from: the bos token if any, then the text.
 
-    A chat template that wrote the bos out already does not get a second one.
+    A chat template may have written the bos token; it is not added twice.
     """
     start = list(self.prefix)
     return [
@@ -55,7 +66,7 @@ class Tokenizer:
     ]
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
-    """The text of ids, special tokens dropped, spaces as they are."""
+    """The text of ids without special tokens; spaces stay as they are."""
     return self.inner.decode(
       [int(i) for i in ids],
       skip_special_tokens=True,
@@ -68,7 +79,7 @@ class Tokenizer:
 
   @property
   def has_chat_template(self) -> bool:
-    """Whether conversations have a form of this tokenizer's own."""
+    """Whether the tokenizer has its own format for conversations."""
     return bool(self.inner.chat_template)
 
   def render_chat(
@@ -87,11 +98,15 @@ class Tokenizer:
       return templates.from_messages(messages, reply)
     import jinja2
 
-    failed = f"the chat template of {self.name} refuses the messages: "
-    with explained(jinja2.TemplateError, by=lambda why: failed + why):
+    try:
       return self.inner.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=reply
       )
+    except jinja2.TemplateError as error:
+      reason = (str(error).splitlines() or [type(error).__name__])[0]
+      raise UserError(
+        f"the chat template of {self.name} refuses the messages: {reason}"
+      ) from error
 
   def encode_reward(
     self,
@@ -101,7 +116,7 @@ class Tokenizer:
     max_length: int = 1024,
     eos: bool = False,
   ) -> tuple[list[int], list[int]]:
-    """Ids and segment types of one answer for a reward model."""
+    """`encode_rewards` of one completion."""
     return self.encode_rewards(
       [prompt], [completion], encoding, max_length, eos
     )[0]
@@ -114,21 +129,21 @@ class Tokenizer:
     max_length: int = 1024,
     eos: bool = False,
   ) -> list[tuple[list[int], list[int]]]:
-    """Ids and segment types of answers as a reward model is shown them.
+    """Ids and segment types of completions, as a reward model reads them.
 
     Args:
-      prompts: prompt of each answer, system text included.
-      completions: as many answers.
-      encoding: `concat`: prompt, one space, stripped answer as one segment,
-        what SuperHF feeds its reward models. `pair`: the bare question and
-        the answer as two segments, what the DeBERTa model's card does.
+      prompts: prompt of each completion, system text included.
+      completions: as many completions.
+      encoding: `concat`: prompt, one space and the stripped completion as one
+        segment, as SuperHF feeds its reward models. `pair`: the bare question
+        and the completion as two segments, as the DeBERTa model's card does.
       max_length: tokens kept, special ones included; the rest is cut off on
         the right (of the longer segment under `pair`).
-      eos: append the eos token behind the text (heads that read it).
+      eos: append the eos token to the text, for heads that read its state.
 
     Returns:
       `(ids, types)` of each, with the special tokens of the tokenizer's own
-      post-processor; types are 0, or 1 for the answer of a pair.
+      post-processor; types are 0, or 1 for the completion of a pair.
 
     Raises:
       UserError: an unknown `encoding`.
@@ -140,6 +155,7 @@ class Tokenizer:
       )
     if not prompts:
       return []
+    # One list of texts, or two that the tokenizer encodes as pairs.
     if encoding == "concat":
       pairs = zip(prompts, completions, strict=True)
       texts = [[templates.join(*pair).rstrip() for pair in pairs]]
@@ -148,7 +164,9 @@ class Tokenizer:
         [templates.bare_question(prompt) for prompt in prompts],
         [completion.strip() for completion in completions],
       ]
+    # The eos token goes after the cut, so a text that is cut ends in it too.
     tail = [self.eos_id] if eos and self.eos_id is not None else []
+    # transformers cuts the longer segment of a pair first.
     found = self.inner(
       *texts,
       truncation=True,
@@ -169,11 +187,19 @@ class Tokenizer:
     return {name: value for name, value in ids.items() if value is not None}
 
   def save(self, folder: str | pathlib.Path) -> None:
-    """Writes the files that transformers loads it from."""
-    failed = lambda why: f"{folder}: the tokenizer cannot be written: {why}"
-    # The Rust library tells of a full disk by a bare Exception.
-    with explained(Exception, by=failed):
+    """Writes the files that transformers loads a tokenizer from."""
+    try:
       self.inner.save_pretrained(str(folder))
+    except Exception as error:  # the Rust library's error for a full disk
+      reason = (str(error).splitlines() or [type(error).__name__])[0]
+      raise UserError(
+        f"{folder}: the tokenizer cannot be written: {reason}"
+      ) from error
+
+
+def has_tokenizer(folder: pathlib.Path) -> bool:
+  """Whether a model's folder has tokenizer files."""
+  return any((folder / name).is_file() for name in FILES)
 
 
 def load_tokenizer(source: str | pathlib.Path) -> Tokenizer:
@@ -192,30 +218,35 @@ def load_tokenizer(source: str | pathlib.Path) -> Tokenizer:
   local = folder.exists() or name.startswith((".", "/", "~"))
   if local and not folder.is_dir():
     raise UserError(f"tokenizer folder {name} does not exist; check the path")
-  # It would tell everyone that torch is missing, which nobody needs here.
+  # Otherwise transformers warns on import that torch is missing.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   import transformers
 
-  failed = lambda why: (
-    f"tokenizer {name} cannot be read: {why}; need a folder with "
-    "tokenizer.json, spm.model or tokenizer.model, or a hub id"
-  )
-  # Its readers raise anything on a damaged file.
-  with explained(Exception, by=failed):
+  try:
     if local and not (folder / "tokenizer_config.json").is_file():
-      inner = _load_bare(transformers, folder)
+      inner = _load_bare(folder)
     else:
       inner = transformers.AutoTokenizer.from_pretrained(
         str(folder) if local else name, local_files_only=local
       )
+  except UserError:
+    raise
+  except Exception as error:  # its readers raise anything on a damaged file
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(
+      f"tokenizer {name} cannot be read: {reason}; need a folder with "
+      "tokenizer.json, spm.model or tokenizer.model, or a hub id"
+    ) from error
   return wrap_tokenizer(inner, name)
 
 
-def _load_bare(transformers: Any, folder: pathlib.Path) -> Any:
-  """A folder without tokenizer_config.json: the file's name tells the class.
+def _load_bare(folder: pathlib.Path) -> HFTokenizer:
+  """Loads from a folder without tokenizer_config.json, by the file's name.
 
   AutoTokenizer would read LLaMA's file without its leading space and bos.
   """
+  import transformers
+
   if (folder / "tokenizer.json").is_file():
     inner = transformers.PreTrainedTokenizerFast(
       tokenizer_file=str(folder / "tokenizer.json")
@@ -238,10 +269,12 @@ def _load_bare(transformers: Any, folder: pathlib.Path) -> Any:
   )
 
 
-def wrap_tokenizer(inner: Any, name: str = "tokenizer") -> Tokenizer:
-  """Wraps a transformers tokenizer that is at hand already."""
+def wrap_tokenizer(inner: HFTokenizer, name: str = "tokenizer") -> Tokenizer:
+  """Wraps a transformers tokenizer that is already loaded."""
+  # What the post-processor adds is found by encoding one text with and without.
   plain = inner("a", add_special_tokens=False)["input_ids"]
   full = inner("a")["input_ids"]
+  # The plain ids inside the full ones; what is around them is added.
   at = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
   pad = inner.pad_token_id
   if pad is None:
@@ -252,6 +285,7 @@ def wrap_tokenizer(inner: Any, name: str = "tokenizer") -> Tokenizer:
     pad_id=pad,
     bos_id=inner.bos_token_id,
     eos_id=inner.eos_token_id,
+    # Not len(inner): ids may have gaps, and some are added past the table.
     vocab_size=max(inner.get_vocab().values()) + 1,
     prefix=tuple(full[:at]),
     suffix=tuple(full[at + len(plain) :]),
@@ -261,19 +295,19 @@ def wrap_tokenizer(inner: Any, name: str = "tokenizer") -> Tokenizer:
 def check_vocabulary(
   tokenizer: Tokenizer, vocab_size: int, where: str
 ) -> Tokenizer:
-  """Makes sure that no id of the tokenizer lies outside a model's embedding.
+  """Checks that every id of the tokenizer is a row of a model's embedding.
 
   Args:
-    tokenizer: what will encode the texts.
+    tokenizer: encodes the texts.
     vocab_size: rows of the model's embedding; may exceed the tokenizer's.
     where: the model's name, for the message.
 
   Returns:
-    The tokenizer. Where a pad token alone lies outside (added without
-    resizing the model, as is common for LLaMA), with a pad id that is inside.
+    The tokenizer. If only a pad token is outside (added without resizing the
+    model, as is common for LLaMA), its pad id is replaced by one inside.
 
   Raises:
-    UserError: another token lies outside.
+    UserError: another token is outside.
   """
   if tokenizer.vocab_size <= vocab_size:
     return tokenizer
@@ -287,6 +321,7 @@ def check_vocabulary(
       f"vocabulary of {vocab_size} (first: {outside[0][1]!r} = "
       f"{outside[0][0]}); use the tokenizer that belongs to the model"
     )
+  # Padding is masked, so any id that exists will do.
   eos = tokenizer.eos_id
   pad = eos if eos is not None and eos < vocab_size else 0
   return dataclasses.replace(tokenizer, pad_id=pad)

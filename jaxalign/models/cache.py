@@ -1,9 +1,9 @@
-"""Keys and values, and the one attention that reads them.
+"""Keys and values, and the attention that reads them.
 
-A row attends to several groups of keys at once: its own tokens, the prompt
-that it shares with the other samples of that prompt, and a prefix that all
-prompts share. A shared group is stored once: row b of B reads group
-b // (B // G), and its keys are loaded once for all the rows that share them.
+A row attends to several parts at once: its own tokens, the prompt that it
+shares with the other samples of that prompt, and a prefix that all prompts
+share. What is shared is stored once: row b of B reads group b // (B // G), and
+its keys are loaded once for all the rows that share them.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ Layers = Float[Array, "*L G K C H"] | tuple[Float[Array, "G K C H"], ...]
 class KV:
   """Keys and values of all layers, kept for G groups of rows.
 
-  Stacked on a layer axis, or a tuple with one array a layer: a decoding loop
-  takes them apart once, because slicing a layer out at every step copies it.
+  Stacked on a layer axis, or a tuple with one array per layer: a decoding loop
+  takes them apart once, because slicing out a layer at every step copies it.
   """
 
   k: Layers  # keys, already rotated to their positions
@@ -31,7 +31,7 @@ class KV:
   mask: Bool[Array, "G C"]  # True = a real key, attended to
 
   def unstack(self) -> "KV":
-    """The same keys and values with one array a layer."""
+    """The same keys and values with one array per layer."""
     return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
 
 
@@ -56,8 +56,11 @@ def attend(
     The attended values, in q's dtype; softmax in float32.
   """
   rows, length, heads, width = q.shape
+  # Queries are scaled instead of logits: fewer numbers where C > H.
   q = q * jnp.asarray(scale, q.dtype)
   logits = [_logits(q, k, mask) for k, _, mask in parts]
+  # One softmax over all parts, then a sum of values part by part: the keys are
+  # never copied into one array.
   sizes = [x.shape[-1] for x in logits]
   weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
   weights = weights.astype(q.dtype)
@@ -71,7 +74,9 @@ def attend(
 def _logits(q: Array, k: Array, mask: Array) -> Float[Array, "B K R T C"]:
   rows, length, heads, width = q.shape
   groups, kv_heads = k.shape[:2]
+  # Rows of a group are consecutive, so a reshape separates the two axes.
   shape = (groups, rows // groups, length, kv_heads, heads // kv_heads, width)
+  # g groups, s rows of a group, k key heads, r query heads of a key head.
   x = jnp.einsum(
     "gstkrh,gkch->gskrtc",
     q.reshape(shape),

@@ -1,20 +1,22 @@
 """The trunk that all causal language models share.
 
-An architecture gives its blocks, its embedding and its rotary angles; the
-trunk scans the stacked blocks, keeps or reads keys and values, and applies
-the head. `__call__` reads whole texts, `step` one token a row.
+An architecture defines its blocks, embedding and rotary angles. The trunk scans
+the stacked blocks, stores and reads keys and values, and applies the head.
+`__call__` reads whole texts, `step` one token per row.
 """
 
 import operator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxalign.core.types import Params
 from jaxalign.models import heads
 from jaxalign.models.cache import KV, attend
+from jaxalign.models.config import CausalConfig
 from jaxalign.models.layers import (
   Embedding,
   Linear,
@@ -24,17 +26,20 @@ from jaxalign.models.layers import (
   stack,
 )
 
+C = TypeVar("C", bound=CausalConfig)
 
-class CausalLM(heads.Scored, nnx.Module):
+
+class CausalLM(heads.Scored, nnx.Module, Generic[C]):
   """Embedding, L blocks, final norm, and a language-model or score head.
 
   Subclasses set `block`, and may override `embed` and `rope`.
   """
 
-  block: type[Any]  # (config, lora=, rngs=) -> an nnx.Module
+  config: C
+  block: type[Any]  # called with (config, lora=, rngs=), which Module has not
   outputs: tuple[str, ...] = ("lm_head",)  # names of the output matrix
 
-  def __init__(self, config, *, lora=None, rngs: nnx.Rngs):
+  def __init__(self, config: C, *, lora=None, rngs: nnx.Rngs):
     self.config = config
     width = config.hidden_size
     self.embedding = Embedding(config.vocab_size, width, rngs=rngs)
@@ -42,6 +47,7 @@ class CausalLM(heads.Scored, nnx.Module):
       lambda r: self.block(config, lora=lora, rngs=r), config.layers, rngs
     )
     self.final_norm = config.norm()
+    # A score head instead of the output matrix, which is then not read at all.
     if config.head != "lm":
       columns = len(config.groups) or 1
       self.score_head = Linear(width, columns, bias=False, rngs=rngs)
@@ -52,7 +58,7 @@ class CausalLM(heads.Scored, nnx.Module):
   def embed(
     self, tokens: Int[Array, "B T"], positions: Int[Array, "B T"]
   ) -> Float[Array, "B T D"]:
-    """Token embeddings; learned positions are added by who has them."""
+    """Token embeddings; GPT-Neo adds its learned positions."""
     del positions
     return self.embedding(tokens).astype(self.config.dtype)
 
@@ -65,31 +71,32 @@ class CausalLM(heads.Scored, nnx.Module):
     self,
     tokens: Int[Array, "B T"],
     positions: Int[Array, "B T"],
-    segments: Int[Array, "B T"],
+    segment_ids: Int[Array, "B T"],
     past: tuple[KV, ...] = (),
     keep: bool = False,
     dropout_key: Array | None = None,
-    parents: Int[Array, "B T"] | None = None,
+    prompt_segment_ids: Int[Array, "B T"] | None = None,
   ) -> tuple[Float[Array, "B T E"], KV | None]:
     """Reads whole texts.
 
     Args:
-      tokens: ids; padding may stand anywhere.
+      tokens: ids; padding may be anywhere.
       positions: position of each token in its own text, from 0.
-      segments: 0 = padding; tokens of one row attend causally to those that
+      segment_ids: 0 = padding; tokens of one row attend causally to those that
         carry the same number, so packed texts do not see each other.
-      past: keys that every token attends to besides, see `KV`.
-      keep: also return this text's own keys and values.
+      past: more keys that every token attends to, see `KV`.
+      keep: also return the keys and values of this text.
       dropout_key: turns LoRA dropout on (training); None turns it off.
-      parents: number of another segment, earlier in the row, that a token
-        attends to besides its own: the prompt that several texts share.
+      prompt_segment_ids: a second segment, earlier in the row, that a token
+        attends to: the prompt that several texts share.
 
     Returns:
       Hidden states after the final norm, as `unembed` takes them (see
       `Output`), and the `KV` if `keep`.
     """
+    # What each token attends to is the same in every layer but for the window.
     near = positions[:, :, None] - positions[:, None, :]
-    mask = _attended(segments, parents)
+    mask = _attended(segment_ids, prompt_segment_ids)
     rope = self.rope(positions)
 
     def layer(x, xs):
@@ -103,10 +110,12 @@ class CausalLM(heads.Scored, nnx.Module):
         kept.append((k, v))
         return attend(q, [*shared, own], scale=scale)
 
+      # The block calls `attention` once, which leaves its keys in `kept`.
       block = nnx.merge(graph, params)
       x = block(x, attention, rope, key)
       return x, kept if keep else []
 
+    # Scanning the stacked blocks: one is compiled, whatever the depth.
     graph, params = layer_params(self.blocks, self.config.dtype)
     keys = head_key = None
     if dropout_key is not None:
@@ -119,7 +128,7 @@ class CausalLM(heads.Scored, nnx.Module):
     if not keep:
       return hidden, None
     [(k, v)] = kept
-    return hidden, KV(k, v, positions, segments > 0)
+    return hidden, KV(k, v, positions, segment_ids > 0)
 
   def step(
     self,
@@ -128,32 +137,34 @@ class CausalLM(heads.Scored, nnx.Module):
     past: tuple[KV, ...],
     own: KV,
     column: Int[Array, ""],
-    layers: list[Any] | None = None,
+    layers: list[Params] | None = None,
   ) -> tuple[Float[Array, "B E"], KV]:
-    """One more token a row: writes `column` of `own`, attends, returns both.
+    """Reads one more token per row and writes its keys to `column` of `own`.
 
     Args:
       tokens: the rows' last tokens.
       positions: their positions.
       past: shared keys; row b reads group b // (B // G).
-      own: the rows' own cache, `[L, B, K, C, H]` or one array a layer; columns
-        after `column` are not read, whatever they hold.
+      own: the rows' own cache, `[L, B, K, C, H]` or one array per layer;
+        columns after `column` are not read.
       column: where this token goes, the same for all rows.
       layers: what `unstack` returned. A loop calls it once, outside.
 
     Returns:
-      Hidden states as of a call, and `own` with one array a layer.
+      Hidden states as of `__call__`, and `own` with one array per layer.
     """
+    # The new token is the last, so every key that is real may be attended to.
     positions = positions[:, None]
     rope = self.rope(positions)
     own_positions = own.positions.at[:, column].set(positions[:, 0])
     own_mask = own.mask.at[:, column].set(True)
     near = positions[:, :, None] - own_positions[:, None, :]
     graph, _ = nnx.split(self.blocks)
-    cache = []
+    cache = []  # filled layer by layer
 
     def attention_of(layer, window):
       def attention(q, k, v, scale):
+        # In place: the cache is a loop's carry, or donated.
         at = (0, 0, column, 0)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         k = jax.lax.dynamic_update_slice(own.k[layer], k, at)
@@ -166,6 +177,7 @@ class CausalLM(heads.Scored, nnx.Module):
 
       return attention
 
+    # An unrolled loop: a scan would copy every layer's cache in and out.
     x = self.embed(tokens[:, None], positions)
     windows = self.config.windows
     for layer, params in enumerate(layers or self.unstack()):
@@ -175,7 +187,7 @@ class CausalLM(heads.Scored, nnx.Module):
     k, v = zip(*cache, strict=True)
     return self._states(x)[:, 0], KV(k, v, own_positions, own_mask)
 
-  def unstack(self) -> list[Any]:
+  def unstack(self) -> list[Params]:
     """Each layer's parameters in the compute dtype, for `step`."""
     _, params = layer_params(self.blocks, self.config.dtype)
     take = operator.itemgetter
@@ -194,9 +206,9 @@ class CausalLM(heads.Scored, nnx.Module):
     types: Int[Array, "B T"] | None = None,
     dropout_key: Array | None = None,
   ) -> Float[Array, "B G"]:
-    """The score head's values of each text, float32, one a group.
+    """The score head's values of each text, float32, one per group.
 
-    See `heads` for where they are read.
+    `heads.pool` says which hidden state it reads.
 
     Args:
       tokens: ids, padded on either side.
@@ -206,8 +218,9 @@ class CausalLM(heads.Scored, nnx.Module):
     """
     del types
     positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
-    segments = mask.astype(jnp.int32)
-    hidden, _ = self(tokens, positions, segments, dropout_key=dropout_key)
+    segment_ids = mask.astype(jnp.int32)
+    # Left padding gets position 0, which its mask hides.
+    hidden, _ = self(tokens, positions, segment_ids, dropout_key=dropout_key)
     pooled = heads.pool(self.config, hidden, tokens, mask)
     return self.score_head(pooled).astype(jnp.float32)
 
@@ -215,7 +228,7 @@ class CausalLM(heads.Scored, nnx.Module):
     self, x: Float[Array, "B T D"], dropout_key: Array | None = None
   ) -> Float[Array, "B T E"]:
     hidden = self.final_norm(x)
-    if "lm_head" not in vars(self):
+    if "lm_head" not in vars(self):  # tied, or a score model
       return hidden
     return self.lm_head.extend(hidden, dropout_key)
 
@@ -225,25 +238,26 @@ class CausalLM(heads.Scored, nnx.Module):
 
 
 def _attended(
-  segments: Int[Array, "B T"], parents: Int[Array, "B T"] | None
+  segment_ids: Int[Array, "B T"], prompt_segment_ids: Int[Array, "B T"] | None
 ) -> Bool[Array, "B T T"]:
-  """Which columns each token reads: earlier ones of its own and its parent."""
-  length = segments.shape[1]
-  mask = segments[:, :, None] == segments[:, None, :]
-  if parents is not None:
-    mask |= parents[:, :, None] == segments[:, None, :]
+  """Which columns a token attends to: earlier ones, of its two segments."""
+  length = segment_ids.shape[1]
+  # Padding is segment 0 and attends to padding, which nothing reads.
+  mask = segment_ids[:, :, None] == segment_ids[:, None, :]
+  if prompt_segment_ids is not None:
+    mask |= prompt_segment_ids[:, :, None] == segment_ids[:, None, :]
   return mask & jnp.tril(jnp.ones((length, length), bool))
 
 
 def _within(near: Int[Array, "B T C"], window) -> Bool[Array, "B T C"] | bool:
   """Keys less than `window` positions back; 0 or None = all of them."""
-  if window is None:
+  if window is None:  # no layer of the model has a window
     return True
   return (window == 0) | (near < window)
 
 
 def _past_parts(past, past_kv, positions, window):
-  """The shared groups as `attend` takes them, masks spread over the rows."""
+  """The shared groups as parts of `attend`; each row gets its group's mask."""
   parts = []
   for shared, (k, v) in zip(past, past_kv, strict=True):
     repeat = positions.shape[0] // shared.mask.shape[0]

@@ -1,11 +1,11 @@
 """DeBERTa-v2 and v3 (He et al. 2021) as a reward model.
 
-Attention adds to content-content scores what the query's content says about
-the key's relative position (c2p) and the key's content about the query's
-(p2c). Both depend on a pair of tokens only through the distance i - j, so they
-are matrix products against one row per distance, sheared into place; nothing
-is gathered over [T, T], which would dominate the forward pass and, as a
-scatter, the backward pass even more.
+To the product of contents, attention adds the products of the query's content
+with the key's relative position (c2p) and of the key's content with the query's
+(p2c). Both depend on the position only through the distance i - j, so they are
+matrix products with one row per distance, sheared into place. Nothing is
+gathered over [T, T]: that gather would dominate the forward pass, and its
+scatter the backward pass even more.
 """
 
 import dataclasses
@@ -36,14 +36,15 @@ class DebertaConfig:
 
   Attributes:
     max_positions: rows of the absolute position table, if there is one.
-    relative: relative positions take part in attention at all.
-    max_distance: > 0, distances beyond it count as it.
+    relative: whether attention uses relative positions at all.
+    max_distance: > 0; larger distances count as this one.
     buckets: > 0: distances above buckets / 2 fall into logarithmic buckets,
       so that there are 2 * buckets relative positions; 0: one each.
     pos_att_type: subset of ("c2p", "p2c").
     share_att_key: relative positions go through the content projections.
     norm_relative: layer norm on the relative position table.
-    conv_kernel_size: odd; v2's convolution beside the first layer; 0 = none.
+    conv_kernel_size: odd; of v2's convolution, parallel to the first layer; 0 =
+      none.
     embedding_size: width of the embeddings before their projection; 0 =
       hidden_size, no projection.
     type_vocab_size: rows of the segment-type table; 0 = types are ignored.
@@ -51,8 +52,8 @@ class DebertaConfig:
     head: "score_context" (first token, dense, activation, linear) or
       "score_mean" (linear on the mean over real tokens).
     groups: whose score each column of the score head is; () = one column.
-    dropout: probability of dropping a hidden feature in training: of the
-      embeddings and of what attention and MLP add; not of attention weights.
+    dropout: probability of dropping a feature in training, of the embeddings
+      and of what attention and MLP add; attention weights are not dropped.
     dtype: compute dtype; parameters may have another.
     remat: recompute each block's activations in the backward pass.
   """
@@ -100,7 +101,7 @@ class DebertaConfig:
     return Deberta
 
   def norm(self) -> nnx.Module:
-    """A fresh layer norm of the hidden states."""
+    """A new layer norm of the hidden states."""
     return LayerNorm(self.hidden_size, eps=self.eps)
 
 
@@ -121,6 +122,7 @@ def relative_rows(
     bucket = np.ceil(np.log(far) / reach * np.float32(middle - 1)) + middle
     near = np.abs(distances) <= middle
     signed = np.where(near, distances, np.sign(distances) * bucket).astype(int)
+  # Row 0 is the distance -span; transformers clips in the same way.
   return np.clip(signed + config.span, 0, 2 * config.span - 1)
 
 
@@ -132,7 +134,8 @@ def shear(x: Float[Array, "*N R C"], columns: int) -> Float[Array, "*N R T"]:
     columns: T, how many columns to keep.
   """
   *lead, rows, width = x.shape
-  # Read as rows one shorter than they are, each row starts one further left.
+  # A reshape instead of a gather: read as rows that are one shorter, each row
+  # starts one column further left than the row above it.
   flat = x.reshape(*lead, rows * width)
   flat = flat[..., rows - 1 : rows - 1 + rows * (width - 1)]
   return flat.reshape(*lead, rows, width - 1)[..., :columns]
@@ -151,6 +154,7 @@ class DebertaBlock(nnx.Module):
     self.query_proj = linear("query_proj", width, width)
     self.key_proj = linear("key_proj", width, width)
     self.value_proj = linear("value_proj", width, width)
+    # v2 without shared keys projects positions by matrices of their own.
     if config.relative and not config.share_att_key:
       if "c2p" in config.pos_att_type:
         self.pos_key_proj = linear("pos_key_proj", width, width)
@@ -172,6 +176,7 @@ class DebertaBlock(nnx.Module):
   ) -> Float[Array, "B Q D"]:
     """The block's output at the first `queries` tokens."""
     rate = self.config.dropout
+    # For q, k, v; attention's output, its dropout; the MLP's two, its dropout.
     keys = [None] * 8 if key is None else list(jax.random.split(key, 8))
     attended = self._attention(x, mask, relative, queries, keys[:3])
     attended = self.attention_output(attended, keys[3])
@@ -184,23 +189,26 @@ class DebertaBlock(nnx.Module):
   def _attention(self, x, mask, relative, queries, keys):
     config = self.config
     kinds = config.pos_att_type if config.relative else ()
-    # As released: the kinds count here even where they are turned off.
+    # As released: the kinds count here even if `relative` is off.
     scale = (config.head_dim * (1 + len(config.pos_att_type))) ** -0.5
     q = self._heads(self.query_proj(x[:, :queries], keys[0])) * scale
     k = self._heads(self.key_proj(x, keys[1]))
     v = self._heads(self.value_proj(x, keys[2]))
-    # Heads come first: a product against distances then is one matrix
-    # product per head over all rows of the batch.
+    # Content with content. Heads come first, so that a product with distances
+    # is one matrix product per head over all rows of the batch.
     scores = _product("binh,bjnh->nbij", q, k)
     length = x.shape[1]
+    # The query's content with the key's relative position.
     if "c2p" in kinds:
+      # Row c stands for the distance queries - 1 - c; `shear` lines them up.
       project = self.key_proj if config.share_att_key else self.pos_key_proj
       distances = queries - 1 - np.arange(queries + length)
       rows = self._positions(project, relative, distances)
       scores += shear(_product("binh,cnh->nbic", q, rows), length)
+    # The key's content with the query's relative position.
     if "p2c" in kinds:
       project = self.query_proj if config.share_att_key else self.pos_query_proj
-      if queries == 1:
+      if queries == 1:  # one distance per key: nothing to shear
         rows = self._positions(project, relative, -np.arange(length)) * scale
         scores += _product("bjnh,jnh->nbj", k, rows)[:, :, None]
       else:
@@ -208,6 +216,7 @@ class DebertaBlock(nnx.Module):
         rows = self._positions(project, relative, distances) * scale
         seen = shear(_product("bjnh,cnh->nbjc", k, rows), queries)
         scores += jnp.swapaxes(seen, -1, -2)
+
     scores = jnp.where(mask[:, None, :], scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
     out = jnp.einsum("nbij,bjnh->binh", weights, v)
@@ -215,6 +224,7 @@ class DebertaBlock(nnx.Module):
 
   def _positions(self, project, relative, distances) -> Float[Array, "C N H"]:
     """One projected relative position per distance."""
+    # Distances are known at trace time, so the rows are constants.
     rows = relative_rows(self.config, distances)
     # Short texts use a narrow band of the table; only that is projected.
     low, high = rows.min(), rows.max() + 1
@@ -224,12 +234,13 @@ class DebertaBlock(nnx.Module):
     return x.reshape(*x.shape[:-1], self.config.heads, self.config.head_dim)
 
 
+# Scores are summed in float32 whatever the compute dtype.
 def _product(subscripts: str, a: Array, b: Array) -> Array:
   return jnp.einsum(subscripts, a, b, preferred_element_type=jnp.float32)
 
 
 class Convolution(nnx.Module):
-  """v2's layer beside the first block: mixes neighbouring embeddings."""
+  """v2's layer parallel to the first block: mixes neighbouring embeddings."""
 
   def __init__(self, config: DebertaConfig, *, rngs: nnx.Rngs):
     self.config = config
@@ -256,6 +267,7 @@ class Convolution(nnx.Module):
     )
     out = out + self.bias[...].astype(out.dtype)
     act = ACTIVATIONS[self.config.conv_activation]
+    # Padding is set to zero, as transformers does after this layer.
     return self.norm(hidden + act(out)) * mask[..., None]
 
 
@@ -263,6 +275,7 @@ class Deberta(Scored, nnx.Module):
   """Embeddings, L blocks and a score head."""
 
   def __init__(self, config: DebertaConfig, *, lora=None, rngs: nnx.Rngs):
+    # The embeddings.
     self.config = config
     width = config.hidden_size
     inner = config.embedding_size or width
@@ -277,6 +290,8 @@ class Deberta(Scored, nnx.Module):
       own = adapter(lora, "embed_proj")
       self.embed_proj = Linear(inner, width, bias=False, lora=own, rngs=rngs)
     self.embedding_norm = config.norm()
+
+    # The blocks, and what they share.
     self.blocks = stack(
       lambda r: DebertaBlock(config, lora=lora, rngs=r), config.layers, rngs
     )
@@ -286,6 +301,8 @@ class Deberta(Scored, nnx.Module):
         self.relative_norm = config.norm()
     if config.conv_kernel_size:
       self.conv = Convolution(config, rngs=rngs)
+
+    # The head.
     if config.head == "score_context":
       self.pooler = Linear(width, width, rngs=rngs)
     self.score_head = Linear(width, len(config.groups) or 1, rngs=rngs)
@@ -297,7 +314,7 @@ class Deberta(Scored, nnx.Module):
     types: Int[Array, "B T"] | None = None,
     dropout_key: Array | None = None,
   ) -> Float[Array, "B G"]:
-    """The score head's values of each text, float32, one a group.
+    """The score head's values of each text, float32, one per group.
 
     Args:
       tokens: ids, [CLS] first; padded on either side.
@@ -307,7 +324,7 @@ class Deberta(Scored, nnx.Module):
     """
     context = self.config.head == "score_context"
     hidden, mask = self.encode(tokens, mask, types, context, dropout_key)
-    if context:
+    if context:  # the [CLS] token, as in transformers' ContextPooler
       act = ACTIVATIONS[self.config.pooler_activation]
       pooled = act(self.pooler(hidden[:, 0].astype(jnp.float32)))
     else:
@@ -326,16 +343,17 @@ class Deberta(Scored, nnx.Module):
   ) -> tuple[Float[Array, "B Q D"], Bool[Array, "B T"]]:
     """Hidden states after the last block, and the mask that goes with them.
 
-    Texts are moved to column 0, so that padding may stand on either side.
+    Texts are moved to column 0, so that padding may be on either side.
 
     Args:
       tokens: see `scores`.
       mask: see `scores`.
       types: see `scores`.
-      first_only: return the first token alone, Q = 1 instead of T; the last
+      first_only: return only the first token, Q = 1 instead of T; the last
         block then computes little more than its keys and values.
       dropout_key: see `scores`.
     """
+    # Moving each text to column 0.
     config, length = self.config, tokens.shape[1]
     start = jnp.argmax(mask, axis=1, keepdims=True)
     columns = (jnp.arange(length) + start) % length
@@ -344,6 +362,8 @@ class Deberta(Scored, nnx.Module):
     )
     if types is not None:
       types = jnp.take_along_axis(types, columns, axis=1)
+
+    # Embedding.
     keys = proj_key = None
     if dropout_key is not None:
       dropout_key, layers_key, proj_key = jax.random.split(dropout_key, 3)
@@ -359,19 +379,23 @@ class Deberta(Scored, nnx.Module):
 
       return jax.checkpoint(run) if config.remat else run
 
+    def block(i):
+      return jax.tree.map(lambda p: p[i], (params, keys))
+
+    # Running the blocks: a scan over those that read and give whole texts. v2's
+    # first has a convolution next to it, the last may give one token only.
     full = layer(length)
-    some = lambda a, b: jax.tree.map(lambda p: p[a:b], (params, keys))
-    one = lambda i: jax.tree.map(lambda p: p[i], (params, keys))
     x, first = embedded, 0
     if config.conv_kernel_size:
-      x, first = self.conv(embedded, full(x, one(0)), mask), 1
+      x, first = self.conv(embedded, full(x, block(0)), mask), 1
     last = config.layers
     if first_only and last > first:
       last -= 1
     if last > first:
-      x, _ = jax.lax.scan(lambda x, p: (full(x, p), None), x, some(first, last))
+      middle = jax.tree.map(lambda p: p[first:last], (params, keys))
+      x, _ = jax.lax.scan(lambda x, p: (full(x, p), None), x, middle)
     if first_only:
-      x = layer(1)(x, one(-1)) if last < config.layers else x[:, :1]
+      x = layer(1)(x, block(-1)) if last < config.layers else x[:, :1]
     return x, mask
 
   def _embed(self, tokens, mask, types, key, proj_key) -> Float[Array, "B T D"]:

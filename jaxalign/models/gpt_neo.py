@@ -20,9 +20,9 @@ class GPTNeoConfig:
   """Sizes and switches of a GPT-Neo model.
 
   Attributes:
-    max_positions: rows of the position table; longer texts are not possible.
-    windows: for each layer how many positions back it sees, itself included;
-      0 = all.
+    max_positions: rows of the position table, so no text can be longer.
+    windows: for each layer how many positions it sees, the token's own
+      included; 0 = all.
     tied: the output matrix is the embedding.
     groups: whose score each column of the score head is; () = one column.
     eos_id: end-of-text id, read by the `score_eos` head only.
@@ -62,7 +62,7 @@ class GPTNeoConfig:
     return GPTNeo
 
   def norm(self) -> nnx.Module:
-    """A fresh normalisation layer."""
+    """A new normalisation layer."""
     return LayerNorm(self.hidden_size, eps=self.eps)
 
 
@@ -102,7 +102,7 @@ class GPTNeoBlock(nnx.Module):
     return self.out_proj(attend(q, k, v, scale=1.0).reshape(x.shape), key)
 
 
-class GPTNeo(CausalLM):
+class GPTNeo(CausalLM[GPTNeoConfig]):
   """A GPT-Neo language model or score model."""
 
   block = GPTNeoBlock
@@ -115,5 +115,6 @@ class GPTNeo(CausalLM):
 
   def embed(self, tokens, positions):
     """Token and position embeddings, summed."""
+    # Positions are learned, hence the limit on the length of a text.
     x = self.embedding(tokens) + self.position_embedding(positions)
     return x.astype(self.config.dtype)

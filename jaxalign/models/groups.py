@@ -2,8 +2,8 @@
 
 A score is linear in the head, Σ w_g (h·k_g + b_g) = h·Σ w_g k_g + Σ w_g b_g, so
 any weighted sum of the groups' scores is the score of an ordinary head. Where a
-reward model is only read, its columns are folded into that one, and nothing
-behind knows that there were several.
+reward model is only read, its columns are folded into that one, and no later
+code knows that there were several.
 """
 
 from collections.abc import Mapping
@@ -15,18 +15,18 @@ from jaxalign.core.types import Params
 from jaxalign.errors import UserError
 from jaxalign.models.model import Model
 
-SHOWN = 20  # groups that a message names at most
+SHOWN = 20  # names of groups in a message at most
 
 HEAD = "score_head"
-APART = 1.0  # how far new heads lie from the old one, as a share of its size
+APART = 1.0  # noise of new heads, as a share of the old head's deviation
 
 
 def widen(params: Params, count: int, seed: int) -> Params:
   """Parameters with `count` score heads in place of one.
 
-  Each is the one head plus noise of its own size. Equal heads would
-  be a saddle: where tastes are opposed their gradients on the trunk cancel,
-  and what is left makes the trunk forget what they differ in.
+  Each is the old head plus noise of the same size. Equal heads would be a
+  saddle point: where groups disagree their gradients on the trunk cancel, and
+  what is left makes the trunk forget what they disagree about.
 
   Args:
     params: of a model with one head.
@@ -36,6 +36,7 @@ def widen(params: Params, count: int, seed: int) -> Params:
 
   @jax.jit
   def several(head):
+    # The bias is copied without noise: it only shifts a group's scores.
     copies = jax.tree.map(lambda x: jnp.repeat(x, count, axis=-1), head)
     kernel = copies["kernel"]
     noise = jax.random.normal(jax.random.key(seed), kernel.shape)
@@ -51,7 +52,7 @@ def fold(
   """The model whose one score is the weighted sum of the groups' scores.
 
   Args:
-    model: without groups it is returned as it is.
+    model: returned unchanged if it has no groups.
     params: its parameters.
     weights: from `weights_of`; None = all alike.
   """
@@ -63,8 +64,11 @@ def fold(
 
   @jax.jit
   def folded(head):
-    add = lambda x: x.astype(jnp.float32) @ column[:, None]
-    return jax.tree.map(lambda x: add(x).astype(x.dtype), head)
+    # Kernel [D, G] and bias [G] alike: a weighted sum over the last axis.
+    def weighted_sum(x):
+      return (x.astype(jnp.float32) @ column[:, None]).astype(x.dtype)
+
+    return jax.tree.map(weighted_sum, head)
 
   return model.replace(groups=()), params | {HEAD: folded(params[HEAD])}
 
@@ -77,12 +81,12 @@ def alike(names: tuple[str, ...]) -> dict[str, float]:
 def weights_of(
   names: tuple[str, ...], given: Mapping[str, float], where: str
 ) -> dict[str, float]:
-  """Each group's weight: as given, 0 where others are, or all alike.
+  """Each group's weight: as given, 0 if only others are given, or all alike.
 
   Args:
     names: the model's groups.
     given: weights by name; empty = all alike.
-    where: what names the model, for messages.
+    where: names the model, for messages.
 
   Raises:
     UserError: the model has one head, no head of that name, or every weight
@@ -107,12 +111,13 @@ def weights_of(
       f"{where}: every weight is 0, so every score would be; give a group "
       "another one"
     )
+  # Naming some groups leaves out the others.
   zero = dict.fromkeys(names, 0.0)
   return zero | dict(given) if given else alike(names)
 
 
 def listed(names: tuple[str, ...], between: str = ", ") -> str:
-  """`a, b, c`, and how many more where there are many."""
+  """`a, b, c`, and the number of those left out."""
   more = len(names) - SHOWN
   tail = f" and {more} more" if more > 0 else ""
   return between.join(names[:SHOWN]) + tail

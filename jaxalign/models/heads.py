@@ -1,17 +1,16 @@
-"""Where a sequence's score is read from the hidden states.
+"""Reads a text's score from the hidden states.
 
-Padding never takes part: positions come from the mask, not from ids, so a
-score depends neither on the padding side nor on the batch.
+Padding never takes part. Positions come from the mask, not from ids, so a score
+depends neither on the padding side nor on the batch.
 """
-
-from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.core.types import Params
+from jaxalign.models.config import CausalConfig
 
-VALUE = "value"  # beside a policy's own parameters: those of its value model
+VALUE = "value"  # key of the value model in the parameters of a PPO policy
 
 
 def policy_of(params: Params) -> Params:
@@ -20,7 +19,17 @@ def policy_of(params: Params) -> Params:
 
 
 class Scored:
-  """What is scored by a head of one column; modules have `scores`."""
+  """What every score model has: `scores`, and `score` for a single column."""
+
+  def scores(
+    self,
+    tokens: Int[Array, "B T"],
+    mask: Bool[Array, "B T"],
+    types: Int[Array, "B T"] | None = None,
+    dropout_key: Array | None = None,
+  ) -> Float[Array, "B G"]:
+    """The score head's values of each text, one per group."""
+    raise AssertionError("each architecture defines its scores")
 
   def score(
     self,
@@ -29,14 +38,14 @@ class Scored:
     types: Int[Array, "B T"] | None = None,
     dropout_key: Array | None = None,
   ) -> Float[Array, " B"]:
-    """`scores` of a model without groups, or of one that was folded."""
-    module: Any = self
-    assert not module.config.groups, module.config.groups
-    return module.scores(tokens, mask, types, dropout_key)[:, 0]
+    """`scores` of a model with one column: without groups, or folded."""
+    scores = self.scores(tokens, mask, types, dropout_key)
+    assert scores.shape[1] == 1, scores.shape
+    return scores[:, 0]
 
 
 def pool(
-  config: Any,
+  config: CausalConfig,
   hidden: Float[Array, "B T D"],
   tokens: Int[Array, "B T"],
   mask: Bool[Array, "B T"],
@@ -45,14 +54,16 @@ def pool(
 
   `score_last`: the last real token (Hugging Face's sequence classifiers).
   `score_eos`: the first end-of-text token, else the last real one (ALMoST).
-  `score_mean`: the mean over real tokens (SuperHF's reward models, which
-  averaged over padding too; that is repaired here).
+  `score_mean`: the mean over real tokens (SuperHF's reward models, whose code
+  averaged over padding too; here it does not).
   """
+  # `where`, not a product: hidden states of padding may be anything.
   if config.head == "score_mean":
     kept = mask[..., None]
     total = jnp.where(kept, hidden.astype(jnp.float32), 0).sum(axis=1)
     count = jnp.maximum(mask.sum(axis=1), 1)
     return (total / count[:, None]).astype(hidden.dtype)
+  # Padding may be on either side, so the last real token is searched for.
   index = _last(mask)
   if config.head == "score_eos":
     ends = mask & (tokens == config.eos_id)

@@ -1,8 +1,8 @@
-"""The layers every architecture is made of. They live only inside traces.
+"""The layers of every architecture. They exist only inside traces.
 
-`Linear` and `Output` carry the LoRA adapters (Hu et al. 2021): two more leaves
-of the same module, so an adapter is turned on and off by the parameters that
-are passed, never by a flag that an exception could leave set.
+`Linear` and `Output` hold the LoRA adapters (Hu et al. 2021) as two more leaves
+of the same module. An adapter is turned on and off by the parameters that are
+passed, not by a flag that an exception could leave set.
 """
 
 import dataclasses
@@ -37,15 +37,16 @@ class LoraConfig:
 
 
 def adapter(lora: LoraConfig | None, *names: str) -> LoraConfig | None:
-  """What a layer that goes by these names takes: its adapter or None."""
+  """The adapter of a layer that has these names, or None."""
+  # A layer may have several names, as NeoX's output matrix.
   wanted = lora is not None and not set(names).isdisjoint(lora.targets)
   return lora if wanted else None
 
 
 def recomputed(fn: Callable[..., Array]) -> Callable[..., Array]:
-  """`fn` of cheap arithmetic: its backward pass keeps nothing but the inputs.
+  """Makes the backward pass of cheap arithmetic keep nothing but its inputs.
 
-  Computing it again costs less than writing intermediates of every layer to
+  Computing it again costs less than writing every layer's intermediates to
   memory and reading them back.
   """
   return jax.checkpoint(fn, prevent_cse=False)
@@ -56,10 +57,11 @@ def dropout(
 ) -> Float[Array, "..."]:
   """Zeroes entries with probability `rate`, scales the others by 1/(1 - rate).
 
-  Srivastava et al. (2014). Without a key, or at rate 0, `x` as it is.
+  Srivastava et al. (2014). Without a key, or at rate 0, it returns `x`.
   """
   if key is None or rate == 0:
     return x
+  # Scaled in training, so that evaluation needs no factor.
   kept = jax.random.bernoulli(key, 1 - rate, x.shape)
   return jnp.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
@@ -68,7 +70,7 @@ def dropout(
 def matmul(
   x: Float[Array, "... D"], w: Float[Array, "D O"]
 ) -> Float[Array, "... O"]:
-  """x W with rows flattened, and a backward pass that XLA's CPU does well.
+  """x W with rows flattened, and a backward pass that is fast on CPU.
 
   Measured on one core (3840 rows, 256 x 1024): forward and backward 181 ms
   with three axes and XLA's own gradient, 98 ms flattened, 78 ms like this,
@@ -85,7 +87,8 @@ def _matmul_backward(saved, dy):
   x, w = saved
   a, b = _rows(x), _rows(dy)
   dx = (b @ w.T).reshape(x.shape)
-  # The narrower one is turned: the fewer numbers to move.
+  # Either order gives xᵀ dy; the narrower array is transposed, as that moves
+  # fewer numbers.
   dw = _turned(a) @ b if a.shape[1] <= b.shape[1] else (_turned(b) @ a).T
   return dx.astype(x.dtype), dw.astype(w.dtype)
 
@@ -131,6 +134,7 @@ class Linear(nnx.Module):
       y = y + self.bias[...]
     if self.lora is None:
       return y
+    # The base layer sees the whole input; only the adapter's is dropped.
     x = dropout(x, self.lora.dropout, dropout_key)
     return y + self.lora.scale * ((x @ self.lora_a[...]) @ self.lora_b[...])
 
@@ -138,6 +142,7 @@ class Linear(nnx.Module):
 def _adapter_params(
   din: int, dout: int, lora: LoraConfig, rngs: nnx.Rngs
 ) -> tuple[nnx.Param, nnx.Param]:
+  # peft draws A from a uniform distribution; the scale is of the same order.
   a = jax.random.normal(rngs(), (din, lora.rank)) / din**0.5
   # B starts at zero, so a fresh adapter leaves the model as it was.
   return nnx.Param(a), nnx.Param(jnp.zeros((lora.rank, dout)))
@@ -155,6 +160,7 @@ class Embedding(nnx.Module):
 
   def attend(self, x: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Float32 dot products with all rows."""
+    # bfloat16 logits would be too coarse for log-probabilities.
     return _matmul_float32(x, self.embedding[...].T)
 
 
@@ -168,10 +174,10 @@ def _matmul_float32(x: Array, w: Array) -> Array:
 class Output(Embedding):
   """The output matrix of a language model, [V, D] as Hugging Face keeps it.
 
-  On CPU a few rows times the transpose of [V, D] take 0.7 times the time of
-  [D, V]. Logits are made in chunks, and dropout must not be drawn anew by each
-  of them, so an adapter works in two steps: `extend`, once, puts its inner
-  features beside the hidden states, and `attend` reads both.
+  On CPU a few rows times the transpose of [V, D] take 0.7 of the time that
+  [D, V] takes. Logits are computed in chunks, which must share one dropout
+  mask, so an adapter works in two steps: `extend` appends its inner features to
+  the hidden states once, and `attend` reads both.
   """
 
   def __init__(
@@ -190,7 +196,7 @@ class Output(Embedding):
   def extend(
     self, x: Float[Array, "... D"], dropout_key: Array | None = None
   ) -> Float[Array, "... E"]:
-    """What `attend` reads: (x, (alpha / r) x A), or x without an adapter."""
+    """The input of `attend`: (x, (alpha / r) x A), or x without an adapter."""
     if self.lora is None:
       return x
     inner = dropout(x, self.lora.dropout, dropout_key)
@@ -201,6 +207,7 @@ class Output(Embedding):
     """Float32 logits of what `extend` returned."""
     if self.lora is None:
       return super().attend(x)
+    # `extend` put the adapter's r inner features after the D hidden ones.
     x, inner = jnp.split(x, [self.embedding[...].shape[1]], axis=-1)
     return super().attend(x) + _matmul_float32(inner, self.lora_b[...])
 
@@ -242,7 +249,7 @@ class RMSNorm(nnx.Module):
 def _rms_norm(x, scale, eps):
   y = x.astype(jnp.float32)
   y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
-  # Scaled after the cast back, as the LLaMA reference does.
+  # Scaled after the cast back, as Meta's LLaMA code does.
   return scale.astype(x.dtype) * y.astype(x.dtype)
 
 
@@ -250,7 +257,7 @@ def stack(
   make: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs
 ) -> nnx.Module:
   """`count` modules as one whose parameters have a leading layer axis."""
-  return nnx.vmap(make)(rngs.split(count))
+  return nnx.vmap(make)(rngs.split(count))  # a random key for each
 
 
 def layer_params(module: nnx.Module, dtype: str) -> tuple[nnx.GraphDef, dict]:
@@ -260,6 +267,7 @@ def layer_params(module: nnx.Module, dtype: str) -> tuple[nnx.GraphDef, dict]:
   return graph, jax.tree.map(lambda p: p.astype(dtype), params)
 
 
+# By the names in Hugging Face's config.json; gelu_fast is the tanh form too.
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
   "gelu": lambda x: jax.nn.gelu(x, approximate=False),
   "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),

@@ -16,7 +16,7 @@ class LlamaConfig:
 
   Attributes:
     kv_heads: key and value heads; each serves heads / kv_heads query heads.
-    head_dim: features of a head; heads * head_dim need not be hidden_size.
+    head_dim: features of a head; heads * head_dim may differ from hidden_size.
     rotary_scaling: stretches the context, see `rope.Scaling`.
     tied: the output matrix is the embedding.
     groups: whose score each column of the score head is; () = one column.
@@ -54,7 +54,7 @@ class LlamaConfig:
     return Llama
 
   def norm(self) -> nnx.Module:
-    """A fresh normalisation layer."""
+    """A new normalisation layer."""
     return RMSNorm(self.hidden_size, eps=self.eps)
 
 
@@ -89,9 +89,11 @@ class LlamaBlock(nnx.Module):
   def _attention(self, x, attend, rope, key):
     config = self.config
     shape = (*x.shape[:2], -1, config.head_dim)
+    # -1: queries and keys differ in their number of heads.
     q = rotary.rotate(self.q_proj(x, key).reshape(shape), rope)
     k = rotary.rotate(self.k_proj(x, key).reshape(shape), rope)
     v = self.v_proj(x, key).reshape(shape)
+    # Fewer key heads than query heads: `attend` shares them in runs.
     out = attend(q, k, v, scale=config.head_dim**-0.5)
     return self.o_proj(out.reshape(*x.shape[:2], -1), key)
 
@@ -102,7 +104,7 @@ class LlamaBlock(nnx.Module):
     )
 
 
-class Llama(CausalLM):
+class Llama(CausalLM[LlamaConfig]):
   """A LLaMA language model or score model."""
 
   block = LlamaBlock

@@ -1,7 +1,7 @@
 """A model outside of traces: its config, its graph and its shapes.
 
 Parameters are plain nested dicts of arrays with layers stacked on a leading
-axis; they travel beside the `Model`, never inside it.
+axis. They are passed along with the `Model`, never stored in it.
 """
 
 import dataclasses
@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 
 from jaxalign.core.types import Params
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.layers import LoraConfig
 
 
@@ -18,20 +19,24 @@ from jaxalign.models.layers import LoraConfig
 class Model:
   """An architecture ready to be bound to parameters inside a trace."""
 
-  config: Any  # NeoXConfig, LlamaConfig, GPTNeoConfig or DebertaConfig
+  config: ModelConfig
   graph: nnx.GraphDef
   shapes: Params  # jax.ShapeDtypeStruct leaves, float32
   lora: LoraConfig | None = None
 
   @staticmethod
-  def build(config: Any, lora: LoraConfig | None = None) -> "Model":
+  def build(config: ModelConfig, lora: LoraConfig | None = None) -> "Model":
     """Describes the model of `config`; allocates nothing."""
-    make = lambda: config.module(config, lora=lora, rngs=nnx.Rngs(0))
+
+    def make():
+      return config.module(config, lora=lora, rngs=nnx.Rngs(0))
+
+    # Shapes alone: a model of any size is described in no memory.
     graph, state = nnx.split(nnx.eval_shape(make))
     # Without `Variable` wrappers a leaf is a bare ShapeDtypeStruct.
     return Model(config, graph, nnx.to_pure_dict(state), lora)
 
-  def bind(self, params: Params) -> Any:
+  def bind(self, params: Params) -> Any:  # of the class `config.module`
     """The module with these parameters; call it inside a trace."""
     return nnx.merge(self.graph, params)
 
@@ -44,9 +49,10 @@ class Model:
       )
       return nnx.to_pure_dict(nnx.state(module))
 
+    # One program, so that only the result is ever in memory.
     return jax.jit(make)(key)
 
-  def replace(self, **changes: Any) -> "Model":
+  def replace(self, **changes: object) -> "Model":
     """The same parameters under another dtype, head or remat setting."""
     config = dataclasses.replace(self.config, **changes)
     return Model.build(config, self.lora)

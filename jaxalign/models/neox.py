@@ -64,7 +64,7 @@ class NeoXConfig:
     return NeoX
 
   def norm(self) -> nnx.Module:
-    """A fresh normalisation layer."""
+    """A new normalisation layer."""
     return LayerNorm(self.hidden_size, eps=self.eps)
 
 
@@ -90,6 +90,7 @@ class NeoXBlock(nnx.Module):
   def __call__(self, x: Float[Array, "B T D"], attend, rope, key):
     """One layer; `attend(q, k, v, scale=...)` knows masks and caches."""
     attended = self._attention(self.input_layernorm(x), attend, rope, key)
+    # Pythia adds both to the same input: one residual, two norms.
     if self.config.parallel:
       return x + attended + self._mlp(self.post_attention_layernorm(x), key)
     x = x + attended
@@ -110,7 +111,7 @@ class NeoXBlock(nnx.Module):
     return self.dense_4h_to_h(act(self.dense_h_to_4h(x, key)), key)
 
 
-class NeoX(CausalLM):
+class NeoX(CausalLM[NeoXConfig]):
   """A GPT-NeoX language model or score model."""
 
   block = NeoXBlock

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,9 +14,9 @@ class Scaling:
 
   Attributes:
     kind: "linear" (Chen et al. 2023) divides all frequencies by `factor`;
-      "dynamic" (NTK-aware) raises the base as a text outgrows the context;
+      "dynamic" (NTK-aware) raises the base once a text exceeds the context;
       "llama3" (Dubey et al. 2024) divides low frequencies, keeps high ones.
-    factor: > 0, the stretch; 1 leaves the frequencies as they are.
+    factor: > 0, the stretch; 1 changes nothing.
     low: llama3: wavelengths above `original / low` are divided.
     high: llama3: wavelengths below `original / high` are kept; > low.
     original: llama3: context of pretraining in tokens.
@@ -43,9 +44,9 @@ def angles(
     width: rotated features of a head.
     base: the longest wavelength is about 2π base positions.
     scaling: None = as in pretraining.
-    max_positions: context of pretraining, read by "dynamic" alone. There the
-      length that counts is each row's own, so a row does not depend on its
-      batch; keys cached before the text outgrew the context stay as they were.
+    max_positions: context of pretraining, read by "dynamic" only. It uses the
+      length of each row, so a row does not depend on its batch. Keys that were
+      cached before the text exceeded the context keep their rotation.
   """
   frequencies = inverse_frequencies(width, base)
   if scaling is not None and scaling.kind == "linear":
@@ -55,9 +56,12 @@ def angles(
   elif scaling is not None and scaling.kind == "dynamic":
     length = jnp.max(positions, axis=1) + 1
     length = jnp.maximum(length, max_positions).astype(jnp.float32)
+    # transformers' formula; a text within the context keeps the base.
     grown = scaling.factor * length / max_positions - (scaling.factor - 1)
     bases = base * grown ** (width / (width - 2))
     frequencies = inverse_frequencies(width, bases[:, None, None])
+  # Twice the same angles: `rotate` pairs feature i with i + E / 2, as NeoX and
+  # Hugging Face's LLaMA do, not neighbours.
   x = positions[..., None].astype(jnp.float32) * frequencies
   x = jnp.concatenate([x, x], axis=-1)
   return jnp.cos(x), jnp.sin(x)
@@ -73,8 +77,9 @@ def inverse_frequencies(
 def _llama3(
   frequencies: Float[Array, " F"], scaling: Scaling
 ) -> Float[Array, " F"]:
-  """Divides frequencies of few turns in the context, keeps those of many."""
+  """Divides the frequencies with few turns in the context, keeps the others."""
   turns = scaling.original * frequencies / (2 * math.pi)
+  # Between the two limits the frequencies are interpolated.
   kept = (turns - scaling.low) / (scaling.high - scaling.low)
   kept = jnp.clip(kept, 0.0, 1.0)
   return (1 - kept) * frequencies / scaling.factor + kept * frequencies
@@ -87,8 +92,14 @@ def rotate(
   """Rotates the first E <= H features of every head; the rest stay."""
   cos, sin = (r[:, :, None, :].astype(jnp.float32) for r in rope)
   width = cos.shape[-1]
+  # In float32: in bfloat16 the angles of late positions are too coarse.
   turned = x[..., :width].astype(jnp.float32)
   low, high = jnp.split(turned, 2, axis=-1)
   turned = turned * cos + jnp.concatenate([-high, low], axis=-1) * sin
   turned = turned.astype(x.dtype)
-  return jnp.concatenate([turned, x[..., width:]], axis=-1)
+  # Without the barrier XLA fuses this sum of products into the next operation,
+  # and rounds differently in a pass with gradients than in one without: an
+  # untrained policy is then not exactly its reference (CPU, jax 0.12).
+  return jax.lax.optimization_barrier(
+    jnp.concatenate([turned, x[..., width:]], axis=-1)
+  )

@@ -1,1 +1,1 @@
-"""The named mesh and where every array lies on it."""
+"""The named mesh, and how every array is sharded over it."""

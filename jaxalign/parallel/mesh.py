@@ -1,4 +1,4 @@
-"""The named mesh and where every array lies on it.
+"""The named mesh, and how every array is sharded over it.
 
 Three axes: `replica` (copies of the parameters), `fsdp` (parameters and rows
 are split) and `tensor` (heads and features are split). Rows of a batch are
@@ -6,20 +6,21 @@ split over replica and fsdp together. One device is a 1 x 1 x 1 mesh, so a
 laptop and a pod run the same program.
 """
 
-from typing import Any
-
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
 
 AXES = ("replica", "fsdp", "tensor")
-AnyMesh = Mesh | AbstractMesh  # what needs no devices takes either
+AnyMesh = Mesh | AbstractMesh  # an abstract one has no devices
 ROWS = ("replica", "fsdp")  # the axes over which a batch's rows are split
 
-# Which axis of a kernel [in, out] the heads or features lie on.
+# Layers by the axis of their kernel [in, out] that holds heads or features. A
+# block then computes on its own heads and adds up once, after the second kernel
+# (Shoeybi et al. 2019).
 SPLIT_OUTPUTS = {
   *("query_key_value", "dense_h_to_4h", "q_proj", "k_proj", "v_proj"),
   *("gate_proj", "up_proj", "c_fc", "query_proj", "key_proj", "value_proj"),
@@ -35,15 +36,16 @@ def make_mesh(replica: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   """A mesh over the first `replica * fsdp * tensor` devices.
 
   Args:
-    replica: copies of the parameters, >= 1, or -1 for what is left.
-    fsdp: parts that parameters and rows are split into, likewise.
-    tensor: parts that heads and features are split into, likewise.
+    replica: copies of the parameters, >= 1, or -1 = all remaining devices.
+    fsdp: parts that parameters and rows are split into, in the same way.
+    tensor: parts that heads and features are split into, in the same way.
 
   Raises:
-    UserError: the sizes do not fit the devices that are there.
+    UserError: the sizes do not fit the available devices.
   """
   devices = jax.devices()
   sizes = [replica, fsdp, tensor]
+  # One size may be left open; integer division leaves surplus devices idle.
   if sizes.count(-1) == 1:
     rest = int(np.prod([s for s in sizes if s != -1]))
     sizes[sizes.index(-1)] = max(1, len(devices) // rest)
@@ -67,11 +69,24 @@ def rows(mesh: AnyMesh, axis: int = 0) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(*[None] * axis, ROWS))
 
 
-def constrain_rows(tree: Any, axis: int = 0) -> Any:
-  """Inside a program: rows on `axis` stay split over the mesh in force.
+def put_rows(batch: PyTree, mesh: Mesh) -> PyTree:
+  """Puts numpy rows `[M, B, ...]` on the devices, B split over the row axes.
 
-  What is gathered by index would otherwise lie on every device, and every
-  device would compute all of it.
+  Leaves with fewer axes, such as a single number, are replicated.
+  """
+
+  def place(x):
+    where = replicated(mesh) if np.ndim(x) < 2 else rows(mesh, 1)
+    return jax.device_put(x, where)
+
+  return jax.tree.map(place, batch)
+
+
+def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
+  """Keeps rows on `axis` split over the mesh in force, inside a program.
+
+  XLA would replicate what is gathered by index, and every device would compute
+  all of it.
   """
   if jax.sharding.get_abstract_mesh().empty:
     return tree
@@ -80,12 +95,12 @@ def constrain_rows(tree: Any, axis: int = 0) -> Any:
 
 
 def row_count(mesh: AnyMesh) -> int:
-  """Into how many parts the rows of a batch are split."""
+  """The number of parts that the rows of a batch are split into."""
   return mesh.shape["replica"] * mesh.shape["fsdp"]
 
 
 def check_rows(mesh: AnyMesh, count: int, field: str) -> None:
-  """UserError unless `count` rows can be split evenly over the mesh."""
+  """Raises a UserError unless `count` rows split evenly over the mesh."""
   parts = row_count(mesh)
   if count % parts:
     raise UserError(
@@ -95,12 +110,12 @@ def check_rows(mesh: AnyMesh, count: int, field: str) -> None:
     )
 
 
-def shardings(tree: Any, mesh: AnyMesh) -> Any:
+def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
   """A sharding for every leaf of a parameter-like tree.
 
-  Works for parameters, optimizer states and whole train states, since it
-  goes by a leaf's last names and its shape. A dimension that does not divide
-  evenly stays whole.
+  It goes by the last names and the shape of a leaf, so it works for parameters,
+  optimizer states and whole train states. A dimension that does not divide
+  evenly is not split.
   """
 
   def place(path, leaf):
@@ -111,11 +126,12 @@ def shardings(tree: Any, mesh: AnyMesh) -> Any:
 
 
 def put(tree: Params, mesh: Mesh) -> Params:
-  """The tree laid out on the mesh."""
+  """Puts the tree on the mesh; see `shardings`."""
   return jax.device_put(tree, shardings(tree, mesh))
 
 
 def _spec(names: list[str], shape: tuple[int, ...], mesh: AnyMesh):
+  # A leaf is known by its module and its own name: `dense`, `kernel`.
   owner = names[-2] if len(names) > 1 else ""
   leaf = names[-1] if names else ""
   if leaf == "embedding" or (leaf == "kernel" and owner in SPLIT_INPUTS):
@@ -123,7 +139,7 @@ def _spec(names: list[str], shape: tuple[int, ...], mesh: AnyMesh):
   elif leaf == "kernel" and owner in SPLIT_OUTPUTS:
     wanted = ("fsdp", "tensor")
   elif leaf in ("kernel", "lora_a", "lora_b"):
-    wanted = ("fsdp", None)
+    wanted = ("fsdp", None)  # other layers, and adapters, whose rank is small
   else:
     return PartitionSpec()  # biases and norms: small
   if len(shape) < 2:
@@ -132,4 +148,6 @@ def _spec(names: list[str], shape: tuple[int, ...], mesh: AnyMesh):
     axis if axis and size % mesh.shape[axis] == 0 else None
     for axis, size in zip(wanted, shape[-2:], strict=True)
   ]
+  # Layers are stacked on leading axes, which are never split: a scan over them
+  # would gather all layers on every device.
   return PartitionSpec(*[None] * (len(shape) - 2), *fits)

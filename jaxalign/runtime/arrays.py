@@ -1,7 +1,7 @@
 """Arrays to disk and back through Orbax, by name and on any sharding.
 
-The one file that knows Orbax's restore arguments. A state is written as a flat
-dict {dotted path: array}: neither NamedTuples nor custom nodes matter then.
+A state is stored as a flat dict {dotted path: array}: a reader of `params`
+needs to know neither the rest of the state nor the optimizer's classes.
 """
 
 import functools
@@ -14,8 +14,12 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from jaxtyping import PyTree
 
+from jaxalign.core.types import AnyArray
 from jaxalign.errors import UserError
+
+ArraySpec = list[list[int] | str]  # [shape, dtype name], as JSON has it
 
 
 def handler() -> ocp.PyTreeCheckpointHandler:
@@ -24,36 +28,24 @@ def handler() -> ocp.PyTreeCheckpointHandler:
   return ocp.PyTreeCheckpointHandler(use_compression=False)
 
 
-def quiet() -> None:
-  """Drops Orbax's own log lines: pages of traceback for a full disk.
-
-  Nothing is lost, what fails is raised as well.
-  """
-  logging.getLogger("absl").addFilter(_not_from_orbax)
-  _drop_late_answers()
-
-
 @functools.cache  # once a process
-def _drop_late_answers() -> None:
-  """What TensorStore reports of a save that has failed already.
-
-  It comes when Orbax's event loop is closed, and Python would print a
-  traceback for each array that was still being written.
-  """
+def quiet() -> None:
+  """Drops what Orbax logs about failures: it raises them as well."""
+  logging.getLogger("absl").addFilter(
+    lambda record: "/orbax/checkpoint/" not in record.pathname
+  )
+  # A failed save closes Orbax's event loop while TensorStore still answers;
+  # Python would print a traceback for each array under way.
   before = sys.unraisablehook
 
-  def hook(found: Any) -> None:
-    if str(found.exc_value) != "Event loop is closed":
-      before(found)
+  def hook(unraisable: Any) -> None:  # typeshed's name is no class at run time
+    if str(unraisable.exc_value) != "Event loop is closed":
+      before(unraisable)
 
   sys.unraisablehook = hook
 
 
-def _not_from_orbax(record: logging.LogRecord) -> bool:
-  return "/orbax/checkpoint/" not in record.pathname
-
-
-def named(tree: Any) -> dict[str, Any]:
+def named(tree: PyTree) -> dict[str, AnyArray]:
   """{"params.blocks.kernel": leaf}, in the order of the tree's leaves."""
   leaves, _ = jax.tree.flatten_with_path(tree)
   named = {
@@ -64,28 +56,29 @@ def named(tree: Any) -> dict[str, Any]:
   return named
 
 
-def nonempty(named: Mapping[str, Any]) -> dict[str, Any]:
-  """Those with elements; Orbax refuses to write the others."""
-  return {name: leaf for name, leaf in named.items() if np.size(leaf)}
-
-
-def spec(leaf: Any) -> list[Any]:
+def spec(leaf: AnyArray) -> ArraySpec:
   """[shape, dtype name], as JSON has it."""
   return [list(np.shape(leaf)), str(jax.numpy.result_type(leaf))]
 
 
 def check(
   place: pathlib.Path,
-  saved: Mapping[str, list[Any]],
-  wanted: Mapping[str, jax.ShapeDtypeStruct],
+  saved: Mapping[str, ArraySpec],
+  wanted: Mapping[str, AnyArray],
 ) -> None:
-  """Raises a `UserError` naming the first arrays that do not fit."""
-  specs = {name: [list(s.shape), str(s.dtype)] for name, s in wanted.items()}
+  """Raises a `UserError` naming the first arrays that do not fit.
+
+  Args:
+    place: the checkpoint's folder.
+    saved: name -> `spec` of what it holds.
+    wanted: name -> what the run needs.
+  """
+  needed = {name: spec(leaf) for name, leaf in wanted.items()}
   wrong = [
     f"{name} is {_words(saved.get(name))}, the run needs "
-    f"{_words(specs.get(name))}"
-    for name in sorted(saved.keys() | specs.keys())
-    if saved.get(name) != specs.get(name)
+    f"{_words(needed.get(name))}"
+    for name in sorted(saved.keys() | needed.keys())
+    if saved.get(name) != needed.get(name)
   ]
   if wrong:
     more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
@@ -95,28 +88,28 @@ def check(
     )
 
 
-def _words(spec: list[Any] | None) -> str:
+def _words(spec: ArraySpec | None) -> str:
   return "absent" if spec is None else f"{spec[1]}{spec[0]}"
 
 
 def read(
   place: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
-) -> dict[str, Any]:
+) -> dict[str, AnyArray]:
   """Arrays by name; where a spec has a sharding, on it, else as numpy."""
+  found: dict[str, AnyArray] = {}
   stored = {name: s for name, s in wanted.items() if s.size}
-  if not stored:  # Orbax cannot restore nothing
-    return {name: np.zeros(s.shape, s.dtype) for name, s in wanted.items()}
-  with ocp.Checkpointer(handler()) as orbax, jax.transfer_guard("allow"):
-    found = orbax.restore(
-      place,
-      args=ocp.args.PyTreeRestore(
+  with jax.transfer_guard("allow"):
+    if stored:  # Orbax cannot restore nothing
+      args = ocp.args.PyTreeRestore(
         item=stored,
         restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
         partial_restore=True,
-      ),
-    )
-  for name, spec in wanted.items():
-    if not spec.size:
+      )
+      with ocp.Checkpointer(handler()) as orbax:
+        found = orbax.restore(place, args=args)
+    # Orbax does not store arrays without elements.
+    for name in wanted.keys() - stored.keys():
+      spec = wanted[name]
       empty = np.zeros(spec.shape, spec.dtype)
       found[name] = (
         jax.device_put(empty, spec.sharding) if spec.sharding else empty

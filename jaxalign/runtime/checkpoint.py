@@ -1,52 +1,81 @@
-"""Checkpoints by Orbax: written in the background, believed only when whole.
+"""Checkpoints of a run: Orbax's manager, and what exact resume needs on top.
 
-A checkpoint of step 40 is the folder `00000040/` with the arrays as Orbax
-wrote them and, last of all, `manifest.json`: the step, what the caller added,
-and the length and SHA-256 of every file. A folder without a manifest, or one
-that does not match it, is passed over with a warning and the one before is
-used. So nothing depends on how far a killed process came, nor on which errors
-the array format would notice by itself (a missing chunk reads as zeros).
-
-Arrays are stored by name (`params.blocks.kernel`), so `load` can read the
-parameters alone.
+A checkpoint of step 40 is the folder `00000040/` with the arrays and
+`manifest.json`: the step, what the caller added, and the checksums of all
+files. Orbax writes in the background, commits by a rename and deletes old
+checkpoints. The manifest is written just before the commit, so nothing depends
+on how far a killed process came; a checkpoint that no longer matches its
+manifest is passed over with a warning, and the one before is used.
 """
 
-import contextlib
+import dataclasses
 import json
 import logging
 import os
 import pathlib
 import shutil
-import threading
 import time
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Generic, TypeVar
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from flax import traverse_util
+from jaxtyping import PyTree
+from orbax.checkpoint import checkpoint_managers
 
-from jaxalign.errors import UserError
+from jaxalign.core.types import JsonObject, Params
+from jaxalign.parallel import hosts
 from jaxalign.runtime import arrays, files, manifest
 
-_ARRAYS = "arrays"
 _log = logging.getLogger(__name__)
 
+State = TypeVar("State")  # a tree of arrays
 
-class Restored(NamedTuple):
+
+@dataclasses.dataclass(frozen=True)
+class Restored(Generic[State]):
   """What a checkpoint held."""
 
-  state: Any  # the tree of arrays, on the shardings that were asked for
-  extra: dict[str, Any]  # as given to `save`
+  state: State  # on the shardings that were asked for
+  extra: JsonObject  # JSON, as given to `save`
   step: int  # steps done when it was saved
+
+
+@dataclasses.dataclass
+class _Retention(checkpoint_managers.PreservationPolicy):
+  """Which checkpoints stay: the newest, and the one with the highest score.
+
+  Kept instead of Orbax's `BestN`, which takes the scores from files without a
+  checksum: a single damaged one would make the whole folder unreadable.
+  """
+
+  keep: int
+  keep_best: bool
+  scores: dict[int, float | None]  # by step
+
+  def should_preserve(
+    self,
+    checkpoints: Sequence[Any],  # Orbax's type is a protocol without checks
+    *,
+    context: checkpoint_managers.PreservationContext,
+  ) -> list[bool]:
+    """Of each checkpoint, by rising step, whether it stays."""
+    steps = [info.step for info in checkpoints]
+    kept = set(steps[-self.keep :])
+    if self.keep_best:
+      known = {step: self.scores.get(step) for step in steps}
+      scored = {step: s for step, s in known.items() if s is not None}
+      kept |= set(sorted(scored, key=scored.__getitem__)[-1:])
+    return [step in kept for step in steps]
 
 
 class Checkpointer:
   """Saves a run's state in the background and finds the newest whole one.
 
-  At most one save is in flight. Its failure is raised by the next `check`,
-  `save`, `wait` or `close`: none of them hides it.
+  At most one save is in flight. The next `check`, `save`, `wait` or `close`
+  raises its failure. All processes of a run make the same calls.
   """
 
   def __init__(
@@ -62,50 +91,51 @@ class Checkpointer:
 
     Args:
       folder: holds one folder a checkpoint and nothing else.
-      every_steps: `due` after as many steps; >= 0, 0 = not by steps.
-      every_minutes: `due` after as many minutes; >= 0, 0 = not by time.
+      every_steps: `due` after as many steps; 0 = not by steps.
+      every_minutes: `due` after as many minutes; 0 = not by time.
       keep: how many of the newest stay; >= 1.
       keep_best: also keep the one with the highest `score`.
-
-    Raises:
-      UserError: an argument is out of range.
     """
-    for name, value, least in (
-      ("every_steps", every_steps, 0),
-      ("every_minutes", every_minutes, 0),
-      ("keep", keep, 1),
-    ):
-      if value < least:
-        raise UserError(
-          f"config.checkpoint.{name} must be at least {least}, got {value}"
-        )
     arrays.quiet()
     self.folder = pathlib.Path(folder).absolute()
-    self.folder.mkdir(parents=True, exist_ok=True)
     self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
-    self._keep, self._keep_best = keep, keep_best
-    self._orbax = ocp.AsyncCheckpointer(arrays.handler())
-    self._thread: threading.Thread | None = None
-    self._failure: tuple[int, BaseException] | None = None
-    self._damaged: set[pathlib.Path] = set()
+    if hosts.is_lead():
+      for draft in self.folder.glob("*.orbax-checkpoint-tmp*"):
+        place = self.folder / draft.stem
+        _log.warning("%s is passed over: the save did not finish", place)
+    bodies = [manifest.read(place) for place in _places(self.folder)]
+    self._scores = {body["step"]: body["score"] for body in bodies if body}
+    self._manager = ocp.CheckpointManager(
+      self.folder,
+      options=ocp.CheckpointManagerOptions(
+        step_format_fixed_length=8,
+        preservation_policy=_Retention(keep, keep_best, self._scores),
+        async_options=ocp.AsyncOptions(
+          post_finalization_callback=self._seal,
+          create_directories_asynchronously=False,
+        ),
+        cleanup_tmp_directories=True,
+        lightweight_initialize=True,  # opens whatever is damaged in the folder
+      ),
+      item_handlers={"arrays": arrays.handler()},
+    )
+    self._body: JsonObject | None = None  # of the save in flight
+    self._given_up: set[int] = set()  # steps that a resume did not go on from
     self._last_save = time.monotonic()
 
   def due(self, step: int) -> bool:
-    """Whether to save now that `step` steps are done.
-
-    In a multi-host run all processes must call it; the first one's clock rules.
-    """
+    """Whether to save now, `step` steps done; the lead's clock counts."""
     by_steps = self._every_steps > 0 and step % self._every_steps == 0
     if by_steps or self._every_seconds == 0:
       return by_steps
     late = time.monotonic() - self._last_save >= self._every_seconds
-    return bool(_from_lead(late))
+    return hosts.broadcast(late)
 
   def save(
     self,
     step: int,
-    state: Any,
-    extra: Mapping[str, Any],
+    state: PyTree,
+    extra: Mapping[str, object],
     *,
     score: int | float | None = None,
   ) -> None:
@@ -123,35 +153,32 @@ class Checkpointer:
       UserError: the disk is full, now or during the save before.
     """
     self.wait()
-    place = self.folder / f"{step:08d}"
     named = arrays.named(state)
     body = {
       "step": step,
-      "extra": json.loads(json.dumps(extra)),
+      "extra": json.loads(json.dumps(extra)),  # as of now: a run counts on
       "score": score,
-      "arrays": {k: arrays.spec(v) for k, v in named.items()},
+      "arrays": {name: arrays.spec(leaf) for name, leaf in named.items()},
     }
+    # Orbax refuses to write arrays without elements.
+    stored = {name: leaf for name, leaf in named.items() if np.size(leaf)}
     try:
-      if _is_lead():
-        shutil.rmtree(place, ignore_errors=True)
-        place.mkdir()
-        self._damaged.discard(place)
+      # Steps after this one belong to a course of the run that was given up
+      # when it went back to an older checkpoint.
+      for old in self._manager.all_steps():
+        if old >= step or old in self._given_up:
+          self._manager.delete(old)
+      self._given_up.clear()
+      self._body, self._scores[step] = body, score
       # The guard of the training step is about transfers nobody asked for.
       with jax.transfer_guard("allow"):
-        args = ocp.args.PyTreeSave(arrays.nonempty(named))
-        self._orbax.save(place / _ARRAYS, args=args)
+        args = ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored))
+        self._manager.save(step, args=args, force=True)
     except Exception as error:
-      with contextlib.suppress(Exception):  # it is `error` once more
-        self._orbax.wait_until_finished()
-      shutil.rmtree(place, ignore_errors=True)
-      raise self._explain(step, error) from error
+      raise self._failed(step, error) from error
     self._last_save = time.monotonic()
-    self._thread = threading.Thread(
-      target=self._finish, args=(place, body), name="checkpoint", daemon=True
-    )
-    self._thread.start()
 
-  def restore_latest(self, abstract_state: Any) -> Restored | None:
+  def restore_latest(self, abstract_state: State) -> Restored[State] | None:
     """The newest checkpoint that is whole, or None if there is none.
 
     Args:
@@ -165,102 +192,76 @@ class Checkpointer:
       UserError: the checkpoint is of a state of other names, shapes or dtypes.
     """
     self.wait()
-    place = None
-    if _is_lead():
-      place = self._newest_whole()
-    step = int(_from_lead(-1 if place is None else int(place.name)))
+    # The lead reads all files of a checkpoint; the others take its word.
+    step = hosts.broadcast(
+      _newest_whole(self.folder) if hosts.is_lead() else -1
+    )
+    self._given_up = {old for old in self._manager.all_steps() if old > step}
     if step < 0:
       return None
     place = self.folder / f"{step:08d}"
-    body = manifest.body(place)
+    body = manifest.read(place)
+    assert body is not None, f"{place} was whole and no longer is"
     wanted = arrays.named(abstract_state)
     arrays.check(place, body["arrays"], wanted)
-    found = arrays.read(place / _ARRAYS, wanted)
+    found = arrays.read(place / "arrays", wanted)
     treedef = jax.tree.structure(abstract_state)
-    state = jax.tree.unflatten(treedef, [found[k] for k in wanted])
+    state = jax.tree.unflatten(treedef, [found[name] for name in wanted])
     self._last_save = time.monotonic()
     return Restored(state, body["extra"], step)
 
   def check(self) -> None:
     """Raises what went wrong in the background, if anything did; cheap."""
-    if self._failure is not None:
-      (step, error), self._failure = self._failure, None
-      raise self._explain(step, error) from error
+    if not self._manager.is_saving_in_progress():
+      self.wait()
 
   def wait(self) -> None:
     """Blocks until no save is under way; raises its failure."""
-    if self._thread is not None:
-      self._thread.join()
-      self._thread = None
-    self.check()
+    if self._body is None:
+      return
+    step = self._body["step"]
+    try:
+      self._manager.wait_until_finished()
+    except Exception as error:
+      committed = (self.folder / f"{step:08d}").exists()
+      if not (committed and isinstance(error, OSError)):
+        raise self._failed(step, error) from error
+      # What failed came after the commit: the deletion of old ones.
+      _log.warning("old checkpoints in %s are kept: %s", self.folder, error)
+    finally:
+      self._body = None
 
   def close(self) -> None:
     """Waits, then frees Orbax's threads."""
     try:
       self.wait()
     finally:
-      # Orbax may raise here once more what `wait` has told already.
-      with contextlib.suppress(Exception):
-        self._orbax.close()
+      self._manager.close()
 
-  def _finish(self, place: pathlib.Path, body: dict[str, Any]) -> None:
-    """The background part: let Orbax write, seal with a manifest, tidy up."""
-    try:
-      self._orbax.wait_until_finished()
-      if _is_lead():
-        manifest.seal(place, body)
-    except BaseException as error:
-      shutil.rmtree(place, ignore_errors=True)
-      self._failure = (body["step"], error)
-      return
-    try:
-      if _is_lead():
-        self._tidy(body["step"])
-    except OSError as error:
-      _log.warning("old checkpoints in %s are kept: %s", self.folder, error)
+  def _seal(self) -> None:
+    """Orbax calls it, on the lead, when all is written, before the commit."""
+    assert self._body is not None
+    (place,) = self.folder.glob(f"{self._body['step']:08d}*")
+    manifest.seal(place, self._body)
 
-  def _tidy(self, step: int) -> None:
-    """Drops what is neither among the newest nor the best.
-
-    Folders above `step` belong to a course of the run that was given up when it
-    went back to an older checkpoint.
-    """
-    places = manifest.places(self.folder)
-    older = [p for p in places if int(p.name) <= step]
-    whole = [p for p in older if p not in self._damaged and manifest.read(p)]
-    kept = set(whole[-self._keep :])
-    if self._keep_best:
-      scores = {p: manifest.body(p)["score"] for p in whole}
-      scored = [p for p in whole if scores[p] is not None]
-      kept |= set(sorted(scored, key=scores.__getitem__)[-1:])
-    for place in places:
-      if place not in kept:
-        manifest.unseal(place)
-        shutil.rmtree(place, ignore_errors=True)
-        self._damaged.discard(place)
-
-  def _newest_whole(self) -> pathlib.Path | None:
-    for place in reversed(manifest.places(self.folder)):
-      trouble = manifest.trouble(place)
-      if trouble is None:
-        return place
-      self._damaged.add(place)
-      _log.warning("%s is passed over: %s", place, trouble)
-    return None
-
-  def _explain(self, step: int, error: BaseException) -> Exception:
-    if files.is_disk_full(error):
-      whole = [p for p in manifest.places(self.folder) if manifest.read(p)]
-      kept = "there is no earlier checkpoint"
-      if whole:
-        kept = f"checkpoint {whole[-1].name} is kept"
-      return files.disk_full(self.folder, f"saving step {step}", kept)
-    return RuntimeError(f"saving step {step} to {self.folder} failed")
+  def _failed(self, step: int, error: Exception) -> Exception:
+    """Removes what a failed save wrote; the error to raise."""
+    self._body = None
+    if hosts.is_lead():
+      for draft in self.folder.glob(f"{step:08d}.*"):
+        shutil.rmtree(draft, ignore_errors=True)
+    if not files.is_disk_full(error):
+      return RuntimeError(f"saving step {step} to {self.folder} failed")
+    kept = "there is no earlier checkpoint"
+    whole = [place for place in _places(self.folder) if manifest.read(place)]
+    if whole:
+      kept = f"checkpoint {whole[-1].name} is kept"
+    return files.disk_full(self.folder, f"saving step {step}", kept)
 
 
 def load(
   folder: str | os.PathLike, prefix: str = "", step: int | None = None
-) -> tuple[dict[str, Any], dict[str, Any], int] | None:
+) -> tuple[Params, JsonObject, int] | None:
   """The newest whole checkpoint as nested dicts of numpy arrays.
 
   Needs no knowledge of the state, so exports use it.
@@ -273,37 +274,44 @@ def load(
   Returns:
     (tree below prefix, extra, step), or None if there is no whole checkpoint.
   """
-  for place in reversed(manifest.places(pathlib.Path(folder).absolute())):
-    if step is not None and int(place.name) != step:
-      continue
-    trouble = manifest.trouble(place)
-    if trouble is not None:
-      _log.warning("%s is passed over: %s", place, trouble)
-      continue
-    body = manifest.body(place)
-    dot = f"{prefix}." if prefix else ""
-    wanted = {
-      name: jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype))
-      for name, (shape, dtype) in body["arrays"].items()
-      if name.startswith(dot)
+  found = _newest_whole(pathlib.Path(folder), step)
+  if found < 0:
+    return None
+  place = pathlib.Path(folder).absolute() / f"{found:08d}"
+  body = manifest.read(place)
+  assert body is not None, f"{place} was whole and no longer is"
+  dot = f"{prefix}." if prefix else ""
+  wanted = {
+    name: jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype))
+    for name, (shape, dtype) in body["arrays"].items()
+    if name.startswith(dot)
+  }
+  tree = traverse_util.unflatten_dict(
+    {
+      tuple(name.removeprefix(dot).split(".")): np.asarray(array)
+      for name, array in arrays.read(place / "arrays", wanted).items()
     }
-    tree: dict[str, Any] = {}
-    for name, array in arrays.read(place / _ARRAYS, wanted).items():
-      *parents, leaf = name.removeprefix(dot).split(".")
-      node = tree
-      for parent in parents:
-        node = node.setdefault(parent, {})
-      node[leaf] = np.asarray(array)
-    return tree, body["extra"], body["step"]
-  return None
+  )
+  return tree, body["extra"], body["step"]
 
 
-def _is_lead() -> bool:
-  return jax.process_index() == 0
+def _places(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The folders of committed checkpoints, by rising step."""
+  found = (place for place in folder.glob("*") if place.name.isdigit())
+  return sorted(found, key=lambda place: int(place.name))
 
 
-def _from_lead(value: int | bool) -> int:
-  """The first process's value, on all of them."""
-  if jax.process_count() == 1:
-    return int(value)
-  return int(multihost_utils.broadcast_one_to_all(np.int64(value)))
+def _newest_whole(folder: pathlib.Path, step: int | None = None) -> int:
+  """The step of the newest checkpoint that is as it was written, or -1.
+
+  Args:
+    folder: of the checkpoints.
+    step: the only one to look at; None = all.
+  """
+  for place in reversed(_places(folder)):
+    if step is None or int(place.name) == step:
+      trouble = manifest.trouble(place)
+      if trouble is None:
+        return int(place.name)
+      _log.warning("%s is passed over: %s", place, trouble)
+  return -1

@@ -1,10 +1,9 @@
-"""What a run ran on: versions and devices, for the report."""
+"""The machine of a run: versions and devices, for the report."""
 
 import importlib.metadata
 import os
 import pathlib
 import platform
-from typing import Any
 
 import jax
 
@@ -23,30 +22,24 @@ _PACKAGES = (
 )
 
 
-def describe() -> dict[str, Any]:
-  """Versions, devices and host, as JSON; starts JAX's backend.
+def write(folder: pathlib.Path) -> None:
+  """Writes `environment.json` into a run's folder; starts JAX's backend.
 
-  No user names, paths or addresses: the report is made to be shown around.
+  No user names, paths or addresses: reports get published.
   """
   devices = jax.devices()
-  return {
+  installed = {
+    d.metadata["Name"]: d for d in importlib.metadata.distributions()
+  }
+  description = {
     "python": platform.python_version(),
-    "packages": _versions(),
+    "packages": {
+      name: installed[name].version for name in _PACKAGES if name in installed
+    },
     "backend": jax.default_backend(),
     "devices": f"{len(devices)} x {devices[0].device_kind}",
     "processes": jax.process_count(),
     "cpu_cores": os.cpu_count(),
     "system": f"{platform.system()} {platform.machine()}",
   }
-
-
-def _versions() -> dict[str, str]:
-  installed = {
-    d.metadata["Name"]: d for d in importlib.metadata.distributions()
-  }
-  return {n: installed[n].version for n in _PACKAGES if n in installed}
-
-
-def write(folder: pathlib.Path) -> None:
-  """Writes `environment.json` into a run's folder."""
-  files.write_json(folder / NAME, describe())
+  files.write_json(folder / NAME, description)

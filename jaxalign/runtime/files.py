@@ -1,31 +1,26 @@
-"""Files that are either whole or not there, and what a full disk looks like."""
+"""Files that are whole or absent, and the error of a full disk."""
 
-import errno
 import json
 import logging
 import os
 import pathlib
 from collections.abc import Mapping
-from typing import Any
 
-from jaxalign.errors import UserError
+from jaxalign.errors import DISK_FULL, UserError
+from jaxalign.parallel import hosts
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _log = logging.getLogger(__name__)
 _FULL_TEXTS = ("No space left on device", "Disk quota exceeded")
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-  """Whether `error`, or an error it came from, says that the disk is full.
-
-  TensorStore reports it as a `ValueError` with the system's text in it, so the
-  text is looked at as well as `errno`.
-  """
+  """Whether `error`, or an error that caused it, says that the disk is full."""
   seen: set[int] = set()
   while error is not None and id(error) not in seen:
     seen.add(id(error))
-    if isinstance(error, OSError) and error.errno in _FULL:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
       return True
+    # TensorStore raises a `ValueError` with the system's message in it.
     if any(text in str(error) for text in _FULL_TEXTS):
       return True
     error = error.__cause__ or error.__context__
@@ -33,15 +28,12 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 
 def disk_full(path: pathlib.Path, doing: str, kept: str) -> UserError:
-  """The line for people: where, what was being done, what is left of the run.
+  """The error to raise: where, what was being done, what is left of the run.
 
   Args:
     path: a file or folder on the full disk.
-    doing: what could not be done, as in "saving step 40".
-    kept: what a restart will find.
-
-  Returns:
-    The error to raise.
+    doing: what failed, as in "saving step 40".
+    kept: what a restart finds, as in "checkpoint 00000020 is kept".
   """
   return UserError(
     f"{path}: the disk (or the quota) is full while {doing}; {kept}; "
@@ -50,27 +42,27 @@ def disk_full(path: pathlib.Path, doing: str, kept: str) -> UserError:
 
 
 class Growing:
-  """A file that only grows; a write is there at once, whole or not at all."""
+  """A file that only grows; an append is written whole or not at all."""
 
   def __init__(self, path: pathlib.Path, offset: int = 0):
     """Opens the file for appending.
 
     Args:
       path: the file; made if missing.
-      offset: bytes to keep of what the file holds; the rest is cut off.
+      offset: bytes to keep; what follows them is cut off.
     """
     self.path = path
     # Unbuffered: what was written survives `kill -9`.
     self._file = open(path, "ab", buffering=0)  # noqa: SIM115
-    found = self._file.tell()
-    if found < offset:
+    size = self._file.tell()
+    if size < offset:
       _log.warning(
         "%s has %d bytes, the checkpoint says %d: earlier rows are lost",
         path,
-        found,
+        size,
         offset,
       )
-    self._file.truncate(min(found, offset))
+    self._file.truncate(min(size, offset))
 
   def append(self, data: bytes) -> None:
     """Adds `data` at the end.
@@ -81,17 +73,17 @@ class Growing:
     before = self._file.seek(0, os.SEEK_END)
     try:
       written = 0
-      while written < len(data):  # a raw write may take a part only
+      while written < len(data):  # an unbuffered write may stop early
         written += self._file.write(data[written:])
     except OSError as error:
       self._file.truncate(before)
       if is_disk_full(error):
-        kept = "what it held is kept"
+        kept = "its old content is kept"
         raise disk_full(self.path, "adding to it", kept) from error
       raise
 
   def offset(self) -> int:
-    """Length in bytes, all of it forced to disk."""
+    """Forces the file to disk; its length in bytes."""
     os.fsync(self._file.fileno())
     return self._file.seek(0, os.SEEK_END)
 
@@ -101,11 +93,15 @@ class Growing:
 
 
 def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
-  """Writes so that a reader, or a crash, finds the old or the new file.
+  """Writes a file; after a crash it is the old one or the new one, whole.
+
+  In a run of several processes only the lead writes.
 
   Raises:
     UserError: the disk is full; the old file, if any, is untouched.
   """
+  if not hosts.is_lead():
+    return
   draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with open(draft, "wb") as file:
@@ -120,14 +116,14 @@ def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
     raise
 
 
-def write_json(path: pathlib.Path, value: Mapping[str, Any]) -> None:
+def write_json(path: pathlib.Path, value: Mapping[str, object]) -> None:
   """`write_atomic` of a JSON object, two-space indent, keys in given order."""
   write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: Mapping[str, object], prefix: str = "") -> dict[str, object]:
   """`{"a": {"b": 1}}` -> `{"a.b": 1}`; an empty mapping is a value itself."""
-  flat: dict[str, Any] = {}
+  flat: dict[str, object] = {}
   for key, value in tree.items():
     if isinstance(value, Mapping) and value:
       flat |= flatten(value, f"{prefix}{key}.")

@@ -13,9 +13,9 @@ _SHOW_CURSOR = b"\x1b[?25h"
 
 @dataclasses.dataclass
 class Stop:
-  """Whether the run was asked to stop; `signal` is 0 until then."""
+  """Whether the run was asked to stop."""
 
-  signal: int = 0
+  signal: int = 0  # 0 until then
 
   @property
   def requested(self) -> bool:
@@ -32,25 +32,24 @@ class Stop:
 def catch_signals() -> Iterator[Stop]:
   """Turns the first signal into a flag; the second ends the process at once.
 
-  For the main thread, as Python requires of signal handlers. The handlers of
-  before are back afterwards.
+  Only for the main thread, as Python requires of signal handlers. The earlier
+  handlers are restored at the end.
 
   Yields:
-    The flag to look at after each step.
+    The flag to check after each step.
   """
   stop = Stop()
 
   def handle(number: int, frame: FrameType | None) -> None:
     del frame
     if stop.requested:
-      # No clean-up: whoever asks twice does not want to wait for a save. Only
-      # the cursor that a live view may have hidden is given back.
+      # No clean-up: a second signal means not to wait for a save. Only the
+      # cursor, which the live panel may have hidden, is restored.
       if os.isatty(1):
         os.write(1, _SHOW_CURSOR)
       os._exit(128 + number)
     stop.signal = number
-    text = b"\nstopping after this step; once more to stop at once\n"
-    os.write(2, text)
+    os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
   with contextlib.ExitStack() as undo:
     for number in _CAUGHT:

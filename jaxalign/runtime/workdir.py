@@ -1,7 +1,7 @@
 """A run's folder: whose it is, whether it is done, and one process at a time.
 
-`config.json` says which run lives here; starting the same command again finds
-it and goes on, another config is refused. `finished.json` marks the end.
+`config.json` says which run the folder holds; the same command goes on with
+it, another config is refused. `finished.json` marks the end.
 """
 
 import contextlib
@@ -13,9 +13,12 @@ import os
 import pathlib
 import platform
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
-from jaxalign.errors import UserError, explained
+from jaxalign.config import rename_aliases
+from jaxalign.config.rules import Section
+from jaxalign.core.types import JsonObject
+from jaxalign.errors import UserError
+from jaxalign.parallel import hosts
 from jaxalign.runtime import files
 
 _LOCK = ".lock"
@@ -26,8 +29,6 @@ class Workdir:
   """An open run folder; the lock is held until `close` or the process's end."""
 
   path: pathlib.Path
-  config: dict[str, Any]  # as written to config.json
-  fresh: bool  # True: the folder was empty until now
   lock: int | None  # file descriptor; None where another process leads
 
   @property
@@ -36,19 +37,9 @@ class Workdir:
     return self.path / "checkpoints"
 
   @property
-  def model(self) -> pathlib.Path:
-    """Folder of the resulting Hugging Face model."""
-    return self.path / "model"
-
-  @property
   def profile(self) -> pathlib.Path:
     """Folder of profiler traces."""
     return self.path / "profile"
-
-  @property
-  def finished(self) -> dict[str, Any] | None:
-    """What `mark_finished` was given, or None before that."""
-    return read_finished(self.path)
 
   def close(self) -> None:
     """Lets another process have the folder."""
@@ -58,20 +49,21 @@ class Workdir:
 
 def open_workdir(
   path: str | os.PathLike,
-  config: Mapping[str, Any],
+  config: Mapping[str, object],
   *,
   may_change: Iterable[str] = (),
-  lead: bool = True,
+  config_class: type[Section] | None = None,
 ) -> Workdir:
   """Makes the folder, or comes back to it.
+
+  In a run of several processes only the lead locks and writes.
 
   Args:
     path: the run's folder; made if missing.
     config: nested mapping of JSON values (tuples count as lists).
     may_change: patterns over dotted field names (`checkpoint.*`) whose values
       may differ from those of the earlier start; the new ones are written.
-    lead: False on all but one process of a multi-host run: those neither lock
-      nor write.
+    config_class: knows the old names of fields that an earlier version wrote.
 
   Returns:
     The open folder.
@@ -81,58 +73,111 @@ def open_workdir(
       than a run, belongs to another config, or is in use.
   """
   path = pathlib.Path(path)
-  wanted: dict[str, Any] = json.loads(json.dumps(config))
-  if not lead:
-    return Workdir(path, wanted, fresh=False, lock=None)
-  with contextlib.ExitStack() as undo:
-    lock = _open_lock(path)
-    undo.callback(os.close, lock)
+  if not hosts.is_lead():
+    return Workdir(path, lock=None)
+  with _refusing(path):
+    path.mkdir(parents=True, exist_ok=True)
+    lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+  with contextlib.ExitStack() as on_error:
+    on_error.callback(os.close, lock)
     _take_lock(path, lock)
-    fresh = _claim(path, wanted, tuple(may_change))
-    undo.pop_all()  # from here on the lock stays
-  return Workdir(path, wanted, fresh=fresh, lock=lock)
+    wanted: JsonObject = json.loads(json.dumps(config))
+    if _read_config(path, wanted, may_change, config_class) != wanted:
+      files.write_json(path / "config.json", wanted)
+    on_error.pop_all()  # from here on the lock stays
+  return Workdir(path, lock)
 
 
 def check_workdir(
   path: str | os.PathLike,
-  config: Mapping[str, Any],
+  config: Mapping[str, object],
   *,
   may_change: Iterable[str] = (),
+  config_class: type[Section] | None = None,
 ) -> None:
   """Raises what `open_workdir` would, but makes and writes nothing.
 
   Args and raises: as `open_workdir`.
   """
   path = pathlib.Path(path)
+  # The folder, or the nearest one above it in which it would be made.
   there = next(p for p in (path, *path.absolute().parents) if p.exists())
-  with _explained(path):
+  with _refusing(path):
     if not there.is_dir():
       raise NotADirectoryError(there)
     if not os.access(there, os.W_OK | os.X_OK):
       raise PermissionError(there)
-  if there == path:
-    with contextlib.ExitStack() as undo:
-      if (path / _LOCK).exists():
-        lock = os.open(path / _LOCK, os.O_RDWR)
-        undo.callback(os.close, lock)
-        _take_lock(path, lock)
-      _known(path, json.loads(json.dumps(config)), tuple(may_change))
+  if there != path:
+    return
+  if (path / _LOCK).exists():
+    lock = os.open(path / _LOCK, os.O_RDWR)
+    try:
+      _take_lock(path, lock)
+    finally:
+      os.close(lock)
+  wanted = json.loads(json.dumps(config))
+  _read_config(path, wanted, may_change, config_class)
 
 
-def _claim(
-  path: pathlib.Path, wanted: dict[str, Any], may_change: tuple[str, ...]
-) -> bool:
-  """Writes config.json, or checks it; whether the folder was fresh."""
-  found = _known(path, wanted, may_change)
-  if found != wanted:
-    files.write_json(path / "config.json", wanted)
-  return found is None
+def mark_finished(
+  path: str | os.PathLike, summary: Mapping[str, object]
+) -> None:
+  """Marks a run as done; `summary` is any JSON, say the last metrics."""
+  files.write_json(pathlib.Path(path) / "finished.json", summary)
 
 
-def _known(
-  path: pathlib.Path, wanted: dict[str, Any], may_change: tuple[str, ...]
-) -> dict[str, Any] | None:
-  """The config of the run in a folder, checked; None if there is no run."""
+def read_finished(path: str | os.PathLike) -> JsonObject | None:
+  """The summary that a finished run left, or None."""
+  place = pathlib.Path(path) / "finished.json"
+  return _read_object(place) if place.exists() else None
+
+
+@contextlib.contextmanager
+def _refusing(path: pathlib.Path) -> Iterator[None]:
+  """What keeps a folder from being made and written, as a UserError."""
+  try:
+    yield
+  except (FileExistsError, NotADirectoryError) as error:
+    raise UserError(
+      f"{path} cannot be a run's folder: a file is in the way; "
+      "give --workdir another path"
+    ) from error
+  except PermissionError as error:
+    raise UserError(
+      f"{path} cannot be written: permission denied; "
+      "give --workdir a folder you may write to"
+    ) from error
+
+
+def _take_lock(path: pathlib.Path, lock: int) -> None:
+  """An advisory lock, which the system drops with the process, however it dies.
+
+  A pid file would outlive `kill -9` and then keep everybody out.
+  """
+  try:
+    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except BlockingIOError as error:
+    owner = os.read(lock, 200).decode(errors="replace").strip()
+    raise UserError(
+      f"{path} is in use by {owner or 'another process'}; "
+      "wait for it, stop it, or give another --workdir"
+    ) from error
+  os.ftruncate(lock, 0)
+  os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
+
+
+def _read_config(
+  path: pathlib.Path,
+  wanted: Mapping[str, object],
+  may_change: Iterable[str],
+  config_class: type[Section] | None,
+) -> JsonObject | None:
+  """The config of the run in a folder, or None if the folder is empty.
+
+  Raises:
+    UserError: the folder holds no run, or that of another config; names every
+      field that differs.
+  """
   place = path / "config.json"
   if not place.exists():
     strangers = sorted(
@@ -145,96 +190,38 @@ def _known(
       )
     return None
   found = _read_object(place)
-  _check_same(path, found, wanted, may_change)
-  return found
-
-
-def mark_finished(path: str | os.PathLike, summary: Mapping[str, Any]) -> None:
-  """Marks a run as done; `summary` is any JSON, say the last metrics."""
-  files.write_json(pathlib.Path(path) / "finished.json", summary)
-
-
-def read_finished(path: str | os.PathLike) -> dict[str, Any] | None:
-  """The summary that a finished run left, or None."""
-  place = pathlib.Path(path) / "finished.json"
-  return _read_object(place) if place.exists() else None
-
-
-def _open_lock(path: pathlib.Path) -> int:
-  """Makes the folder and a file in it; a descriptor of the file."""
-  with _explained(path):
-    path.mkdir(parents=True, exist_ok=True)
-    return os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-
-
-@contextlib.contextmanager
-def _explained(path: pathlib.Path) -> Iterator[None]:
-  """What keeps a folder from being made and written, as a UserError."""
-  in_the_way = lambda _: (
-    f"{path} cannot be a run's folder: a file is in the way; "
-    "give --workdir another path"
-  )
-  denied = lambda _: (
-    f"{path} cannot be written: permission denied; "
-    "give --workdir a folder you may write to"
-  )
-  with (
-    explained(FileExistsError, NotADirectoryError, by=in_the_way),
-    explained(PermissionError, by=denied),
-  ):
-    yield
-
-
-def _take_lock(path: pathlib.Path, lock: int) -> None:
-  """An advisory lock, which the system drops with the process, however it dies.
-
-  A pid file would outlive `kill -9` and then keep everybody out.
-  """
-  owner = lambda: os.read(lock, 200).decode(errors="replace").strip()
-  in_use = lambda _: (
-    f"{path} is in use by {owner() or 'another process'}; "
-    "wait for it, stop it, or give another --workdir"
-  )
-  with explained(BlockingIOError, by=in_use):
-    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  os.ftruncate(lock, 0)
-  os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
-
-
-def _read_object(place: pathlib.Path) -> dict[str, Any]:
-  failed = lambda why: (
-    f"{place} is not JSON ({why}); mend it or give another --workdir"
-  )
-  with explained(json.JSONDecodeError, UnicodeDecodeError, by=failed):
-    value = json.loads(place.read_text(encoding="utf-8"))
-  if not isinstance(value, dict):
-    raise UserError(
-      f"{place} must hold a JSON object, got {type(value).__name__}; "
-      "mend it or give another --workdir"
-    )
-  return value
-
-
-def _check_same(
-  path: pathlib.Path,
-  old: Mapping[str, Any],
-  new: Mapping[str, Any],
-  may_change: tuple[str, ...],
-) -> None:
-  """Raises a UserError that names every field that differs."""
-  old, new = files.flatten(old), files.flatten(new)
+  if config_class is not None:
+    found = rename_aliases(config_class, found)
+  old, new = files.flatten(found), files.flatten(wanted)
+  rules = tuple(may_change)
   differing = [
     f"{name} was {_show(old, name)}, now {_show(new, name)}"
     for name in sorted(old.keys() | new.keys())
     if _show(old, name) != _show(new, name)
-    and not any(fnmatch.fnmatchcase(name, rule) for rule in may_change)
+    and not any(fnmatch.fnmatchcase(name, rule) for rule in rules)
   ]
   if differing:
     raise UserError(
       f"{path} holds a run with another config: {'; '.join(differing)}; "
       "give another --workdir, or the old values to go on with that run"
     )
+  return found
 
 
-def _show(flat: Mapping[str, Any], name: str) -> str:
+def _show(flat: Mapping[str, object], name: str) -> str:
   return json.dumps(flat[name]) if name in flat else "absent"
+
+
+def _read_object(place: pathlib.Path) -> JsonObject:
+  try:
+    value = json.loads(place.read_text(encoding="utf-8"))
+  except ValueError as error:  # neither JSON nor UTF-8
+    raise UserError(
+      f"{place} is not JSON ({error}); fix it or give another --workdir"
+    ) from error
+  if not isinstance(value, dict):
+    raise UserError(
+      f"{place} must hold a JSON object, got {type(value).__name__}; "
+      "fix it or give another --workdir"
+    )
+  return value

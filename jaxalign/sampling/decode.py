@@ -1,13 +1,11 @@
 """The decoding loop: prefill each distinct prompt once, then token by token.
 
-A prompt's keys and values are kept once and read by all its samples; a
-few-shot prefix common to all prompts is kept once for all of them. Each row
+A prompt's keys and values are stored once and read by all its samples; a
+few-shot prefix that all prompts share is stored once for all of them. Each row
 owns only the keys of its new tokens.
 """
 
 import dataclasses
-import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from jaxalign.core.types import Params, Samples, SamplingParams
+from jaxalign.models.config import CausalConfig
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
 from jaxalign.sampling.draw import choose
@@ -50,6 +49,7 @@ def begin(
   mesh: Mesh | None = None,
 ) -> tuple[Fixed, State]:
   """Reads the prompts and draws each row's first token; see `sample`."""
+  # Prefill: the prefix, then each prompt once, whatever S is.
   module = model.bind(_cast(params, model.config.dtype))
   tokens, mask = _align_right(tokens, mask)
   past, offset, context = _read_prefix(module, tokens, mask, prefix)
@@ -57,11 +57,16 @@ def begin(
   hidden, kept = module(
     tokens, positions, mask.astype(jnp.int32), past=past, keep=True
   )
-  repeat = functools.partial(jnp.repeat, repeats=samples_per_prompt, axis=0)
+
+  # One row per sample from here on.
+  def repeat(x):
+    return jnp.repeat(x, samples_per_prompt, axis=0)
+
   start = positions[:, -1] + 1
-  room = model.config.max_positions - start
+  room = model.config.max_positions - start  # the context may end earlier
   limit = jnp.minimum(jnp.minimum(settings.max_new_tokens, capacity), room)
   sample_ids = jnp.arange(samples_per_prompt) + first_sample
+  assert isinstance(model.config, CausalConfig), model.config
   fixed = Fixed(
     past=tuple(kv.unstack() for kv in (*past, kept)),
     start=repeat(start),
@@ -75,15 +80,15 @@ def begin(
   return fixed, _emit(module, fixed, state, repeat(hidden[:, -1]), settings)
 
 
-def unstack(model: Model, params: Params) -> list[Any]:
-  """Each layer's parameters, which `advance` takes besides all of them."""
+def unstack(model: Model, params: Params) -> list[Params]:
+  """Each layer's parameters by themselves, as `advance` takes them."""
   return model.bind(_cast(params, model.config.dtype)).unstack()
 
 
 def advance(
   model: Model,
   params: Params,
-  layers: list[Any],
+  layers: list[Params],
   fixed: Fixed,
   state: State,
   settings: SamplingParams,
@@ -110,27 +115,28 @@ def sample(
 ) -> Samples:
   """Draws S completions of each prompt.
 
-  Noise is keyed by (key, prompt id, sample number, token number), so a sample
-  does not depend on the batch that it is drawn in.
+  Random keys are derived from (key, prompt id, sample number, token number),
+  so a sample does not depend on the batch that it is drawn in.
 
   Args:
     model: a causal language model.
     params: its parameters, in any float dtype.
     tokens: prompts, padded on either side.
     mask: True = a real token; a row without any gives empty samples.
-    prompt_ids: what stands for the prompt in the noise.
+    prompt_ids: numbers the prompts for the random keys.
     settings: see `sampling.settings.make`.
     key: the run's key folded with the step.
     prefix: tokens read before every prompt, and which of them are real.
     first_sample: number of the first sample; a second call with
-      first_sample=S draws further ones.
+      `first_sample=S` draws S more.
     samples_per_prompt: S.
-    capacity: N, most new tokens; `settings.max_new_tokens` may be lower.
-    mesh: splits the rows over its batch axes, if their number divides.
+    capacity: N, new tokens at most; `settings.max_new_tokens` may be lower.
+    mesh: the rows are sharded over its row axes, if they divide evenly.
 
   Returns:
     P·S rows; row p S + s is sample s of prompt p.
   """
+  # The first token of every row, then a loop until all rows have ended.
   module = model.bind(_cast(params, model.config.dtype))
   fixed, state = begin(
     model,
@@ -146,12 +152,14 @@ def sample(
     capacity=capacity,
     mesh=mesh,
   )
+  # Taking the stacked layers apart once, not at every token.
   layers = module.unstack()
   state = jax.lax.while_loop(
     lambda s: ~s.done.all() & (s.drawn < capacity),
     lambda s: _advance(module, layers, fixed, s, settings),
     state,
   )
+  # Writing the pad id after each row's end.
   new = state.history[:, -capacity:]
   inside = jnp.arange(capacity) < state.lengths[:, None]
   return Samples(
@@ -177,7 +185,8 @@ def _advance(module, layers, fixed, state, settings):
 
 
 def _emit(module, fixed, state, hidden, settings):
-  """Draws a token from each row's hidden state and writes it down."""
+  """Draws a token from each row's hidden state and records it."""
+  # Drawing. The key is folded with the token's number: no key to carry along.
   drawn, column = state.drawn, column_of(state)
   uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, drawn)))
   token, model_logp, sampling_logp = choose(
@@ -189,9 +198,12 @@ def _emit(module, fixed, state, hidden, settings):
     column,
     drawn,
   )
+  # Finished rows draw too, as the batch has one shape; it is not recorded.
   alive = ~state.done
   token = jnp.where(alive, token, settings.pad_id)
   history = state.history.at[:, column].set(token)
+
+  # Deciding which rows end here, and why.
   ended = (token[:, None] == settings.eos_ids).any(axis=1)
   stopped = ends_with_stop(history, column, drawn, settings.stops)
   finish = jnp.where(ended, EOS, jnp.where(stopped, STOP, LENGTH))
@@ -216,12 +228,13 @@ def _emit(module, fixed, state, hidden, settings):
 
 def _align_right(tokens, mask):
   """Moves padding to the left, so that all rows end in the last column."""
+  # False sorts before True; stable keeps the tokens in order.
   order = jnp.argsort(mask, axis=1, stable=True)
   return tuple(jnp.take_along_axis(x, order, axis=1) for x in (tokens, mask))
 
 
 def _read_prefix(module, tokens, mask, prefix):
-  """The prefix's keys, its length, and all tokens before the first new one."""
+  """The prefix's keys, its length, and each row's tokens so far."""
   history = jnp.where(mask, tokens, -1)
   if prefix is None:
     return (), 0, history
@@ -235,7 +248,7 @@ def _read_prefix(module, tokens, mask, prefix):
 
 
 def _split_rows(tree, rows: int, mesh: Mesh | None):
-  """Lays every array with a leading row axis out over the mesh."""
+  """Shards every array that has a leading row axis over the mesh."""
   if mesh is None or rows % meshes.row_count(mesh):
     return tree
   split = meshes.rows(mesh)

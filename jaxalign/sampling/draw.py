@@ -1,8 +1,8 @@
-"""One draw a row: from logits to a token and its two log-probabilities.
+"""One draw per row: from logits to a token and its two log-probabilities.
 
-No sort, no noise over the vocabulary: top-p and top-k search the threshold
-that their sorted definitions imply, and one uniform number a row picks the
-token by inverting the cumulative distribution.
+Nothing is sorted and no noise is drawn over the vocabulary. Top-p and top-k
+search for the threshold that their sorted definitions imply, and one uniform
+number per row picks the token by inverting the cumulative distribution.
 """
 
 from collections.abc import Callable
@@ -15,8 +15,8 @@ from jaxalign.core.types import SamplingParams
 
 NEGATIVE = -1e30  # forbidden; finite, so that forbidding all gives no NaN
 BLOCK = 128  # tokens whose weights are summed before any cumulative sum
-WAYS = 8  # parts of an interval that one pass of the threshold search tells
-WHOLE = 2.0**29  # most that a row's weights come to, as integers
+WAYS = 8  # parts that one pass of the threshold search splits an interval into
+WHOLE = 2.0**29  # upper bound of the sum of a row's weights as integers
 
 
 def choose(
@@ -32,11 +32,11 @@ def choose(
 
   Args:
     logits: of the model, temperature 1.
-    uniform: one number in [0, 1) a row.
+    uniform: one number in [0, 1) per row.
     settings: see `SamplingParams`.
-    seen: True = the token stands in the prompt or the sample so far.
+    seen: True = the token occurs in the prompt or the sample so far.
     history: the rows' tokens before `column`, right-aligned; -1 = none.
-    column: where the next token will stand in `history`.
+    column: where the next token goes in `history`.
     drawn: how many tokens have been drawn before.
 
   Returns:
@@ -53,7 +53,7 @@ def choose(
 
   def shaped():
     logits_ = shape(logits, settings, seen, history, column, drawn)
-    # The peak goes first: a tiny temperature would make it infinite.
+    # The peak is subtracted first: a tiny temperature would overflow it.
     below = logits_ - logits_.max(axis=1, keepdims=True)
     weights = jnp.exp(below / settings.temperature)
     least = least_of_top_k(weights, settings.top_k)
@@ -66,6 +66,8 @@ def choose(
     logits_ = shape(logits, settings, seen, history, column, drawn)
     return argmax(logits_), jnp.zeros(logits.shape[0], jnp.float32)
 
+  # One branch runs, for the whole batch: settings are traced, so the same
+  # program serves all of them, and plain sampling pays for no filter.
   unshaped = (
     (settings.temperature == 1)
     & (settings.top_p >= 1)
@@ -120,11 +122,11 @@ def repeats(
   size: Int[Array, ""],
   vocab: int,
 ) -> Bool[Array, "B V"]:
-  """Tokens that would end a second occurrence of a run of `size` tokens.
+  """Tokens that would repeat an earlier run of `size` tokens.
 
   Args:
     history: tokens before `column`; -1 = none.
-    column: where the next token will stand.
+    column: where the next token goes.
     size: length of a run, >= 1.
     vocab: number of tokens.
   """
@@ -137,9 +139,10 @@ def repeats(
     valid = (jnp.arange(width) >= back) & (last >= 0)
     return match & valid & (earlier == last)
 
+  # A column matches if the size − 1 tokens before it equal the last size − 1.
   match = jnp.broadcast_to(jnp.arange(width) < column, history.shape)
   match = jax.lax.fori_loop(1, size, compare, match & (history >= 0))
-  ids = jnp.where(match, history, vocab)
+  ids = jnp.where(match, history, vocab)  # vocab is out of range: dropped
   banned = jnp.zeros((rows, vocab), bool)
   return banned.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
 
@@ -151,7 +154,7 @@ def least_of_top_k(
 
   Args:
     weights: in [0, 1], the largest 1; not normalised.
-    top_k: 0 = off: returns 0 and does no work.
+    top_k: 0 = off, which returns 0 and does no work.
   """
   rows, vocab = weights.shape
 
@@ -176,12 +179,13 @@ def least_of_top_p(
 
   Args:
     weights: in [0, 1], the largest 1; not normalised.
-    top_p: in (0, 1]; 1 = off: returns `least` and does no work.
-    least: tokens below it are out already.
+    top_p: in (0, 1]; 1 = off, which returns `least` and does no work.
+    least: tokens below it are left out already.
   """
 
   def search():
-    # A power of two: weights of few bits become integers without rounding.
+    # Integers, whose sums do not depend on the order. The scale is a power of
+    # two, so that weights of few bits are not rounded.
     total = weights.sum(axis=1)
     scale = _power_of_two(WHOLE / total)
 
@@ -194,9 +198,10 @@ def least_of_top_p(
       lambda: jnp.where(weights >= least[:, None], weights, 0).sum(axis=1),
       lambda: total,
     )
-    # The goal is of the exact mass: as integers the least tokens are 0.
+    # The goal comes from the float total: as integers the least tokens are 0.
     goal = jnp.ceil(top_p * total * scale).astype(jnp.int32)
-    # The tokens below this bound cannot hold a share of 1 - top_p together.
+    # All tokens below this bound together hold less than 1 - top_p, so the
+    # search may start from it.
     low = 0.99 * (1 - top_p) * total / weights.shape[1]
     most = jnp.full_like(goal, 2 * WHOLE)
     return _search(weights, share, goal, jnp.maximum(low, least), most)
@@ -211,19 +216,19 @@ def _search(
   low: Float[Array, " B"],
   most: Int[Array, " B"],
 ) -> Float[Array, " B"]:
-  """The largest bound in [low, 1] at which goal is reached from above.
+  """The largest bound in [low, 1] above which the amounts reach the goal.
 
-  Floats >= 0 are ordered as their bits are, so cutting an interval of bits
-  ends at the exact float. One pass over the vocabulary tries seven bounds. A
-  row is found as soon as a single token is left in its interval.
+  Floats >= 0 have the order of their bits as integers, so cutting an interval
+  of bits ends at the exact float. One pass over the vocabulary tries seven
+  bounds. A row is done as soon as a single token is left in its interval.
 
   Args:
     weights: in [0, 1].
-    amount: weights -> what each adds, an integer; more for a larger weight,
-      and all of a row together below 2^31.
-    goal: amount that has to lie at or above the bound.
-    low: a bound at which that is so.
-    most: no less than what lies above `low`.
+    amount: weights -> an integer each, not smaller for a larger weight, and
+      below 2^31 in sum over a row.
+    goal: sum of amounts that the weights at or above the bound must reach.
+    low: a bound at which they do.
+    most: at least the sum of the amounts above `low`.
   """
 
   def cut(state):
@@ -235,12 +240,13 @@ def _search(
     found = _above(weights, amount, tried)
     bounds = jnp.concatenate([low, tried, ends[:, 1:]], axis=1)
     amounts = jnp.concatenate([reached[:, :1], found, reached[:, 1:]], axis=1)
+    # Keeping the last part whose lower end still reaches the goal.
     last = (found >= goal[:, None]).sum(axis=1, keepdims=True)
     here = last + jnp.arange(2)
     ends = jnp.take_along_axis(bounds, here, axis=1)
     reached = jnp.take_along_axis(amounts, here, axis=1)
     inside = reached[:, 0] - reached[:, 1]
-    least = amount(_float(ends[:, 0]))  # that a token in there adds
+    least = amount(_float(ends[:, 0]))  # of a single token in the interval
     one_left = inside - least <= (least - 1) // 2  # without an overflow
     return ends, reached, one_left | (ends[:, 1] - ends[:, 0] <= 1)
 
@@ -257,10 +263,10 @@ def _above(
   amount: Callable[[Array], Array | int],
   bounds: Int[Array, "B N"],
 ) -> Int[Array, "B N"]:
-  """What the weights at or above each bound amount to, in one pass.
+  """Sums the amounts of the weights at or above each bound, in one pass.
 
-  Integers, because their sums may be taken in any order: a CPU adds seven of
-  them up in the time of one sum of floats.
+  Integer sums may be taken in any order: a CPU does seven of them in the time
+  of one sum of floats.
   """
   places = _bits(weights)
   added = [
@@ -268,7 +274,11 @@ def _above(
     for i in range(bounds.shape[1])
   ]
   zeros = [jnp.int32(0)] * len(added)
-  plus = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]
+
+  def plus(a, b):
+    return [x + y for x, y in zip(a, b, strict=True)]
+
+  # One variadic reduction: separate sums would read the weights N times.
   return jnp.stack(jax.lax.reduce(added, zeros, plus, (1,)), axis=1)
 
 
@@ -281,7 +291,7 @@ def _float(bits: Int[Array, "..."]) -> Float[Array, "..."]:
 
 
 def _power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
-  """The largest power of two that is not above x > 0: its exponent alone."""
+  """The largest power of two <= x, for x > 0: the exponent bits alone."""
   return _float(_bits(x) & 0x7F800000)
 
 
@@ -290,10 +300,11 @@ def invert(
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
   """The token at which the cumulative weight passes uniform · total.
 
-  Sums whole blocks first, then cumulates inside the one block.
+  It sums whole blocks first, then takes the cumulative sum of one block: a
+  cumulative sum over the whole vocabulary is slow.
 
   Returns:
-    Token and its weight, which is never 0 unless all are.
+    Token and its weight, which is 0 only if all are.
   """
   rows, vocab = weights.shape
   padded = jnp.pad(weights, [(0, 0), (0, -vocab % BLOCK)])
@@ -310,10 +321,10 @@ def invert(
 def _pass(
   weights: Float[Array, "B C"], goal: Float[Array, " B"]
 ) -> tuple[Int[Array, " B"], Float[Array, " B"]]:
-  """First positive entry whose running sum passes `goal`, and the sum before.
+  """First positive entry whose running sum exceeds `goal`, and the sum before.
 
-  Rounding can leave the goal at or above the whole sum; then the last
-  positive entry is taken.
+  Rounding can leave the goal at or above the total; then it is the last
+  positive entry.
   """
   sums = jnp.cumsum(weights, axis=1)
   columns = jnp.arange(weights.shape[1])

@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.core.types import Params, Samples, SamplingParams
+from jaxalign.data.batches import bucket_length, pad_rows
 from jaxalign.errors import UserError
 from jaxalign.models.model import Model
 from jaxalign.sampling import decode
@@ -16,7 +17,7 @@ from jaxalign.sampling import state as state_lib
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
-NumpyPrefix = tuple[np.ndarray, np.ndarray]  # a `decode.Prefix` to be
+NumpyPrefix = tuple[np.ndarray, np.ndarray]  # a `decode.Prefix` on the host
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +28,9 @@ class Sampler:
     model: a causal language model.
     prompt_buckets: prompts are padded to the next of these lengths, and to
       the model's context where that comes first.
-    new_token_buckets: likewise for `max_new_tokens`.
-    mesh: where the parameters lie, if that is more than one device; the rows
-      are split over its batch axes.
+    new_token_buckets: the same for `max_new_tokens`.
+    mesh: the parameters are sharded over it; so are the rows, over its row
+      axes. None = one device.
   """
 
   model: Model
@@ -53,13 +54,13 @@ class Sampler:
 
     Args:
       params: the model's parameters.
-      prompts: token ids, at least one a prompt.
+      prompts: token ids, at least one per prompt.
       settings: see `sampling.settings.make`.
       key: the run's key folded with the step.
       samples_per_prompt: S.
-      prompt_ids: numbers that stand for the prompts in the noise; by default
-        their places in the list.
-      prefix: few-shot tokens in front of every prompt; read once.
+      prompt_ids: numbers the prompts for the random keys; by default their
+        places in the list.
+      prefix: few-shot tokens before every prompt; read once.
       first_sample: number of the first sample.
 
     Returns:
@@ -71,6 +72,7 @@ class Sampler:
     """
     inputs = self.prepare(prompts, prompt_ids, prefix)
     wanted = int(settings.max_new_tokens)
+    # Explicit transfers: the training loop forbids implicit ones.
     samples = self._jitted.sample(
       params,
       *jax.device_put((*inputs[:3], settings)),
@@ -79,6 +81,7 @@ class Sampler:
       samples_per_prompt=samples_per_prompt,
       capacity=self.capacity(wanted),
     )
+    # Cutting off filler rows, and columns beyond what was asked for.
     rows = len(prompts) * samples_per_prompt
     samples = jax.tree.map(lambda x: x[:rows], jax.device_get(samples))
     return jax.tree.map(lambda x: x[:, :wanted] if x.ndim > 1 else x, samples)
@@ -110,6 +113,7 @@ class Sampler:
     layers = self._jitted.unstack(params)
     while True:
       yield int(jax.device_get(state_lib.last_tokens(state))[0])
+      # The state is given away to `advance`, so it is read before.
       if jax.device_get(state.done)[0]:
         return
       state = self._jitted.advance(params, layers, fixed, state, settings_)
@@ -125,21 +129,23 @@ class Sampler:
     for number, prompt in enumerate(prompts):
       self._check(number, len(prompt), len(prefix), context)
     width = max(len(prompt) for prompt in prompts)
-    width = min(_bucket(self.prompt_buckets, width), context)
-    # Rows without a token are finished before they start.
+    width = min(bucket_length(width, self.prompt_buckets), context)
+    # Few programs: the number of prompts is rounded up too. Filler rows have no
+    # token, so they are finished before they start.
     rows = _next_power_of_two(len(prompts))
     ids = np.arange(len(prompts)) if prompt_ids is None else prompt_ids
-    tokens, mask = _pad(prompts, rows, width)
+    filler = [()] * (rows - len(prompts))
+    tokens, mask = pad_rows([*prompts, *filler], width, side="left")
     ids = np.pad(np.asarray(ids, np.int32), (0, rows - len(prompts)))
     if len(prefix) == 0:
       return tokens, mask, ids, None
-    width = min(_bucket(self.prompt_buckets, len(prefix)), context)
-    front, real = _pad([prefix], 1, width)
+    width = min(bucket_length(len(prefix), self.prompt_buckets), context)
+    front, real = pad_rows([prefix], width, side="left")
     return tokens, mask, ids, (front[0], real[0])
 
   def capacity(self, max_new_tokens: int) -> int:
     """The bucket of new tokens that holds `max_new_tokens`."""
-    return _bucket(self.new_token_buckets, max_new_tokens)
+    return bucket_length(max_new_tokens, self.new_token_buckets)
 
   def _check(self, number, length, prefix, context):
     if length == 0:
@@ -147,11 +153,11 @@ class Sampler:
         f"prompt {number} is empty; a prompt needs at least one token"
       )
     if length + prefix >= context:
-      few_shot = f" behind a prefix of {prefix}" if prefix else ""
+      few_shot = f" after a prefix of {prefix}" if prefix else ""
       raise UserError(
-        f"prompt {number} has {length} tokens{few_shot}, but prompt and answer"
-        f" must fit into the model's context of {context}; shorten it or take"
-        " a model with a longer context"
+        f"prompt {number} has {length} tokens{few_shot}, but prompt and "
+        f"completion must fit into the model's context of {context}; shorten "
+        "it or take a model with a longer context"
       )
 
   @functools.cached_property
@@ -163,33 +169,38 @@ class _Programs:
   """The compiled functions of one model; the only place that jits them."""
 
   def __init__(self, model: Model, mesh: Mesh | None):
+    def sample(*args, samples_per_prompt: int, capacity: int):
+      return decode.sample(
+        model,
+        *args,
+        samples_per_prompt=samples_per_prompt,
+        capacity=capacity,
+        mesh=mesh,
+      )
+
+    def begin(*args, samples_per_prompt: int, capacity: int):
+      return decode.begin(
+        model,
+        *args,
+        samples_per_prompt=samples_per_prompt,
+        capacity=capacity,
+        mesh=mesh,
+      )
+
+    def unstack(params):
+      return decode.unstack(model, params)
+
+    def advance(params, layers, fixed, state, settings):
+      return decode.advance(model, params, layers, fixed, state, settings)
+
+    # These two set shapes, so a new value compiles a new program.
     static = ("samples_per_prompt", "capacity")
-    sample = functools.partial(decode.sample, model, mesh=mesh)
-    begin = functools.partial(decode.begin, model, mesh=mesh)
-    advance = functools.partial(decode.advance, model)
     self.sample = jax.jit(sample, static_argnames=static)
     self.begin = jax.jit(begin, static_argnames=static)
-    self.unstack = jax.jit(functools.partial(decode.unstack, model))
+    self.unstack = jax.jit(unstack)
+    # The caches are updated in place: `state` is donated.
     self.advance = jax.jit(advance, donate_argnums=3)
-
-
-def _bucket(buckets: Sequence[int], size: int) -> int:
-  """The smallest bucket that holds `size`; multiples of the last beyond it."""
-  last = max(buckets)
-  return min((b for b in buckets if b >= size), default=-(-size // last) * last)
 
 
 def _next_power_of_two(count: int) -> int:
   return 1 << (count - 1).bit_length()
-
-
-def _pad(
-  texts: Sequence[Sequence[int]], rows: int, width: int
-) -> tuple[np.ndarray, np.ndarray]:
-  """Left-padded ids `[rows, width]` and their mask."""
-  tokens = np.zeros((rows, width), np.int32)
-  mask = np.zeros((rows, width), bool)
-  for row, text in enumerate(texts):
-    tokens[row, width - len(text) :] = text
-    mask[row, width - len(text) :] = True
-  return tokens, mask

@@ -1,4 +1,4 @@
-"""From plain numbers to the traced settings of the sampler."""
+"""Checks sampling settings and packs them for the sampler."""
 
 from collections.abc import Sequence
 
@@ -7,6 +7,7 @@ import numpy as np
 from jaxalign.core.types import SamplingParams
 from jaxalign.errors import UserError
 
+# Fixed sizes of the tables, because settings are traced: see `SamplingParams`.
 EOS_SLOTS = 4
 STOP_SLOTS = 8
 STOP_WIDTH = 16
@@ -29,21 +30,22 @@ def make(
 
   Args:
     temperature: divides the logits; 0 takes the likeliest token.
-    top_p: draw from the likeliest tokens that hold this much probability.
+    top_p: draw from the likeliest tokens that have this much probability.
     top_k: draw from the k likeliest tokens; 0 = all.
-    repetition_penalty: divides positive and multiplies negative logits of
-      tokens that the prompt or the sample holds already.
+    repetition_penalty: divides the positive and multiplies the negative logits
+      of tokens that occur in the prompt or the sample so far.
     no_repeat_ngram: no run of this many tokens occurs twice; 0 = off.
     min_new_tokens: end-of-text is not drawn before this many tokens.
     max_new_tokens: a sample ends after this many tokens.
     eos_ids: ids that end a sample; at most `EOS_SLOTS`.
-    stops: token sequences that end a sample; at most `STOP_SLOTS`, each of at
-      most `STOP_WIDTH` tokens. The sequence stays in the sample.
+    stops: token sequences that end a sample and stay in it; at most
+      `STOP_SLOTS`, each of at most `STOP_WIDTH` tokens.
     pad_id: written after a sample's end.
 
   Raises:
     UserError: a value is out of its range.
   """
+  # Checking the ranges.
   _check("temperature", temperature, temperature >= 0, ">= 0")
   _check("top_p", top_p, 0 < top_p <= 1, "in (0, 1]")
   _check("top_k", top_k, top_k >= 0, ">= 0 (0 = off)")
@@ -59,13 +61,14 @@ def make(
   )
   rule = f"at most {STOP_SLOTS} sequences of 1 to {STOP_WIDTH} tokens"
   _check("stops", [list(s) for s in stops], ok, rule)
+
+  # Filling the tables; stop sequences are compared from their last token.
   table = np.full((STOP_SLOTS, STOP_WIDTH), -1, np.int32)
   for row, stop in zip(table, stops, strict=False):
     row[STOP_WIDTH - len(stop) :] = stop
   ends = np.full(EOS_SLOTS, -1, np.int32)
   ends[: len(eos_ids)] = eos_ids
-  # numpy scalars, not Python ones: those are weakly typed, which would be
-  # another trace.
+  # numpy scalars: Python's are weakly typed, which would trace a new program.
   return SamplingParams(
     temperature=np.asarray(temperature, np.float32),
     top_p=np.asarray(top_p, np.float32),

@@ -1,7 +1,6 @@
-"""What a decoding run carries from token to token."""
+"""The state that decoding carries from token to token."""
 
 import dataclasses
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,15 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.core.types import SamplingParams
 from jaxalign.models.cache import KV
+from jaxalign.models.config import CausalConfig
 
-LENGTH, EOS, STOP = 0, 1, 2  # Samples.finish
+LENGTH, EOS, STOP = 0, 1, 2  # values of `Samples.finish`
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Fixed:
-  """What a decoding run knows from its start."""
+  """The part of the state that stays the same from the first token on."""
 
   past: tuple[KV, ...]  # prefix and prompts
   start: Int[Array, " B"]  # position of the first new token
@@ -27,13 +27,14 @@ class Fixed:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class State:
-  """What every drawn token changes."""
+  """The part of the state that every drawn token changes."""
 
   drawn: Int[Array, ""]  # tokens drawn so far, the same for all rows
   history: Int[Array, "B W"]  # prompt, right-aligned, then N new tokens
   own: KV  # keys of the new tokens
   seen: Bool[Array, "B V"]  # True = token in prompt or sample
-  done: Bool[Array, " B"]
+  done: Bool[Array, " B"]  # True = the row draws no more
+  # As in `Samples`.
   lengths: Int[Array, " B"]
   finish: Int[Array, " B"]
   model_logps: Float[Array, "B N"]
@@ -41,7 +42,7 @@ class State:
 
 
 def first_state(
-  config: Any,
+  config: CausalConfig,
   context: Int[Array, "B C"],
   done: Bool[Array, " B"],
   settings: SamplingParams,
@@ -54,16 +55,18 @@ def first_state(
     context: tokens before the first new one, right-aligned; -1 = none.
     done: rows that stay empty.
     settings: for the width of its stop sequences.
-    capacity: N, most new tokens.
+    capacity: N, new tokens at most.
   """
   rows, before = context.shape
   # A stop sequence may look back this far from the first new token.
   before = max(before, settings.stops.shape[1])
   history = jnp.full((rows, before + capacity), -1, jnp.int32)
   history = history.at[:, before - context.shape[1] : before].set(context)
+  # An id beyond the vocabulary is dropped by the scatter.
   ids = jnp.where(context >= 0, context, config.vocab_size)
   seen = jnp.zeros((rows, config.vocab_size), bool)
   seen = seen.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
+  # One array per layer: each is updated in place in the loop.
   shape = (rows, config.kv_heads, capacity, config.head_dim)
   zeros = (jnp.zeros(shape, config.dtype),) * config.layers
   own = KV(
@@ -108,13 +111,14 @@ def ends_with_stop(
 ) -> Bool[Array, " B"]:
   """Whether the token at `column` completes a stop sequence.
 
-  The whole sequence has to be new: `drawn` tokens stand before `column`.
+  The whole sequence must be drawn: `drawn` tokens come before `column`.
   """
   width = stops.shape[1]
   # The prompt part of `history` is at least as wide as a stop sequence.
   tail = jax.lax.dynamic_slice_in_dim(history, column - width + 1, width, 1)
   used = stops >= 0
   fits = used.any(axis=1) & (used.sum(axis=1) <= drawn + 1)
+  # Right-aligned: the unused entries before a shorter sequence match anything.
   equal = (tail[:, None] == stops) | ~used
   return (equal.all(axis=2) & fits).any(axis=1)
 
@@ -122,8 +126,9 @@ def ends_with_stop(
 def row_keys(
   key: Array, prompt_ids: Int[Array, " P"], sample_ids: Int[Array, " S"]
 ) -> Array:
-  """A random key for each row, by prompt and sample number alone."""
+  """A random key for each row, from its prompt's and its own number alone."""
   fold = jax.random.fold_in
+  # Key -> prompt -> sample: the row's place in the batch does not matter.
   per_prompt = jax.vmap(lambda p: fold(key, p))(prompt_ids)
   both = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))
   return both(per_prompt, sample_ids).reshape(-1)

@@ -1,8 +1,8 @@
-"""Texts of mixed length as few fixed shapes.
+"""Sorts texts of mixed length into a few fixed shapes.
 
 A text is padded to the next of a few lengths, and texts of one length are
-scored in calls of a fixed number of rows. So little is computed for padding,
-and the number of compiled programs is small and known.
+scored in calls of a fixed number of rows. Little is computed for padding, and
+the number of compiled programs is small and known.
 """
 
 import dataclasses
@@ -11,9 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int
 
+from jaxalign.data.batches import pad_rows
+
 # Close enough that on average a tenth of a row is padding.
 LENGTHS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024)
-TAIL = 4  # what is left of a length goes in calls of a quarter of the rows
+TAIL = 4  # the last texts of a length go in calls of a quarter of the rows
 
 Encoded = tuple[Sequence[int], Sequence[int]]  # ids and segment types
 
@@ -22,7 +24,7 @@ Encoded = tuple[Sequence[int], Sequence[int]]  # ids and segment types
 class Batch:
   """Rows for one call of the model."""
 
-  indices: Int[np.ndarray, " N"]  # where the rows' texts stand; N <= B
+  indices: Int[np.ndarray, " N"]  # of the rows' texts; N <= B, rest is filler
   tokens: Int[np.ndarray, "B T"]  # right-padded with 0
   types: Int[np.ndarray, "B T"]  # segment of each token
   mask: Bool[np.ndarray, "B T"]  # True = a real token
@@ -40,20 +42,23 @@ def batches(
   Args:
     texts: ids and types of each, none longer than the last of `lengths`.
     lengths: padded lengths, increasing.
-    tokens: padded tokens in one call, at most.
-    rows: rows in one call, at most.
+    tokens: padded tokens per call, at most.
+    rows: rows per call, at most.
     parts: the rows of every call are a multiple of this (a mesh's row axes).
   """
+  # Grouping by padded length.
   found = {length: [] for length in lengths}
   for index, (ids, _) in enumerate(texts):
     if len(ids):
       found[min(n for n in lengths if n >= len(ids))].append(index)
+
+  # Cutting each group into calls.
   calls = []
   for length, members in found.items():
     full = row_count(length, tokens, rows, parts)
     tail = max(full // TAIL // parts, 1) * parts
     while members:
-      # The tail's rows only where they add up to fewer than a full call.
+      # Small calls, unless they would add up to the rows of a full one.
       size = full if -(-len(members) // tail) * tail >= full else tail
       calls.append(_pad(texts, members[:size], size, length))
       members = members[size:]
@@ -66,15 +71,12 @@ def row_count(length: int, tokens: int, rows: int, parts: int) -> int:
   return parts << (most.bit_length() - 1)
 
 
-def _pad(texts, members, rows: int, length: int) -> Batch:
-  tokens = np.zeros((rows, length), np.int32)
-  types = np.zeros((rows, length), np.int32)
-  mask = np.zeros((rows, length), bool)
-  for row, index in enumerate(members):
-    ids, segments = texts[index]
-    tokens[row, : len(ids)] = ids
-    types[row, : len(ids)] = segments
-    mask[row, : len(ids)] = True
-  # A row without any token would be a mean over nothing in some heads.
+def _pad(
+  texts: Sequence[Encoded], members: Sequence[int], rows: int, length: int
+) -> Batch:
+  filler = [()] * (rows - len(members))
+  tokens, mask = pad_rows([texts[i][0] for i in members] + filler, length)
+  types, _ = pad_rows([texts[i][1] for i in members] + filler, length)
+  # Filler has one token: some heads take the mean over a row's tokens.
   mask[len(members) :, 0] = True
   return Batch(np.array(members), tokens, types, mask)

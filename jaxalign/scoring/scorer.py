@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -11,12 +11,12 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxalign.core.types import Params
+from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
+from jaxalign.models.deberta import DebertaConfig
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
 from jaxalign.scoring.batches import LENGTHS, Batch, Encoded, batches
-
-Encode = Callable[[Sequence[str], Sequence[str]], Sequence[Encoded]]
 
 _log = logging.getLogger(__name__)
 
@@ -25,26 +25,28 @@ _log = logging.getLogger(__name__)
 class Scorer:
   """One reward model; call it with prompts and completions.
 
-  A score is the model's raw logit. It depends on its own text alone: to
-  float32 rounding it is the same in any order and beside any other texts.
+  A score is the model's raw logit. It depends on its own text alone: up to
+  float32 rounding it is the same in any order and in any batch.
 
   Attributes:
     model: any architecture with a score head; `model.replace(dtype=...)`
       chooses the arithmetic.
-    params: its parameters, on one device or laid out on `mesh`.
-    encode: (prompts, completions) -> ids and segment types of each text.
+    params: its parameters, on one device or sharded over `mesh`.
+    tokenizer: its own.
+    encoding: "concat" or "pair", see `Tokenizer.encode_rewards`.
     name: for messages.
-    max_length: tokens of a text that are read; the rest on the right is cut
-      off. Lowered to the model's context where that is shorter.
+    max_length: tokens of a text that are read, at most the model's context; the
+      rest is cut off on the right.
     lengths: padded lengths, increasing; each costs at most two compilations.
-    tokens: padded tokens in one call, at most.
-    rows: rows in one call, at most.
-    mesh: splits the rows of a call over its row axes; None = one device.
+    tokens: padded tokens per call, at most.
+    rows: rows per call, at most.
+    mesh: the rows of a call are sharded over its row axes; None = one device.
   """
 
   model: Model
   params: Params
-  encode: Encode
+  tokenizer: Tokenizer
+  encoding: str = "concat"
   name: str = "reward model"
   max_length: int = 1024
   lengths: tuple[int, ...] = LENGTHS
@@ -62,10 +64,18 @@ class Scorer:
       completions: as many completions.
 
     Returns:
-      Float32 scores. NaN for a text that encodes to no token at all; that
-      and whatever else is not finite is logged with the texts' indices.
+      Float32 scores. NaN for a text without any token. Scores that are not
+      finite are logged with the texts' indices.
     """
-    scores = self.score_ids(self.encode(prompts, completions))
+    texts = self.tokenizer.encode_rewards(
+      prompts,
+      completions,
+      self.encoding,
+      self.max_length,
+      eos=self.model.config.head == "score_eos",
+    )
+    scores = self.score_ids(texts)
+    # Reported, not raised: a run leaves such completions out.
     bad = non_finite(scores)
     if bad:
       _log.warning(
@@ -78,18 +88,20 @@ class Scorer:
     return scores
 
   def score_ids(self, texts: Sequence[Encoded]) -> Float[np.ndarray, " B"]:
-    """As `__call__`, for texts that are encoded already.
+    """Scores texts that are encoded already; see `__call__`.
 
     Raises:
       UserError: ids lie outside the model's vocabulary.
     """
+    # Cutting, then sorting into calls of few shapes.
     limit = self.limit
     texts = [(ids[:limit], types[:limit]) for ids, types in texts]
     self._check(texts)
     lengths = [n for n in self.lengths if n < limit] + [limit]
     parts = meshes.row_count(self.mesh) if self.mesh else 1
     calls = batches(texts, lengths, self.tokens, self.rows, parts)
-    # All calls are dispatched before the first result is waited for.
+    # Every call is dispatched before the first result is read: the device works
+    # while the host prepares the next call.
     found = [self._program(self.params, *self._put(call)) for call in calls]
     scores = np.full(len(texts), np.nan, np.float32)
     for call, values in zip(calls, jax.device_get(found), strict=True):
@@ -100,9 +112,12 @@ class Scorer:
   def limit(self) -> int:
     """Tokens of a text that are read."""
     config = self.model.config
-    # Only DeBERTa's relative positions reach beyond the trained context.
-    endless = getattr(config, "relative", False)
-    if endless and not config.position_biased_input:
+    # DeBERTa's relative positions have no limit; other models have a context.
+    if (
+      isinstance(config, DebertaConfig)
+      and config.relative
+      and not config.position_biased_input
+    ):
       return self.max_length
     return min(self.max_length, config.max_positions)
 
@@ -138,40 +153,15 @@ class _Program:
     self.shapes: list[tuple[int, ...]] = []
 
     def score(params, tokens, mask, types):
-      self.shapes.append(tokens.shape)
+      self.shapes.append(tokens.shape)  # runs once per compilation
       return model.bind(params).score(tokens, mask, types)
 
-    # Whole on every process, so that each host can read all scores.
+    # Replicated, so that every host can read all scores.
     whole = meshes.replicated(mesh) if mesh else None
     self._jitted = jax.jit(score, out_shardings=whole)
 
   def __call__(self, params: Params, *arrays: jax.Array) -> jax.Array:
     return self._jitted(params, *arrays)
-
-
-def weighted(
-  scorers: Sequence[Scorer], weights: Sequence[float]
-) -> Callable[[Sequence[str], Sequence[str]], Float[np.ndarray, " B"]]:
-  """Several reward models as one: Σ weight · score.
-
-  Args:
-    scorers: at least one; each encodes the texts its own way.
-    weights: as many; any sign, any sum.
-
-  Raises:
-    UserError: the numbers of scorers and weights differ, or are zero.
-  """
-  if not scorers or len(scorers) != len(weights):
-    raise UserError(
-      f"{len(scorers)} reward models need as many weights, got {len(weights)}"
-    )
-
-  def score(prompts, completions):
-    each = [scorer(prompts, completions) for scorer in scorers]
-    total = np.tensordot(np.asarray(weights, np.float64), np.array(each), 1)
-    return total.astype(np.float32)
-
-  return score
 
 
 def non_finite(scores: Float[np.ndarray, " B"]) -> list[int]:

@@ -1,7 +1,7 @@
-"""How alike a model's answers are: the measure of mode collapse.
+"""How similar a model's completions are: the measure of mode collapse.
 
-Answers of a healthy model to different prompts share few words (mean Jaccard
-overlap 0.03-0.08); a collapsed or reward-hacked one says the same to all.
+A healthy model's completions of different prompts share few words (mean Jaccard
+overlap 0.03-0.08); a collapsed or reward-hacked one answers all of them alike.
 """
 
 import collections
@@ -9,8 +9,7 @@ import functools
 import itertools
 import pathlib
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 
 class _NoSynonyms:
@@ -22,7 +21,7 @@ class _NoSynonyms:
 
 
 class _CachedStemmer:
-  """Porter stems, remembered: all pairs of a set meet the same words."""
+  """Porter stems with a cache: all pairs of a set share the same words."""
 
   def __init__(self):
     from nltk.stem.porter import PorterStemmer
@@ -31,13 +30,13 @@ class _CachedStemmer:
 
 
 @functools.cache
-def _meteor_parts() -> tuple[Any, Any, Any]:
+def _meteor_parts() -> tuple[Callable[..., float], _CachedStemmer, object]:
   """METEOR of nltk, stemmer, WordNet or its stand-in; never downloads."""
   import nltk
   from nltk.corpus import wordnet
   from nltk.translate.meteor_score import meteor_score
 
-  # Asking nltk itself would raise a page of advice where there is none.
+  # nltk's own look-up raises an error of a page where the data is missing.
   installed = any(
     (pathlib.Path(folder) / "corpora" / name).exists()
     for folder in nltk.data.path
@@ -47,7 +46,7 @@ def _meteor_parts() -> tuple[Any, Any, Any]:
 
 
 def has_wordnet() -> bool:
-  """Whether METEOR counts synonyms here; without, scores are a bit lower."""
+  """Whether METEOR can match synonyms; without them scores are a bit lower."""
   return not isinstance(_meteor_parts()[2], _NoSynonyms)
 
 
@@ -72,7 +71,7 @@ def mean_meteor(
   """Mean METEOR over the ordered pairs of a set; higher = more collapsed.
 
   Args:
-    completions: answers without their prompts.
+    completions: without their prompts.
     max_pairs: score only this many ordered pairs, drawn without repeats.
     seed: of that draw.
 
@@ -85,9 +84,9 @@ def mean_meteor(
     return None
   if max_pairs is not None and len(pairs) > max_pairs:
     pairs = random.Random(seed).sample(pairs, max_pairs)
+  # Number n is the pair (n // (count - 1), n % (count - 1)) without i = j.
   total = 0.0
   for first, second in (divmod(number, count - 1) for number in pairs):
-    # An answer is not compared with itself.
     second += second >= first
     total += meteor(completions[first], completions[second])
   return total / len(pairs)
@@ -105,18 +104,19 @@ def mean_overlap(
   max_pairs: int = 600,
   seed: int = 0,
 ) -> float | None:
-  """Mean word overlap of answers to two *different* prompts.
+  """Mean word overlap of completions of two *different* prompts.
 
   Args:
     prompts: the prompt of each completion.
-    completions: answers, as many as prompts.
-    max_pairs: random pairs to look at; all pairs where there are fewer.
+    completions: as many as prompts.
+    max_pairs: random pairs to compare; all pairs where there are fewer.
     seed: of the draw.
 
   Returns:
     The mean in [0, 1], or None where no two prompts differ.
   """
   count = len(completions)
+  # Few pairs are all compared; of many, random ones.
   if count * (count - 1) // 2 <= max_pairs:
     pairs = itertools.combinations(range(count), 2)
   else:
@@ -132,18 +132,21 @@ def mean_overlap(
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
+  # Words as in `jaccard`: split at blanks, punctuation included.
   words = text.lower().split()
   return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 
 
 def distinct_n(completions: Sequence[str], n: int = 2) -> float | None:
-  """Different n-grams / all n-grams over a set (Li 2016); None without any."""
+  """Distinct n-grams / all n-grams over a set (Li 2016); None without any."""
+  # Pooled over the set, so equal completions lower the value too.
   grams = [gram for text in completions for gram in _ngrams(text, n)]
   return len(set(grams)) / len(grams) if grams else None
 
 
 def repetition(text: str, n: int = 2) -> float:
-  """Share of a text's n-grams that it has said before, in [0, 1)."""
+  """Share of a text's n-grams that repeat an earlier one, in [0, 1)."""
+  # Every occurrence after the first repeats an earlier n-gram.
   counts = collections.Counter(_ngrams(text, n))
   total = counts.total()
   return (total - len(counts)) / total if total else 0.0

@@ -1,7 +1,7 @@
 r"""The wire strings of SuperHF and HH-RLHF dialogues.
 
 A dialogue is one string: every turn opens with a blank line and its role,
-`\n\nHuman: question\n\nAssistant: answer`. A prompt ends right behind the
+`\n\nHuman: question\n\nAssistant: answer`. A prompt ends right after the
 last `\n\nAssistant:`, with no trailing space; one space joins it to a
 completion. Models were trained on exactly these bytes.
 """
@@ -23,6 +23,7 @@ SYSTEM_LATER = (
   "responds."
 )
 
+# Role lists use other names for the two speakers.
 _TURN = re.compile(r"\n\n(Human|Assistant):")
 _DELIMITER = {"user": HUMAN, "assistant": ASSISTANT}
 _ROLE = {"Human": "user", "Assistant": "assistant"}
@@ -36,26 +37,27 @@ def build_prompt(question: str, system: str = "") -> str:
 
 
 def is_prompt(text: str) -> bool:
-  """Whether `text` is a dialogue that waits for the assistant's words."""
+  """Whether `text` is a dialogue in which the assistant speaks next."""
   return HUMAN in text and text.endswith(ASSISTANT)
 
 
 def join(prompt: str, completion: str) -> str:
-  """Prompt and completion as the one text that is scored and trained on.
+  """Joins prompt and completion to the text that is scored and trained on.
 
-  Behind a role delimiter stand one space and the stripped completion. Any
-  other prompt (plain text, a chat template's) keeps the seam it has, and gets
-  a space only where two words would run together.
+  After a role delimiter come one space and the stripped completion. Any other
+  prompt (plain text, or a chat template's) is joined as it is, with a space
+  only where two words would run together.
 
   Args:
-    prompt: text in front, its system text included.
-    completion: the answer; surrounding blanks do not count after a delimiter.
+    prompt: with its system text.
+    completion: blanks around it are dropped after a role delimiter.
 
   Returns:
     The joined text; it always begins with `prompt`.
   """
   if prompt.endswith(ASSISTANT):
     return f"{prompt} {completion.strip()}"
+  # No space at the start of a text, and none after a prompt that has one.
   # A chat template's prompt ends in a newline or a special token `<|…|>`.
   if not prompt or not completion or prompt[-1].isspace() or prompt[-1] == ">":
     return prompt + completion
@@ -63,7 +65,7 @@ def join(prompt: str, completion: str) -> str:
 
 
 def split_first(text: str) -> tuple[str, str] | None:
-  r"""Splits behind the first `\n\nAssistant:`; None where there is none.
+  r"""Splits after the first `\n\nAssistant:`; None where there is none.
 
   The completion keeps its leading space, so the two parts add up to `text`.
   """
@@ -71,9 +73,9 @@ def split_first(text: str) -> tuple[str, str] | None:
 
 
 def split_last(text: str) -> tuple[str, str] | None:
-  r"""Splits behind the last `\n\nAssistant:`; None where there is none.
+  r"""Splits after the last `\n\nAssistant:`; None where there is none.
 
-  For preference dialogues: only the last answer differs between the two.
+  For preference dialogues: the two differ only in the last completion.
   """
   return _split_at(text, text.rfind(ASSISTANT))
 
@@ -86,19 +88,20 @@ def _split_at(text: str, at: int) -> tuple[str, str] | None:
 def split_pair(chosen: str, rejected: str) -> tuple[str, str, str] | None:
   r"""Splits two dialogues at the last `\n\nAssistant:` that both share.
 
-  That is the last one of each, unless an answer plays further turns itself
-  (some 0.2% of HH-RLHF): then those turns belong to the answer.
+  That is the last one of each, unless a completion plays further turns itself
+  (some 0.2% of HH-RLHF): then those turns belong to the completion.
 
   Returns:
-    `(prompt, chosen answer, rejected answer)`, or None where no delimiter has
-    the same text in front of it in both.
+    `(prompt, chosen, rejected)`, or None where no delimiter follows the same
+    text in both.
   """
+  # From the last delimiter backwards, until the text before it is shared.
   end = len(chosen)
   while (at := chosen.rfind(ASSISTANT, 0, end)) >= 0:
     cut = at + len(ASSISTANT)
     if rejected.startswith(chosen[:cut]):
       return chosen[:cut], chosen[cut:], rejected[cut:]
-    end = cut - 1
+    end = cut - 1  # the next search must not find this delimiter again
   return None
 
 
@@ -111,19 +114,20 @@ def first_question(text: str) -> str | None:
 def bare_question(prompt: str) -> str:
   """What the human says, without delimiters and system text.
 
-  Reward models that take a (question, answer) pair are shown this. A longer
-  dialogue keeps the delimiters between its turns.
+  Reward models that take a (question, answer) pair read this. A longer dialogue
+  keeps the delimiters between its turns.
   """
+  # System text comes before the first delimiter.
   at = prompt.find(HUMAN)
   body = prompt[at + len(HUMAN) :] if at >= 0 else prompt
   return body.removesuffix(ASSISTANT).strip()
 
 
 def from_messages(messages: list[Message], reply: bool = False) -> str:
-  r"""Role lists to a dialogue: `\n\nHuman: …\n\nAssistant: …`.
+  r"""Writes a role list as a dialogue: `\n\nHuman: …\n\nAssistant: …`.
 
   Args:
-    messages: turns in order; `system` text goes in front as it is.
+    messages: turns in order; `system` text comes first, unchanged.
     reply: append `\n\nAssistant:` so that the model answers next.
 
   Raises:
@@ -139,15 +143,17 @@ def from_messages(messages: list[Message], reply: bool = False) -> str:
 
 
 def to_messages(text: str) -> list[Message]:
-  r"""A dialogue to its role list; the inverse of `from_messages`.
+  r"""Reads a dialogue into a role list; the inverse of `from_messages`.
 
-  Text in front of the first delimiter becomes a `system` turn; a closing
-  `\n\nAssistant:` that waits for an answer is no turn.
+  Text before the first delimiter becomes a `system` turn. A final
+  `\n\nAssistant:` without text is not a turn.
   """
+  # The pattern has a group, so `rest` alternates roles and contents.
   head, *rest = _TURN.split(text)
   turns = [{"role": "system", "content": head}] if head else []
   for role, content in zip(rest[::2], rest[1::2], strict=True):
     turns.append({"role": _ROLE[role], "content": content.strip()})
+  # A prompt ends in an open turn.
   if turns and turns[-1] == {"role": "assistant", "content": ""}:
     turns.pop()
   return turns

@@ -1,17 +1,18 @@
-"""Cutting the turns that a model plays on by itself.
+"""Cuts off further turns of the dialogue that a model writes itself.
 
-The seeds' patterns are kept as named options because their reported scores
-depend on them. They cut much more than turns: `[^:]+` crosses newlines, so
-under `simple` and `medium` a blank line that is followed *anywhere* later by a
-colon ends the answer, `medium` also cuts at every word that holds "Human" or
-"Assistant", and `complex` leaves one line without double quotes or hyphens.
-The default cuts at the real role delimiters and nowhere else.
+The patterns of the SuperHF and CS224N code are kept as named options because
+the scores they report depend on them. They cut much more than turns: `[^:]+`
+crosses newlines, so under `simple` and `medium` a blank line ends the
+completion if a colon follows *anywhere* later, `medium` also cuts at every word
+that contains "Human" or "Assistant", and `complex` keeps one line without
+double quotes or hyphens. The default cuts at the real role delimiters only.
 """
 
 import re
 
 from jaxalign.errors import UserError
 
+# In the order of how much they cut off.
 TRUNCATIONS: dict[str, re.Pattern | None] = {
   "none": None,
   "delimiters": re.compile(r"\n\n(?:Human|Assistant):"),
@@ -25,12 +26,12 @@ def truncate(completion: str, how: str = "delimiters") -> str:
   """The completion up to the first extra turn, stripped.
 
   Args:
-    completion: decoded text behind the prompt.
-    how: `none`, `delimiters`, or one of the seeds' patterns: `simple`,
+    completion: the decoded text after the prompt.
+    how: `none`, `delimiters`, or one of the released patterns: `simple`,
       `medium` (runs after April 2023), `complex` (the CS224N paper's).
 
   Returns:
-    The part in front of the cut without surrounding blanks; may be empty.
+    The part before the cut without surrounding blanks; may be empty.
 
   Raises:
     UserError: an unknown `how`.

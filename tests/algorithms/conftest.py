@@ -1,4 +1,4 @@
-"""A two-layer model, a fake context, and answers that were written by hand."""
+"""A two-layer model, a run that keeps lists, completions written by hand."""
 
 import contextlib
 import functools
@@ -8,13 +8,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
+from jaxalign.algorithms.superhf.data import KeptBatch
 from jaxalign.core import optim
-from jaxalign.core.types import Answers, KeptBatch, Samples, TextBatch
+from jaxalign.core.types import Completions, Samples, TextBatch
+from jaxalign.data.tokenizer import wrap_tokenizer
 from jaxalign.models import lora
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
-from jaxalign.runtime.context import Context
+from jaxalign.parallel import mesh as meshes
+from jaxalign.sampling.generator import Generator
+from jaxalign.scoring.reward_model import RewardModel
+from jaxalign.training import recorder
+from jaxalign.training.rollout import RolloutSource
+from jaxalign.training.run import Run
 
 CONFIG = NeoXConfig(
   vocab_size=13,
@@ -39,57 +48,118 @@ def build(head="lm", adapters=None, seed=0):
   return model, jax.tree.unflatten(tree, noisy)
 
 
-def optimizer_of(config):
+class Log(recorder.Recorder):
+  """Keeps reports and states in lists."""
+
+  def __init__(self, config):
+    self.steps_of = range(config.steps)
+    self.counters = {}
+    self.stop = types.SimpleNamespace(requested=False)
+    self.metrics, self.rows_of, self.states = [], [], []
+
+  def steps(self):
+    return iter(self.steps_of)
+
+  def stage(self, name):
+    return contextlib.nullcontext()
+
+  def report(self, step, values, rows=()):
+    self.metrics.append(jax.device_get(values))
+    self.rows_of.append(list(rows))
+
+  def save(self, step, state):
+    self.states.append(state)
+
+
+def run_of(config, model, params, reference=None, extra_state=None):
+  """A run whose reports and states are kept in `run.recorder`, a `Log`."""
+  trained, frozen = lora.split(params) if model.lora else (params, {})
   o = config.optimizer
-  return optim.make_optimizer(
+  optimizer = optim.make_optimizer(
     o.name,
     beta1=o.beta1,
     beta2=o.beta2,
     eps=o.eps,
     weight_decay=o.weight_decay,
     clip_norm=o.clip_norm,
+    ratios=config.learning_rate_ratios,
   )
-
-
-def rate_of(config):
-  o = config.optimizer
-  return functools.partial(
-    optim.learning_rate,
+  schedule = optim.make_schedule(
+    o.schedule,
     peak=o.learning_rate,
-    schedule=o.schedule,
     warmup_steps=o.warmup_steps,
     steps=config.steps,
   )
-
-
-def context(config, model, params, prior=None, carried=None):
-  """A context whose reports and states are kept in lists, and those lists."""
-  trained, frozen = lora.split(params) if model.lora else (params, {})
-  log = types.SimpleNamespace(metrics=[], rows=[], states=[])
-
-  def report(step, metrics, rows):
-    assert step == len(log.metrics)
-    log.metrics.append(jax.device_get(metrics))
-    log.rows.append(list(rows))
-
-  ctx = Context(
-    config=config,
-    model=model,
-    state=optim.init_state(
-      trained, optimizer_of(config), config.optimizer.ema, carried
-    ),
-    frozen=frozen,
-    prior=prior,
-    key=jax.random.key(config.seed),
-    steps=lambda: iter(range(config.steps)),
-    compile=jax.jit,  # nothing donated: tests look at old states
-    put=lambda tree, axis=0: jax.tree.map(jnp.asarray, tree),
-    stage=lambda name: contextlib.nullcontext(),
-    report=report,
-    save=lambda step, state: log.states.append(state),
-    counters={},
+  return Run(
+    config,
+    model,
+    optim.init_state(trained, optimizer, o.ema, extra_state),
+    frozen,
+    reference,
+    meshes.make_mesh(),
+    Log(config),
+    optimizer,
+    schedule,
+    # Without shardings nothing is donated: tests look at old states.
   )
-  return ctx, log
+
+
+@functools.cache
+def letters():
+  """A tokenizer of one id a letter: a = 1, b = 2, ...; 0 ends a text.
+
+  Blanks are dropped, so a prompt and its completion simply meet.
+  """
+  table = {"<eos>": 0} | {chr(ord("a") + i): i + 1 for i in range(12)}
+  inner = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(table, unk_token="<eos>")
+  )
+  inner.normalizer = tokenizers.normalizers.Replace(" ", "")
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+    tokenizers.Regex("."), "isolated"
+  )
+  inner.decoder = tokenizers.decoders.Fuse()
+  return wrap_tokenizer(
+    transformers.PreTrainedTokenizerFast(
+      tokenizer_object=inner, eos_token="<eos>", unk_token="<eos>"
+    )
+  )
+
+
+class Scripted(Generator):
+  """Completions from a function (params, prompts, samples, key)."""
+
+  def __init__(self, sample):
+    object.__setattr__(self, "sample", sample)
+    object.__setattr__(self, "tokenizer", letters())
+
+  def __call__(self, params, prompts, samples, key):
+    return self.sample(params, list(prompts), samples, key)
+
+
+class Scores(RewardModel):
+  """Rewards from a function (prompts, completions)."""
+
+  def __init__(self, score):
+    object.__setattr__(self, "score", score)
+
+  def __call__(self, prompts, completions):
+    return np.asarray(self.score(prompts, completions), np.float32)
+
+
+def source(prompts, sample, score, heldout=None):
+  """Where rollouts come from; every step takes the prompts in their order."""
+
+  class InOrder(RolloutSource):
+    def prompts_of_step(self, config, step):
+      return list(self.prompts)
+
+  return InOrder(
+    tuple(prompts),
+    Scripted(sample),
+    Scores(score),
+    Scores(heldout) if heldout else None,
+  )
 
 
 def ids(text):
@@ -109,19 +179,22 @@ def text_batch(pairs, width, micro=None):
     segments[b, : len(row)] = 1
     positions[b, : len(row)] = np.arange(len(row))
     mask[b, len(prompt) : len(row)] = True
-  cut = lambda x: jnp.asarray(x.reshape(-1, micro or rows, width))
+
+  def cut(x):
+    return jnp.asarray(x.reshape(-1, micro or rows, width))
+
   return TextBatch(cut(tokens), cut(positions), cut(segments), cut(mask))
 
 
 def kept_batch(pairs, width=12, micro=None):
   """The same as the update of a superbatch; no sampler's log-probs."""
   text = text_batch(pairs, width, micro)
-  shape = text.tokens.shape
+  shape = text.targets.shape
   return KeptBatch(text, jnp.zeros(shape), jnp.zeros(shape, bool))
 
 
-def answers(prompts, texts):
-  """Answers as a sampler gives them, one token a letter."""
+def completions(prompts, texts):
+  """Completions as a generator gives them, one token a letter."""
   width = max(1, *(len(t) for t in texts))
   lengths = np.array([len(t) for t in texts], np.int32)
   tokens = np.zeros((len(texts), width), np.int32)
@@ -130,18 +203,25 @@ def answers(prompts, texts):
   zeros = np.zeros((len(texts), width), np.float32)
   finish = np.ones(len(texts), np.int32)
   samples = Samples(tokens, lengths, finish, zeros, zeros)
-  return Answers(prompts, texts, samples, [True] * len(texts))
+  return Completions(
+    list(prompts),
+    [ids(p) for p in prompts],
+    list(texts),
+    samples,
+    [True] * len(texts),
+    lengths.tolist(),
+  )
 
 
 @pytest.fixture
 def toy():
   return types.SimpleNamespace(
-    answers=answers,
     build=build,
-    context=context,
+    completions=completions,
     ids=ids,
     kept_batch=kept_batch,
-    optimizer=optimizer_of,
-    rate=rate_of,
+    letters=letters(),
+    run=run_of,
+    source=source,
     text_batch=text_batch,
   )

@@ -1,17 +1,23 @@
 """A reference that was run before training gives the updates of a live one."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.algorithms import dpo, kto
-from jaxalign.config import DPOConfig, KTOConfig
+from jaxalign.algorithms.dpo import train as dpo
+from jaxalign.algorithms.dpo.config import DPOConfig
+from jaxalign.algorithms.kto import evaluate as kto_evaluate
+from jaxalign.algorithms.kto import train as kto
+from jaxalign.algorithms.kto.config import KTOConfig
+from jaxalign.algorithms.kto.data import LabelledBatch
 from jaxalign.config.sections import OptimizerConfig
-from jaxalign.runtime import stored
-from jaxalign.runtime.context import Task
+from jaxalign.core.types import PairBatch
+from jaxalign.parallel import mesh as meshes
+from jaxalign.training import reference_cache
 
 # Adam whose eps is as good as alone: a step is the gradient itself.
 STEADY = OptimizerConfig(
@@ -32,13 +38,16 @@ def pairs(toy, micro):
     toy.text_batch(CHOSEN[i : i + micro] + REJECTED[i : i + micro], 8)
     for i in range(0, 4, micro)
   ]
-  return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+  text = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+  return PairBatch(
+    text.tokens, text.position_ids, text.segment_ids, text.loss_mask
+  )
 
 
 def labelled(toy, micro):
   others = [answer for _, answer in [*REJECTED[1:], REJECTED[0]]]
   crossed = [(p, a) for (p, _), a in zip(CHOSEN, others, strict=True)]
-  return kto.LabelledBatch(
+  return LabelledBatch(
     text=toy.text_batch(CHOSEN, 8, micro),
     desirable=np.array([1, 0, 1, 0], bool).reshape(-1, micro),
     group=np.array([0, 0, 1, 1]).reshape(-1, micro),
@@ -46,55 +55,69 @@ def labelled(toy, micro):
   )
 
 
+def on_host(tree):
+  return jax.tree.map(np.asarray, tree)
+
+
 @pytest.mark.parametrize("micro", [4, 1], ids=["whole", "micro-batches"])
 @pytest.mark.parametrize(
-  ("algorithm", "cfg", "make"),
+  ("train", "evaluator", "cfg", "make"),
   [
-    (dpo, DPOConfig(steps=2, optimizer=STEADY, beta=0.5), pairs),
-    (kto, KTOConfig(steps=2, optimizer=STEADY, beta=0.5), labelled),
+    (
+      dpo.train,
+      dpo.PairMetrics,
+      DPOConfig(steps=2, optimizer=STEADY, beta=0.5),
+      pairs,
+    ),
+    (
+      kto.train,
+      kto_evaluate.LabelledMetrics,
+      KTOConfig(steps=2, optimizer=STEADY, beta=0.5),
+      labelled,
+    ),
   ],
   ids=["dpo", "kto"],
 )
 def test_updates_and_validation_are_those_of_a_live_reference(
-  algorithm, cfg, make, micro, toy
+  train, evaluator, cfg, make, micro, toy
 ):
-  model, prior = toy.build()
+  model, reference = toy.build()
   _, other = toy.build(seed=1)
-  params = jax.tree.map(lambda a, b: a + 0.3 * b, prior, other)
-  batch, held = make(toy, micro), make(toy, 4)
-  put = lambda tree, axis: jax.tree.map(jnp.asarray, tree)
-  # Measured in other batches than those of the steps.
+  params = jax.tree.map(lambda a, b: a + 0.3 * b, reference, other)
+  batch, held = on_host(make(toy, micro)), on_host(make(toy, 4))
+  # Computed in other batches than those of the steps.
   texts = [
-    jax.tree.map(lambda x, m=m: np.asarray(x[m : m + 1]), text)
-    for text in stored.texts_of(batch)
+    jax.tree.map(lambda x, m=m: x[m : m + 1], text)
+    for text in reference_cache.texts_of(batch)
     for m in range(4 // micro)
   ]
-  found = stored.measure(model, prior, texts, put)
+  cache = reference_cache.precompute(
+    model, reference, texts, meshes.make_mesh(), {}
+  )
 
-  def trained(task, prior):
-    ctx, log = toy.context(cfg, model, params, prior)
-    algorithm.run(ctx, task, toy.optimizer(cfg), toy.rate(cfg))
-    return log
+  def trained(batch, held, reference):
+    run = toy.run(cfg, model, params, reference)
+    run.evaluators.append(evaluator(run, [held]))
+    train(run, types.SimpleNamespace(batch=lambda step: batch))
+    return run.recorder
 
-  live = trained(Task(lambda step: batch, (held,)), (model, prior))
-  attach = lambda tree: stored.attach(found, tree)
-  task = Task(lambda step: attach(batch), (attach(held),))
-  from_store = trained(task, None)
-  close(from_store.metrics, live.metrics)
+  live = trained(batch, held, (model, reference))
+  cached = trained(cache.attach(batch), cache.attach(held), None)
+  close(cached.metrics, live.metrics)
   # Two steps of gradients that are no rounding.
-  close(from_store.states[-1].params, live.states[-1].params)
+  close(cached.states[-1].params, live.states[-1].params)
   moved = jax.tree.map(lambda a, b: a - b, params, live.states[-1].params)
   assert max(float(jnp.abs(x).max()) for x in jax.tree.leaves(moved)) > 1e-2
-  assert "eval_rewards/margins" in from_store.metrics[-1]
+  assert "eval_rewards/margins" in cached.metrics[-1]
 
 
 def test_what_is_stored_counts_and_nothing_else(toy):
-  """Numbers that are wrong show in the rewards; the prior is not looked at."""
+  """Numbers that are wrong show in the rewards; nothing else is looked at."""
   cfg = KTOConfig(steps=1, optimizer=STEADY, beta=0.5)
   model, params = toy.build()
-  ctx, _ = toy.context(cfg, model, params)
+  run = toy.run(cfg, model, params)
   batch = labelled(toy, 4)
-  update = jax.jit(kto.make_update(ctx, toy.optimizer(cfg), toy.rate(cfg)))
+  update = run.jit(kto.make_update(run))
 
   def rewards(shift):
     logps = jnp.full((1, 4), float(shift))
@@ -102,9 +125,7 @@ def test_what_is_stored_counts_and_nothing_else(toy):
       name: dataclasses.replace(getattr(batch, name), reference_logps=logps)
       for name in ("text", "mismatched")
     }
-    found = update(
-      ctx.state, {}, {}, dataclasses.replace(batch, **texts), ctx.key
-    )[1]
+    found = update(run.state, dataclasses.replace(batch, **texts), run.key)[1]
     return float(found["rewards/chosen"])
 
   assert rewards(-30) - rewards(-50) == pytest.approx(-0.5 * 20, rel=1e-5)

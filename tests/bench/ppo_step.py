@@ -56,7 +56,7 @@ def ours(folder):
     validation_interval=0,
     max_prompt_chars=10**4,
     rollout__prompts=PROMPTS,
-    minibatch=MINIBATCH,
+    batch_size=MINIBATCH,
     epochs=EPOCHS,
     sampling__max_new_tokens=NEW,
     sampling__truncation="none",
@@ -83,9 +83,14 @@ def theirs(folder):
   )
   tokenizer.eos_token = tokenizer.pad_token  # counted, and never looked for
   lines = (folder / "prompts.jsonl").read_text().splitlines()
-  encode = lambda line: tokenizer(json.loads(line)["prompt"])["input_ids"]
-  rows = datasets.Dataset.from_dict({"input_ids": [*map(encode, lines)]})
-  load = lambda kind, name: kind.from_pretrained(str(folder / name))
+  prompts = [json.loads(line)["prompt"] for line in lines]
+  rows = datasets.Dataset.from_dict(
+    {"input_ids": [tokenizer(prompt)["input_ids"] for prompt in prompts]}
+  )
+
+  def load(kind, name):
+    return kind.from_pretrained(str(folder / name))
+
   causal = transformers.AutoModelForCausalLM
   scorer = transformers.AutoModelForSequenceClassification
   reward = load(scorer, "reward")
@@ -152,7 +157,10 @@ def theirs(folder):
 def parts(steps):
   """Median CPU seconds of a step's parts, the first step left out."""
   steps = steps[2:]
-  median = lambda x: round(statistics.median(x), 2)
+
+  def median(x):
+    return round(statistics.median(x), 2)
+
   found = {
     name: median([s["parts"][name] for s in steps])
     for name in ("sample", "score")

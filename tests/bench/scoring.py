@@ -39,8 +39,8 @@ def ours(rows):
   config = DebertaConfig(VOCABULARY, WIDTH, LAYERS, HEADS, INNER)
   model = Model.build(config)
   params = model.init(jax.random.key(0))
-  scorer = Scorer(model, params, encode=lambda prompts, completions: rows)
-  return lambda: scorer([""] * len(rows), [""] * len(rows)), scorer
+  scorer = Scorer(model, params, tokenizer=None)  # the rows are ids already
+  return lambda: scorer.score_ids(rows), scorer
 
 
 def theirs():

@@ -11,7 +11,6 @@ machine hits both alike, and each side's median counts. Prints one JSON line.
 """
 
 import argparse
-import functools
 import json
 import os
 import statistics
@@ -19,15 +18,17 @@ import tempfile
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
 
-from jaxalign.algorithms import sft
+from jaxalign.algorithms.sft.config import SFTConfig
+from jaxalign.algorithms.sft.train import make_update
 from jaxalign.core import optim
 from jaxalign.core.types import TextBatch
 from jaxalign.models.hf import folder
+from jaxalign.parallel import mesh as meshes
+from jaxalign.training.run import Run
 
 SIZE = {"vocab_size": 50304, "hidden_size": 512, "intermediate_size": 2048}
 LAYERS, HEADS, ROWS, LENGTH = 6, 8, 8, 128
@@ -45,31 +46,39 @@ def rows(seed):
 def ours(path):
   """A function that takes one step and returns its loss."""
   model, params = folder.load(path)
-  decay = DECAY
   optimizer = optim.make_optimizer(
     "adamw",
     beta1=BETAS[0],
     beta2=BETAS[1],
     eps=EPS,
-    weight_decay=decay,
+    weight_decay=DECAY,
     clip_norm=0.0,
   )
-  rate = functools.partial(
-    optim.learning_rate,
-    peak=RATE,
-    schedule="constant",
-    warmup_steps=0,
-    steps=1000,
+  schedule = optim.make_schedule(
+    "constant", peak=RATE, warmup_steps=0, steps=1000
   )
-  update = jax.jit(sft.make_update(model, optimizer, rate), donate_argnums=0)
-  held = {"state": optim.init_state(params, optimizer)}
-  key = jax.random.key(0)
+  mesh = meshes.make_mesh()
+  state = optim.init_state(params, optimizer)
+  run = Run(
+    SFTConfig(),
+    model,
+    state,
+    frozen={},
+    reference=None,
+    mesh=mesh,
+    recorder=None,
+    optimizer=optimizer,
+    schedule=schedule,
+    shardings=meshes.shardings(state, mesh),
+  )
+  update = run.jit(make_update(run))
+  held = {"state": state}
 
   def step(tokens, mask):
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), mask.shape)
     batch = TextBatch(tokens, positions, np.ones_like(tokens), mask)
-    batch = jax.tree.map(lambda x: jnp.asarray(x)[None], batch)
-    held["state"], metrics = update(held["state"], {}, batch, key)
+    batch = jax.tree.map(lambda x: x[None], batch)
+    held["state"], metrics = update(held["state"], batch, run.key)
     jax.block_until_ready(held["state"])
     return float(metrics["loss/nll"])
 

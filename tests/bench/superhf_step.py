@@ -28,10 +28,10 @@ import time
 import jax
 
 from jaxalign import main as command
-from jaxalign.build import session
-from jaxalign.runtime import context
 from jaxalign.sampling import sampler
 from jaxalign.scoring import scorer
+from jaxalign.training.recorder import Recorder
+from jaxalign.training.run import Run
 
 CONFIG = "configs/superhf.py:lab"
 WARM_UP = 4  # steps; each length bucket compiles when it first comes
@@ -76,7 +76,10 @@ def timed(spans, name, fn):
 def run(folder, steps):
   """Runs the lab preset here; the programs' spans and the steps' ends."""
   spans, ends = [], []
-  compiled, report = session._compile, context.Recorder.report
+  jit, report = Run.jit, Recorder.report
+
+  def timed_jit(self, update):
+    return timed(spans, "update", jit(self, update))
 
   def noted(*args, **kwargs):
     report(*args, **kwargs)
@@ -87,10 +90,7 @@ def run(folder, steps):
     (scorer._Program, "__call__", "score"),
   ):
     setattr(owner, name, timed(spans, label, getattr(owner, name)))
-  session._compile = lambda *args, **kwargs: timed(
-    spans, "update", compiled(*args, **kwargs)
-  )
-  context.Recorder.report = noted
+  Run.jit, Recorder.report = timed_jit, noted
   os.chdir(ROOT)
   words = ["--config", CONFIG, f"--config.steps={steps}"]
   with contextlib.redirect_stdout(io.StringIO()):

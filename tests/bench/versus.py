@@ -8,7 +8,6 @@ memory would count as the child's.
 """
 
 import contextlib
-import dataclasses
 import importlib
 import json
 import os
@@ -116,7 +115,7 @@ def ours(method, noted, config, workdir, **fields):
   """Takes turns until none is left, by this package's command as it stands.
 
   Args:
-    method: module of `jaxalign.algorithms` whose `run` it comes to.
+    method: name in `jaxalign.algorithms.METHODS`.
     noted: metrics that are told with each step.
     config: as in `--config`.
     workdir: of the run.
@@ -125,11 +124,11 @@ def ours(method, noted, config, workdir, **fields):
   """
   sys.path.insert(0, str(ROOT))
   from jaxalign import main
-  from jaxalign.build import runs
+  from jaxalign.algorithms import METHODS
 
-  assert runs.RUNS  # all is imported before the process is measured
-  algorithm = importlib.import_module(f"jaxalign.algorithms.{method}")
-  _take_turns(algorithm, Turns(), *noted)
+  # All is imported before the process is measured.
+  importlib.import_module(f"{METHODS[method]}.setup")
+  _take_turns(Turns(), *noted)
   fields |= {
     "steps": 10**6,
     "optimizer__schedule": "constant",
@@ -142,32 +141,31 @@ def ours(method, noted, config, workdir, **fields):
   return main.main(["--config", config, *words, "--workdir", str(workdir)])
 
 
-def _take_turns(algorithm, turns, *names):
-  """`algorithm.run`, with a turn for each step; notes the metrics `names`."""
+def _take_turns(turns, *names):
+  """Gives each step of a run a turn; notes the metrics `names`."""
   import jax
 
-  run = algorithm.run
+  from jaxalign.training.recorder import Recorder
 
-  def timed(ctx, *rest):
-    def steps():
-      for step in ctx.steps():
-        turns.take()
-        yield step
+  steps, stage, report = Recorder.steps, Recorder.stage, Recorder.report
 
-    @contextlib.contextmanager
-    def stage(name):
-      with ctx.stage(name), turns.stage(name):
-        yield
+  def steps_in_turn(self):
+    for step in steps(self):
+      turns.take()
+      yield step
 
-    def report(step, metrics, rows):
-      found = jax.block_until_ready(metrics)
-      ctx.report(step, metrics, rows)
-      turns.note(**{name: float(found[name]) for name in names})
+  @contextlib.contextmanager
+  def timed_stage(self, name):
+    with stage(self, name), turns.stage(name):
+      yield
 
-    ours = dataclasses.replace(ctx, steps=steps, stage=stage, report=report)
-    return run(ours, *rest)
+  def noted(self, step, metrics, rows=()):
+    ready = jax.block_until_ready(metrics)
+    report(self, step, metrics, rows)
+    turns.note(**{name: float(ready[name]) for name in names})
 
-  algorithm.run = timed
+  Recorder.steps, Recorder.stage = steps_in_turn, timed_stage
+  Recorder.report = noted
 
 
 def alternate(folder, sides, repeats):
@@ -211,7 +209,10 @@ def alternate(folder, sides, repeats):
 def summary(found):
   """Medians, peak and start of one side's steps, the first left out."""
   start, _, *steps = found
-  median = lambda name: round(statistics.median(s[name] for s in steps), 3)
+
+  def median(name):
+    return round(statistics.median(s[name] for s in steps), 3)
+
   return {
     "seconds": median("seconds"),
     "cpu_seconds": median("cpu_seconds"),
@@ -230,8 +231,13 @@ def machine():
 
 def ratios(ours, theirs):
   """How many times faster and smaller our summary is."""
-  over = lambda name: round(theirs[name] / ours[name], 2)
-  grown = lambda side: side["peak_mb"] - side["start_mb"]
+
+  def over(name):
+    return round(theirs[name] / ours[name], 2)
+
+  def grown(side):
+    return side["peak_mb"] - side["start_mb"]
+
   return {
     "speedup": over("seconds"),
     "speedup_cpu_seconds": over("cpu_seconds"),

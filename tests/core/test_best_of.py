@@ -35,10 +35,13 @@ def test_expected_by_hand():
 )
 def test_expected_is_the_mean_over_all_choices(prompts, samples, random):
   """Few different scores, so that many are equal."""
-  draw = lambda high: np.array(
-    [[random.randint(0, high) for _ in range(samples)] for _ in range(prompts)],
-    np.float64,
-  )
+
+  def draw(high):
+    rows = [
+      [random.randint(0, high) for _ in range(samples)] for _ in range(prompts)
+    ]
+    return np.array(rows, np.float64)
+
   scores, values = draw(3), draw(99)
   for n in range(1, samples + 1):
     found = [

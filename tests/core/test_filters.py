@@ -1,5 +1,3 @@
-import functools
-
 import numpy as np
 import pytest
 from hypothesis import given
@@ -65,15 +63,19 @@ def test_a_percentile_keeps_the_best_and_never_nothing(row, share):
   assert len(kept) <= (scores >= np.quantile(scores, share) - 1e-9).sum()
 
 
-def top(keep):
-  return functools.partial(filters.top_k, keep=keep)
-
-
-def test_per_prompt_indices_are_flat():
+def test_indices_of_groups_are_flat():
   """Row 0 keeps 2 and 0; row 1 (offset 3) keeps 4 alone; row 2 nothing."""
   scores = np.array([[2.0, 1.0, 5.0], [-INF, 0.0, -INF], [-INF, -INF, -INF]])
-  assert filters.per_prompt(top(2), scores).tolist() == [2, 0, 4]
-  assert filters.per_prompt(top(2), np.zeros((0, 3))).tolist() == []
+  assert filters.top_k_per_group(scores, 2).tolist() == [2, 0, 4]
+  assert filters.top_k_per_group(np.zeros((0, 3)), 2).tolist() == []
+
+
+def test_a_percentile_of_each_group():
+  """Of 5, 2 and 1 the upper half is 5 and 2, of 0 alone 0, of none none."""
+  scores = np.array([[2.0, 1.0, 5.0], [-INF, 0.0, -INF], [-INF, -INF, -INF]])
+  found = filters.from_percentile_per_group(scores, 0.5)
+  assert found.tolist() == [2, 0, 4]
+  assert filters.from_percentile_per_group(np.zeros((0, 3)), 0.5).tolist() == []
 
 
 @given(
@@ -84,9 +86,9 @@ def test_per_prompt_indices_are_flat():
   ),
   st.integers(1, 4),
 )
-def test_top_k_stays_within_its_prompt(rows, keep):
+def test_top_k_stays_within_its_group(rows, keep):
   scores = np.array(rows, np.float64)
-  kept = filters.per_prompt(top(keep), scores).reshape(len(rows), keep)
+  kept = filters.top_k_per_group(scores, keep).reshape(len(rows), keep)
   for p, row in enumerate(kept):
     assert (row // 4 == p).all()
     others = np.setdiff1d(np.arange(4), row % 4)

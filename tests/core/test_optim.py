@@ -47,11 +47,11 @@ def test_learning_rate_by_hand():
   half way is 8 · ½ (1 + cos π/2) = 4, at a quarter 4 (1 + √½) = 6.8284.
   """
 
-  def rate(at, schedule, **kwargs):
-    found = optim.learning_rate(
-      at, peak=8.0, schedule=schedule, warmup_steps=4, steps=12, **kwargs
+  def rate(at, shape, **kwargs):
+    schedule = optim.make_schedule(
+      shape, peak=8.0, warmup_steps=4, steps=12, **kwargs
     )
-    return float(found)
+    return float(schedule(at))
 
   assert [rate(i, "linear") for i in range(7)] == [0, 2, 4, 6, 8, 7, 6]
   assert [rate(i, "linear") for i in (11, 12, 40)] == [1, 0, 0]
@@ -83,9 +83,7 @@ def test_learning_rate_is_that_of_transformers(schedule, warmup):
     optimizer.step()
     scheduler.step()
   ours = jax.jit(
-    lambda at: optim.learning_rate(
-      at, peak=3e-4, schedule=schedule, warmup_steps=warmup, steps=30
-    )
+    optim.make_schedule(schedule, peak=3e-4, warmup_steps=warmup, steps=30)
   )
   found = [ours(jnp.int32(i)) for i in range(31)]
   np.testing.assert_allclose(found, theirs, rtol=1e-5, atol=1e-10)
@@ -153,7 +151,9 @@ def test_every_optimizer_goes_downhill(name):
   """‖w − 1‖² from 0 to less than a hundredth within 200 steps."""
   optimizer = optim.make_optimizer(**PLAIN | {"name": name})
   state = start({"w": np.zeros((4, 4), np.float32)}, name=name)
-  loss = lambda params: ((params["w"] - 1) ** 2).mean()
+
+  def loss(params):
+    return ((params["w"] - 1) ** 2).mean()
 
   @jax.jit
   def update(state):
@@ -201,7 +201,10 @@ def test_updates_keep_every_dtype(name):
   """Else a bfloat16 run compiles anew at each step and cannot be resumed."""
   params = {"w": jnp.ones((4, 8), jnp.bfloat16), "b": jnp.ones(8)}
   state = start(params, name=name, ema_decay=0.5)
-  kinds = lambda s: jax.tree.map(lambda x: x.dtype, s)
+
+  def kinds(state):
+    return jax.tree.map(lambda x: x.dtype, state)
+
   before = kinds(state)
   grads = jax.tree.map(jnp.ones_like, params)
   for _ in range(2):

@@ -1,6 +1,10 @@
+import dataclasses
+
+import numpy as np
 import pytest
 
-from jaxalign.data.encode import encode_rows
+from jaxalign.core.types import Completions, Samples
+from jaxalign.data.encode import encode_completions, encode_rows
 from jaxalign.errors import UserError
 
 PROMPT = "\n\nHuman: a\n\nAssistant:"
@@ -89,21 +93,70 @@ def test_dialogues_are_tokenised_whole(real):
     )
 
 
-@pytest.mark.parametrize(
-  ("option", "message"),
-  [
-    ({"loss": "none"}, "loss must be one of completion, all, got 'none'"),
-    ({"overlong": "cut"}, "overlong must be one of error, skip, got 'cut'"),
-  ],
-)
-def test_unknown_options(tiny, option, message):
-  with pytest.raises(UserError, match=message):
-    one(tiny, "a", "b", **option)
-
-
 def test_eos_needs_an_eos_token(tiny):
-  import dataclasses
-
   without = dataclasses.replace(tiny, eos_id=None)
   with pytest.raises(UserError, match="train_eos needs an eos token, tiny has"):
     one(without, "a", "b", train_eos=True)
+
+
+def written(tokenizer, prompts, texts, ended, prompt_ids=None):
+  """Completions as a generator gives them; the samples are not looked at."""
+  count = len(texts)
+  logps = np.zeros((count, 1), np.float32)
+  numbers = np.zeros(count, np.int32)
+  return Completions(
+    prompts=prompts,
+    prompt_ids=prompt_ids or tokenizer.encode_prompts(prompts),
+    texts=texts,
+    samples=Samples(
+      np.zeros((count, 1), np.int32), numbers, numbers, logps, logps
+    ),
+    ended=ended,
+    num_tokens=[len(text) for text in texts],
+  )
+
+
+def test_completions_reuse_the_ids_of_their_prompts(tiny):
+  """Those that the policy read, even where the text would give others."""
+  starts = [[9, 8], tiny.encode("cd")]
+  found = written(tiny, ["ab", "cd"], ["x", "y", "z", "w"], [True] * 4, starts)
+  rows = encode_completions(tiny, found, np.array([3, 0]), 64, False)
+  assert list(rows[0].ids) == tiny.encode("cd w")
+  assert list(rows[1].ids) == [9, 8, *tiny.encode(" x")]
+  for row in rows:
+    assert row.prompt_length == 2
+    assert row.loss_mask == (False, False, True, True)
+    assert row.complete
+
+
+def test_completions_encode_each_prompt_once_at_most(tiny, monkeypatch):
+  """Not at all: the generator has done it."""
+  found = written(tiny, ["ab", "cd"], ["x", "y", "z", "w"], [True] * 4)
+  seen = []
+  encode = type(tiny).encode_prompts
+
+  def watched(self, texts):
+    seen.extend(texts)
+    return encode(self, texts)
+
+  monkeypatch.setattr(type(tiny), "encode_prompts", watched)
+  rows = encode_completions(tiny, found, np.arange(4), 64, False)
+  assert seen == ["ab x", "ab y", "cd z", "cd w"]
+  plain = encode_rows(
+    tiny, ["ab", "ab", "cd", "cd"], found.texts, max_length=64
+  )
+  assert rows == plain.rows
+
+
+def test_completions_that_ended_get_an_eos(tiny):
+  found = written(tiny, ["ab"], ["x", "long", "y"], [True, True, False])
+  rows = encode_completions(tiny, found, np.arange(3), 5, True)
+  assert [row.ids[-1] == tiny.eos_id for row in rows] == [True, False, False]
+  assert [tiny.decode(row.ids) for row in rows] == ["ab x", "ab lo", "ab y"]
+  assert [row.complete for row in rows] == [True, False, True]
+  assert rows[0].loss_mask[-1]
+  plain = encode_completions(tiny, found, np.arange(3), 5, False)
+  assert not any(row.ids[-1] == tiny.eos_id for row in plain)
+  # Without an end of text there is none to train, and no mistake either.
+  without = dataclasses.replace(tiny, eos_id=None)
+  assert encode_completions(without, found, np.arange(3), 5, True) == plain

@@ -252,7 +252,7 @@ def test_bad_labels_name_the_line_the_value_and_what_to_do(
     # Another question, none at all, a question that only one of them has.
     (
       {"chosen": [USER, said("a")], "rejected": [SYSTEM, said("b")]},
-      "no turns in front of the answers that chosen and rejected share",
+      "no turns before the completions that chosen and rejected share",
     ),
     ({"chosen": [said("a")], "rejected": [said("b")]}, "share, so no prompt"),
     (

@@ -1,9 +1,11 @@
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from jaxalign.core.types import TextBatch
 from jaxalign.data.encode import Encoded
-from jaxalign.data.packing import pack, pad, plan_packing
+from jaxalign.data.packing import pack, plan_packing, row_width
 
 T = 16
 
@@ -11,6 +13,12 @@ T = 16
 def encoded(ids, prompt_length=1):
   mask = tuple(i >= max(1, prompt_length) for i in range(len(ids)))
   return Encoded(tuple(ids), prompt_length, mask, True)
+
+
+def planned(texts):
+  """Rows of texts, as few as best fit finds."""
+  plan = plan_packing([len(text) for text in texts], T)
+  return [[texts[i] for i in members] for members in plan]
 
 
 # (ids, prompt length) of each text.
@@ -30,24 +38,27 @@ def test_hand_worked_plan():
 
 
 def test_hand_worked_arrays():
-  packed = pack([encoded([5, 6, 7], 2), encoded([8, 9], 1)], 6, pad_id=3)
-  assert packed.tokens.tolist() == [[5, 6, 7, 8, 9, 3]]
-  assert packed.positions.tolist() == [[0, 1, 2, 0, 1, 0]]
-  assert packed.segments.tolist() == [[1, 1, 1, 2, 2, 0]]
-  assert packed.loss_mask.tolist() == [[False, False, True, False, True, False]]
+  packed = pack([[encoded([5, 6, 7], 2), encoded([8, 9], 1)]], 6, pad_id=3)
+  assert isinstance(packed, TextBatch)
+  assert packed.tokens.tolist() == [[[5, 6, 7, 8, 9, 3]]]
+  assert packed.position_ids.tolist() == [[[0, 1, 2, 0, 1, 0]]]
+  assert packed.segment_ids.tolist() == [[[1, 1, 1, 2, 2, 0]]]
+  assert packed.loss_mask.tolist() == [
+    [[False, False, True, False, True, False]]
+  ]
 
 
-@given(TEXTS)
+@given(TEXTS.filter(len))
 def test_every_text_comes_back_whole(texts):
   """Cut the rows at their segments: the same texts, masks and counts."""
   rows = [encoded(*text) for text in texts]
-  packed = pack(rows, T, pad_id=7)
+  packed = pack(planned(rows), T, pad_id=7)
   found = []
   for tokens, positions, segments, mask in zip(
-    packed.tokens,
-    packed.positions,
-    packed.segments,
-    packed.loss_mask,
+    packed.tokens[0],
+    packed.position_ids[0],
+    packed.segment_ids[0],
+    packed.loss_mask[0],
     strict=True,
   ):
     count = segments.max(initial=0)
@@ -71,12 +82,39 @@ def test_plans_are_full_and_near_the_optimum(lengths):
   assert all(a + b > T for i, a in enumerate(sums) for b in sums[i + 1 :])
 
 
-@given(TEXTS)
+@given(TEXTS.filter(len))
 def test_padding_is_one_text_a_row(texts):
   rows = [encoded(*text) for text in texts]
-  packed = pad(rows, T)
-  assert packed.tokens.shape == (len(rows), T)
+  packed = pack([[row] for row in rows], T, pad_id=0)
+  assert packed.tokens.shape == (1, len(rows), T)
   for index, row in enumerate(rows):
-    assert packed.segments[index].sum() == len(row)
-    assert packed.tokens[index, : len(row)].tolist() == list(row.ids)
+    assert packed.segment_ids[0, index].sum() == len(row)
+    assert packed.tokens[0, index, : len(row)].tolist() == list(row.ids)
   assert packed.loss_mask.sum() == np.sum([sum(r.loss_mask) for r in rows])
+
+
+def test_rows_in_micro_batches_and_filler():
+  """Rows keep their order; nothing counts in an empty one."""
+  rows = [[encoded([i, i])] for i in (1, 2, 3)]
+  packed = pack([*rows, []], 3, pad_id=9, micro_batches=2)
+  assert packed.tokens.tolist() == [
+    [[1, 1, 9], [2, 2, 9]], [[3, 3, 9], [9, 9, 9]],
+  ]  # fmt: skip
+  assert not packed.segment_ids[1, 1].any()
+  assert not packed.loss_mask[1, 1].any()
+  assert packed.loss_mask.sum() == 3
+
+
+@pytest.mark.parametrize(
+  ("lengths", "limit", "width"),
+  [
+    ([[3], [32]], 64, 32),
+    ([[3], [33]], 64, 64),
+    ([[20, 13], [5]], 512, 64),  # of the texts of a row together
+    ([[33]], 40, 40),
+    ([[]], 64, 32),
+  ],
+)
+def test_the_width_is_a_bucket_up_to_the_limit(lengths, limit, width):
+  rows = [[encoded([1] * n) for n in row] for row in lengths]
+  assert row_width(rows, limit) == width

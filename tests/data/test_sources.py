@@ -115,7 +115,7 @@ def test_deep_nesting_is_a_bad_line(write):
     ("a.csv", "a,b\n1\n", r"a.csv:2 has 1 cells, the header has 2"),
     ("a.parquet", "PAR", "a.parquet cannot be read"),
     ("a.txt", "hello", "unknown kind of file; need .jsonl"),
-    ("a.jsonl.gz", "hello", "cannot be read.*get the file anew"),
+    ("a.jsonl.gz", "hello", "cannot be read.*get the file again"),
   ],
 )
 def test_unusable_files_are_told_in_one_line(write, name, content, message):
@@ -235,7 +235,10 @@ def test_without_a_test_split_comes_validation_then_train(
   assert asked == ["test", "validation"]
   for name in ("train", "validation"):
     (tmp_path / f"{name}.jsonl").write_text(f'{{"prompt": "{name}"}}\n')
-  asked = lambda split: one(str(tmp_path), split=split).rows
+
+  def asked(split):
+    return one(str(tmp_path), split=split).rows
+
   assert asked("test") == ({"prompt": "validation"},)
   assert asked("train") == ({"prompt": "train"},)
 

@@ -151,7 +151,7 @@ def superhf(lab):
       "scoring.length_buckets": 64,
       "scoring.batch_size": 8,
       "scoring.encoding": "concat",
-      "finetune_batch": 2,
+      "batch_size": 2,
       "kl_coefficient": 0.35,
       "optimizer.learning_rate": 0.01,
       "optimizer.warmup_steps": 1,

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from jaxalign.runtime import stored
+from jaxalign.training import reference_cache
 
 RUN = """
 import sys
@@ -57,7 +57,7 @@ def runs(superhf, tmp_path_factory):
     folder,
     steps=2,
     superbatch__prompts=8,
-    finetune_batch=8,
+    batch_size=8,
     optimizer__warmup_steps=0,
     checkpoint__every_steps=0,
   )
@@ -110,6 +110,8 @@ def test_kto_and_its_stored_reference_on_a_mesh(
       if not name.startswith(NOT_COMPARED):
         assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), name
   # The same model, wherever its parameters lie.
-  first, second = (stored.read(x / "reference.npz") for x in (one, many))
+  first, second = (
+    reference_cache.read(x / "reference.npz") for x in (one, many)
+  )
   assert first.model == second.model
   assert second.logps == pytest.approx(first.logps, abs=1e-3)

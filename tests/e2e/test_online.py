@@ -10,12 +10,12 @@ import pytest
 
 import jaxalign
 from jaxalign import main
-from jaxalign.build import judges
+from jaxalign.feedback import judges
 
 NOT_COMPARED = ("time/", "throughput/", "memory/")
 PPO = {
   "rollout.prompts": 4,
-  "minibatch": 2,
+  "batch_size": 2,
   "kl.target": 1.0,
   "shaping.scaling": "running",
 }
@@ -37,7 +37,7 @@ VARIANTS = {
   ),
   "dpo": (
     "dpo.py:online",
-    {"pairs": 4, "micro_batch": 2, "max_length": 64, "steps": 3},
+    {"batch_size": 4, "micro_batch": 2, "max_length": 64, "steps": 3},
   ),
 }
 
@@ -98,7 +98,7 @@ def test_people_judge(online, read, tmp_path, monkeypatch):
 
   thread = threading.Thread(target=person, daemon=True)
   thread.start()
-  fields = {"pairs": 4, "max_length": 64, "judge": "people", "steps": 1}
+  fields = {"batch_size": 4, "max_length": 64, "judge": "people", "steps": 1}
   assert main.main(online("dpo.py:online", folder, **fields)) == 0
   thread.join()
   wanted = [row["answers"][1] for row in read(queue)]
@@ -122,8 +122,8 @@ def test_people_judge(online, read, tmp_path, monkeypatch):
     ),
     (
       "ppo.py",
-      PPO | {"minibatch": 3},
-      "config.minibatch must be 0 or divide the rollout's answers=4, got 3",
+      PPO | {"batch_size": 3},
+      "config.batch_size must divide the 4 completions of a step, got 3",
     ),
     ("ppo.py", PPO | {"value_model": "reward"}, "config.value_model: "),
     (

@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from jaxalign import main
-from jaxalign.runtime import stored
-from jaxalign.runtime.context import Recorder
+from jaxalign.training import reference_cache
+from jaxalign.training.recorder import Recorder
 
 NOT_COMPARED = ("time/", "throughput/", "memory/")
 CONFIGS = pytest.mark.parametrize("config", ["dpo.py", "kto.py"])
@@ -53,7 +53,7 @@ def forbid(monkeypatch):
   def refuse(*args):
     raise AssertionError("the reference was run")
 
-  monkeypatch.setattr(stored, "measure", refuse)
+  monkeypatch.setattr(reference_cache, "precompute", refuse)
 
 
 @pytest.fixture

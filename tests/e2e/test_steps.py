@@ -6,8 +6,8 @@ import jax
 import pytest
 
 from jaxalign import main
-from jaxalign.algorithms import superhf as algorithm
-from jaxalign.runtime.context import Recorder
+from jaxalign.algorithms.superhf import train as algorithm
+from jaxalign.training.recorder import Recorder
 
 
 @pytest.fixture
@@ -19,9 +19,9 @@ def traced(monkeypatch):
   def counting(*args):
     update = make_update(*args)
 
-    def traced_update(state, frozen, prior, batch, key):
+    def traced_update(state, frozen, reference, batch, key):
       shapes.append(batch.text.tokens.shape)
-      return update(state, frozen, prior, batch, key)
+      return update(state, frozen, reference, batch, key)
 
     return traced_update
 

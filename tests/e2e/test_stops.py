@@ -138,7 +138,9 @@ def test_signals(sft, env, tmp_path):
   """The first one saves, the next start goes on from there."""
   run = tmp_path / "run"
   argv = command(*sft(run, steps=10**6))
-  begun = lambda: {p.name for p in (run / "checkpoints").iterdir()}
+
+  def begun():
+    return {p.name for p in (run / "checkpoints").iterdir()}
 
   process = start(argv, env)
   wait_for(run / "metrics.jsonl", process, '"step": 2')
@@ -160,20 +162,22 @@ def test_signals(sft, env, tmp_path):
 
 
 def test_interrupted_before_the_first_step(sft, monkeypatch, capfd):
-  from jaxalign.build import models
+  from jaxalign.algorithms.sft import setup
 
   def interrupted(*args):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(models, "open_policy", interrupted)
+  monkeypatch.setattr(setup, "open_policy", interrupted)
   assert main.main(sft("nowhere")) == 130
   assert not capfd.readouterr().err.strip()
 
 
 def test_without_flags_and_with_help(env):
-  run = lambda *argv: subprocess.run(
-    command(*argv), cwd=ROOT, env=env, capture_output=True, text=True
-  )
+  def run(*argv):
+    return subprocess.run(
+      command(*argv), cwd=ROOT, env=env, capture_output=True, text=True
+    )
+
   done = run()
   assert done.returncode == 2
   assert done.stderr.count("\n") == 1

@@ -15,16 +15,6 @@ class Source:
   text: str
   tree: ast.Module
 
-  @property
-  def lines(self) -> int:
-    """How long the file is."""
-    return len(self.text.splitlines())
-
-  def functions(self) -> list[ast.FunctionDef | ast.AsyncFunctionDef]:
-    """Every function of the file, nested ones too."""
-    kinds = (ast.FunctionDef, ast.AsyncFunctionDef)
-    return [node for node in ast.walk(self.tree) if isinstance(node, kinds)]
-
 
 @pytest.fixture(scope="session")
 def root() -> pathlib.Path:

@@ -23,9 +23,9 @@ def test_metrics_are_documented(root, sources):
   page = (root / "docs" / "metrics.md").read_text()
   rooms = (
     "jaxalign/algorithms/",
-    "jaxalign/build/",
-    "jaxalign/runtime/answers",
-    "jaxalign/runtime/watch",
+    "jaxalign/setup/",
+    "jaxalign/training/rollout",
+    "jaxalign/report/overoptimization",
   )
   used = {n for s in sources if s.name.startswith(rooms) for n in keys(s.tree)}
   assert "score/mean" in used

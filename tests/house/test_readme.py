@@ -7,7 +7,8 @@ import tomllib
 
 import pytest
 
-from jaxalign import config, main
+from jaxalign import cli, main
+from jaxalign.algorithms import read_config
 
 BLOCK = re.compile(r"```bash\n(.*?)```", re.DOTALL)
 
@@ -36,7 +37,8 @@ def test_the_first_screen_is_there(root):
 def test_modules_exist(root):
   for line, words in commands(root):
     if words[:2] == ["python", "-m"]:
-      module = importlib.import_module(words[2])
+      name = words[2] + ".__main__" * (words[2] == "jaxalign")
+      module = importlib.import_module(name)
       assert callable(module.main), line
 
 
@@ -45,9 +47,9 @@ def test_training_commands_are_valid(root, monkeypatch):
   seen = 0
   for line, words in commands(root):
     if words[:3] == ["python", "-m", "jaxalign.main"]:
-      flags = main.parse_flags(words[3:])
-      mapping, _ = main.load_config(flags.config)
-      assert config.from_mapping(mapping, flags.fields), line
+      args = main.make_parser().parse(words[3:])
+      mapping, _ = cli.load_config(args.config)
+      assert read_config(mapping, args.fields), line
       seen += 1
   assert seen >= 3
 

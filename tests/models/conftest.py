@@ -35,8 +35,11 @@ def make():
     config = CONFIGS[name]
     model = Model.build(config, lora).replace(head=head, **changes)
     rng = np.random.default_rng(1)
+
     # Drawn by numpy: compiling an initialiser for each test costs seconds.
-    draw = lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
+    def draw(s):
+      return jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
+
     return model, jax.tree.map(draw, model.shapes)
 
   return build

@@ -11,13 +11,13 @@ from jaxalign.models.cache import KV
 rng = np.random.default_rng(0)
 
 
-def read(model, params, tokens, positions, segments, parents=None):
-  def run(params, parents, *arrays):
+def read(model, params, tokens, positions, segments, prompts=None):
+  def run(params, prompts, *arrays):
     module = model.bind(params)
-    return module.unembed(module(*arrays, parents=parents)[0])
+    return module.unembed(module(*arrays, prompt_segment_ids=prompts)[0])
 
   arrays = (jnp.asarray(x, jnp.int32) for x in (tokens, positions, segments))
-  return np.asarray(jax.jit(run)(params, parents, *arrays))
+  return np.asarray(jax.jit(run)(params, prompts, *arrays))
 
 
 def test_two_texts_in_one_row_equal_two_rows(any_causal):

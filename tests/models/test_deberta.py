@@ -119,7 +119,9 @@ def test_remat_leaves_value_and_gradient():
   _, params = build()
 
   def run(model):
-    loss = lambda p, *a: (model.bind(p).score(*a) ** 2).sum()
+    def loss(p, *a):
+      return (model.bind(p).score(*a) ** 2).sum()
+
     return jax.jit(jax.value_and_grad(loss))(params, *batch())
 
   model = Model.build(CONFIG)

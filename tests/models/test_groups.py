@@ -22,7 +22,10 @@ def scored(request, make):
   config = DebertaConfig(31, 16, 2, 2, 24, buckets=8, max_distance=16)
   model = Model.build(config).replace(groups=NAMES)
   rng = np.random.default_rng(0)
-  draw = lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
+
+  def draw(s):
+    return jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
+
   return model, jax.tree.map(draw, model.shapes)
 
 

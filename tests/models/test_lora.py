@@ -93,13 +93,18 @@ def test_the_projection_of_debertas_embeddings():
   config = LoraConfig(2, 4.0, dropout=0.5, targets=("embed_proj",))
   model = Model.build(DebertaConfig(31, 12, 2, 3, 20, embedding_size=8), config)
   rng = np.random.default_rng(0)
-  draw = lambda s: jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
+
+  def draw(s):
+    return jnp.asarray(0.3 * rng.normal(size=s.shape), jnp.float32)
+
   params = jax.tree.map(draw, model.shapes)
   assert set(lora.split(params)[0]) == {"embed_proj", "pooler", "score_head"}
   tokens = jnp.array([[3, 8, 1, 5], [4, 7, 1, 0]])
 
   def score(model, params, key=None):
-    run = lambda p: model.bind(p).score(tokens, tokens > 0, dropout_key=key)
+    def run(p):
+      return model.bind(p).score(tokens, tokens > 0, dropout_key=key)
+
     return jax.jit(run)(params)
 
   found = score(model, params)

@@ -79,7 +79,10 @@ def logits(model, params):
 def filled(params):
   """Adapters as after some training: B is no longer zero."""
   trainable, frozen = lora.split(params)
-  draw = lambda x: 0.3 * jax.random.normal(jax.random.key(1), x.shape)
+
+  def draw(x):
+    return 0.3 * jax.random.normal(jax.random.key(1), x.shape)
+
   return lora.join(jax.tree.map(draw, trainable), frozen)
 
 
@@ -157,7 +160,8 @@ def test_all_linear_and_patterns_mean_the_same_here(base, targets, tmp_path):
     config = tmp_path / "adapter_config.json"
     values = json.loads(config.read_text()) | {"target_modules": "all-linear"}
     config.write_text(json.dumps(values))
-    assert set(folder.describe(tmp_path).lora.targets) == blocks
+    model = folder.open_pretrained(tmp_path).model
+    assert set(model.lora.targets) == blocks
 
 
 def test_adapters_that_older_transformers_named_load_here(tmp_path):
@@ -232,7 +236,9 @@ def their_classifier(path):
 
 
 def score(model, params):
-  run = lambda p, t: model.bind(p).score(t, t > 0)
+  def run(p, t):
+    return model.bind(p).score(t, t > 0)
+
   return np.asarray(jax.jit(run)(params, TOKENS))
 
 

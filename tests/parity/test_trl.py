@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.algorithms import reward_model
+from jaxalign.algorithms.reward_model.data import ScoredBatch
+from jaxalign.algorithms.reward_model.train import pair_loss
 from jaxalign.core import advantages, losses, rewards
 from jaxalign.core.logprobs import logprobs_and_entropy, reverse_kl
 
@@ -86,7 +87,10 @@ def methods(recorded):
 
 def penalties(given, kind):
   """Our KL of each token; `logits` are the states of a model of one matrix."""
-  same = lambda x: x
+
+  def same(x):
+    return x
+
   states, labels, mask = given["logits"], given["labels"], given["mask"]
   if kind == "full":
     return reverse_kl(states, given["ref_logits"], mask, same, same)
@@ -95,7 +99,7 @@ def penalties(given, kind):
     for x in (states, given["ref_logits"])
   )
   ours = {"kl": "k1", "mse": "k2", "abs": "abs"}
-  return losses.divergence(ours[kind], jnp.subtract(*both))
+  return losses.kl_estimate(ours[kind], jnp.subtract(*both))
 
 
 @pytest.mark.parametrize("kind", ["kl", "abs", "mse", "full"])
@@ -160,18 +164,24 @@ def test_losses_of_a_minibatch(methods):
   """`PPOTrainer.loss`: policy, value, their gradients, and what is logged."""
   given = methods["loss"]
   mask, config, stats = given["mask"], given["config"], given["stats"]
-  mean = lambda x: masked_mean(x, mask)
   clip = config["cliprange"]
+
+  def mean(x):
+    return masked_mean(x, mask)
 
   def policy(logprobs):
     log_ratio = logprobs - given["old_logprobs"]
     return mean(
-      losses.policy_gradient(log_ratio, given["advantages"], clip, clip)
+      losses.clipped_surrogate_loss(log_ratio, given["advantages"], clip, clip)
     )
 
   def value(vpreds):
     before, after = given["values"], given["returns"]
-    return mean(losses.value(vpreds, before, after, config["cliprange_value"]))
+    return mean(
+      losses.clipped_value_loss(
+        vpreds, before, after, config["cliprange_value"]
+      )
+    )
 
   found, gradient = jax.value_and_grad(policy)(given["logprobs"])
   close(found, stats["loss/policy"])
@@ -182,7 +192,7 @@ def test_losses_of_a_minibatch(methods):
   close(found + config["vf_coef"] * error, stats["loss/total"])
   log_ratio = given["logprobs"] - given["old_logprobs"]
   close(jnp.exp(log_ratio), stats["policy/ratio"])
-  close(mean(losses.divergence("k2", log_ratio)), stats["policy/approxkl"])
+  close(mean(losses.kl_estimate("k2", log_ratio)), stats["policy/approxkl"])
   close(-mean(log_ratio), stats["policy/policykl"])
 
 
@@ -196,7 +206,7 @@ def test_conservative_preference(recorded, smoothing):
   wanted = given["found"][smoothing]
   better = given["chosen"] - given["ref_chosen"]
   worse = given["rejected"] - given["ref_rejected"]
-  found = losses.preference(
+  found = losses.dpo_loss(
     "sigmoid", better - worse, given["beta"], float(smoothing)
   )
   close(found, wanted["loss"])
@@ -220,9 +230,9 @@ def test_pairwise_and_centring(rated, case):
 
   def loss(scores):
     better, worse = jnp.split(scores[:, 0], 2)
-    total = losses.pairwise(better, worse, margin).mean()
+    total = losses.bradley_terry_loss(better, worse, margin).mean()
     if case == "both":
-      total += rated["centring"] * losses.centring(better, worse).mean()
+      total += rated["centring"] * losses.reward_centering(better, worse).mean()
     return total
 
   found, gradient = jax.value_and_grad(loss)(rated["scores"])
@@ -231,10 +241,10 @@ def test_pairwise_and_centring(rated, case):
 
 
 def test_pairs_within_a_batch(rated):
-  """The same by `reward_model.pair_loss`: eight answers to four prompts."""
+  """The same by `pair_loss`: eight answers to four prompts."""
   better, worse = jnp.split(rated["scores"][:, 0], 2)
   empty = jnp.zeros((8, 1), jnp.int32)
-  batch = reward_model.ScoredBatch(
+  batch = ScoredBatch(
     *(empty, empty == 0, empty),
     reward=jnp.repeat(jnp.array([1.0, 0.0]), 4),
     margin=jnp.tile(rated["margin"], 2),
@@ -243,7 +253,7 @@ def test_pairs_within_a_batch(rated):
     real=jnp.ones(8, bool),
   )
   scores = jnp.concatenate([better, worse])
-  loss, pairs = reward_model.pair_loss(scores, batch)
+  loss, pairs = pair_loss(scores, batch)
   assert int(pairs.sum()) == 4
   close(loss.sum() / 4, rated["found"]["margin"]["loss"])
   logged = rated["found"]["margin"]["metrics"]

@@ -13,22 +13,29 @@ import numpy as np
 import optax
 import pytest
 
-from jaxalign.algorithms import dpo, kto, ppo
-from jaxalign.config import (
-  DPOConfig,
+from jaxalign.algorithms.dpo.config import DPOConfig
+from jaxalign.algorithms.dpo.loss import pair_losses
+from jaxalign.algorithms.kto import train as kto
+from jaxalign.algorithms.kto.config import KTOConfig
+from jaxalign.algorithms.kto.data import LabelledBatch
+from jaxalign.algorithms.ppo import train as ppo
+from jaxalign.algorithms.ppo.config import (
   KLConfig,
-  KTOConfig,
   PPOConfig,
   RolloutConfig,
   ShapingConfig,
 )
-from jaxalign.core import advantages, losses, optim, rewards
-from jaxalign.core.types import TextBatch
+from jaxalign.algorithms.ppo.experience import first_extra_state
+from jaxalign.algorithms.ppo.rollout import PPOBatch
+from jaxalign.core import advantages, losses, optim
+from jaxalign.core.types import PairBatch, TextBatch
 from jaxalign.data import batches
 from jaxalign.models.heads import VALUE
 from jaxalign.models.model import Model
-from jaxalign.runtime.context import Context
-from jaxalign.runtime.reference import text_logps
+from jaxalign.parallel import mesh as meshes
+from jaxalign.training.forward import completion_logps
+from jaxalign.training.recorder import Recorder
+from jaxalign.training.run import Run
 
 close = functools.partial(np.testing.assert_allclose, rtol=0, atol=1e-5)
 WORDS = 6
@@ -50,14 +57,14 @@ class Bound:
   def __init__(self, params):
     self.words, self.places = params["words"], params["places"]
 
-  def __call__(self, tokens, positions, segments, parents=None):
+  def __call__(self, tokens, positions, segments, **_):
     return self.words[tokens] + self.places[positions], None
 
   def unembed(self, hidden):
     return hidden[..., :WORDS]
 
 
-def text_batch(texts):
+def text_batch(texts, kind=TextBatch):
   """(prompt, answer) ids as rows `[B, T]`, padded on the right."""
   width = max(len(x) + len(y) for x, y in texts)
   tokens, mask = np.zeros((2, len(texts), width), np.int32)
@@ -66,19 +73,21 @@ def text_batch(texts):
     counted[len(x) : len(x) + len(y)] = 1
   places = np.broadcast_to(np.arange(width, dtype=np.int32), tokens.shape)
   columns = (tokens, places, np.sign(tokens), mask == 1)
-  return TextBatch(*map(jnp.asarray, columns))
+  return kind(*map(jnp.asarray, columns))
 
 
-def context(config, params, prior, optimizer, carried=None):
+def make_run(config, params, reference, optimizer, extra_state=None):
   """What an update reads of a run, and nothing that a run would do."""
-  nothing = lambda *_: None
-  state = optim.init_state(params, optimizer, carried=carried)
-  return Context(
-    *(config, Sum(), state, {}, (Sum(), prior), jax.random.key(0)),
-    **dict.fromkeys(
-      ("steps", "compile", "put", "stage", "report", "save"), nothing
-    ),
-    counters={},
+  return Run(
+    config,
+    Sum(),
+    optim.init_state(params, optimizer, extra_state=extra_state),
+    frozen={},
+    reference=(Sum(), reference),
+    mesh=meshes.make_mesh(),
+    recorder=object.__new__(Recorder),  # nothing is recorded
+    optimizer=optimizer,
+    schedule=lambda _: jnp.float32(1),
   )
 
 
@@ -99,18 +108,18 @@ def jump(target):
 def learned(config, given):
   """A step's state and metrics, from old parameters to new ones."""
   batch = text_batch(given["texts"])
-  zeros = jnp.zeros((1, *batch.tokens.shape))
-  rollout = ppo.Rollout(
+  zeros = jnp.zeros((1, *batch.targets.shape))
+  rollout = PPOBatch(
     jax.tree.map(lambda x: x[None], batch),
     given["scores"][None],
     jnp.ones((1, len(given["scores"])), bool),
     *(zeros, zeros),
   )
+  extra_state = first_extra_state(config.kl.coefficient)
   optimizer = jump(given["new"])
-  carried = rewards.first_carried(config.kl.coefficient)
-  ctx = context(config, given["old"], given["ref"], optimizer, carried)
-  learn = ppo.make_learn(ctx, None, optimizer, lambda _: jnp.float32(1))
-  return jax.jit(learn)(ctx.state, {}, given["ref"], rollout, ctx.key)
+  run = make_run(config, given["old"], given["ref"], optimizer, extra_state)
+  learn = run.jit(ppo.make_learn(run, None))
+  return learn(run.state, rollout, run.key)
 
 
 def with_value(tables):
@@ -126,7 +135,7 @@ def ppo_config(settings, rows):
   return PPOConfig(
     steps=1,
     rollout=RolloutConfig(prompts=rows),
-    minibatch=rows,
+    batch_size=rows,
     epochs=settings["ppo_epochs"],
     kl=KLConfig(
       coefficient=settings["init_kl_coef"],
@@ -190,7 +199,7 @@ def test_ppo_step(ppo_steps, case):
   stats = wanted["stats"]
   for ours, theirs in NAMES.items():
     close(found[ours], stats[theirs], err_msg=ours)
-  close(state.carried["kl_coef"], wanted["kl_coef_after"])
+  close(state.extra_state["kl_coef"], wanted["kl_coef_after"])
   for name, gradient in wanted["gradient"].items():
     close(state.opt_state[name], gradient, err_msg=name)
   if case == "first epoch":
@@ -214,7 +223,7 @@ def group_config(advantage, kl, **changes):
     **{
       "steps": 1,
       "rollout": RolloutConfig(prompts=3, samples_per_prompt=2),
-      "minibatch": 6,
+      "batch_size": 6,
       "epochs": 2,
       "advantage": advantage,
       "kl": kl,
@@ -238,8 +247,8 @@ def test_grpo_step(groups, case, beta, delta):
   config = group_config("grpo", kl, dual_clip=delta)
   state, found = learned(config, groups)
   wanted = groups["found"][case]
-  mean = lambda name: (wanted["old"][name] + wanted["new"][name]) / 2
-  close(found["loss/total"], mean("loss"))
+  loss = (wanted["old"]["loss"] + wanted["new"]["loss"]) / 2
+  close(found["loss/total"], loss)
   for name, gradient in wanted["new"]["gradient"].items():
     close(state.opt_state[name], gradient, err_msg=name)
   clipped = [wanted[x]["metrics"] for x in ("old", "new")]
@@ -254,9 +263,10 @@ def test_grpo_step(groups, case, beta, delta):
 def test_rloo_step(groups):
   """`RLOOTrainer`: the KL in the reward, the advantage, the first gradient.
 
-  Then ours differs (see ppo.py): tokens are clipped one by one, where TRL clips
-  an answer's ratio, which is the next test. At a ratio of 1 both gradients have
-  one direction; TRL's is a mean over answers, ours one over tokens.
+  Then ours differs (see ppo/train.py): tokens are clipped one by one, where
+  TRL clips an answer's ratio, which is the next test. At a ratio of 1 both
+  gradients have one direction; TRL's is a mean over answers, ours one over
+  tokens.
   """
   config = group_config("rloo", KLConfig(coefficient=0.1), epochs=1)
   state, found = learned(config, groups)
@@ -271,13 +281,14 @@ def test_rloo_of_whole_answers(groups):
   """`RLOOTrainer._compute_loss` by our formulas, an answer as one action."""
   text = text_batch(groups["texts"])
   old, new, ref = (
-    text_logps(Sum(), groups[name], text) for name in ("old", "new", "ref")
+    completion_logps(Sum(), groups[name], text)
+    for name in ("old", "new", "ref")
   )
   totals = (groups["rewards"] - 0.1 * (old - ref)).reshape(3, 2)
   advantage = advantages.rloo(totals, jnp.ones((3, 2), bool)).reshape(-1)
   wanted = groups["found"]["rloo"]
   close(advantage, wanted["advantages"])
-  loss = losses.policy_gradient(new - old, advantage, 0.15, 0.25)
+  loss = losses.clipped_surrogate_loss(new - old, advantage, 0.15, 0.25)
   close(loss.mean(), wanted["new"]["loss"])
 
 
@@ -298,15 +309,15 @@ def preferred(given, kind):
     label_smoothing=given["label_smoothing"] if kind == "robust" else 0.0,
     length_normalised=kind == "ipo",
   )
-  ctx = context(config, given["now"], given["ref"], jump(given["now"]))
+  reference = Sum(), given["ref"]
   chosen, rejected = (
     [(x, answers[side]) for x, *answers in given["texts"]] for side in (0, 1)
   )
-  text = text_batch([*chosen, *rejected])
+  text = text_batch([*chosen, *rejected], PairBatch)
   name = "loss/nll" if kind == "sft" else "loss/preference"
 
   def loss(params):
-    found = dpo.pair_losses(ctx, params, given["ref"], text)
+    found = pair_losses(config, Sum(), params, reference, text)
     return found[name].mean(), found | {"pairs": found[name]}
 
   (_, found), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(
@@ -317,7 +328,7 @@ def preferred(given, kind):
 
 @pytest.mark.parametrize("kind", ["sigmoid", "robust", "hinge", "ipo"])
 def test_dpo_update(preference, kind):
-  """`DPOTrainer._compute_loss`; its ipo divides by length (see dpo.py)."""
+  """`DPOTrainer._compute_loss`; see dpo/train.py on how its ipo divides."""
   found, gradient = preferred(preference["dpo"], kind)
   wanted = preference["dpo"]["found"][kind]
   close(found["pairs"], wanted["pairs"])
@@ -348,36 +359,41 @@ def test_kto_update(preference, kind):
     **{k: given[k] for k in ("beta", "desirable_weight", "undesirable_weight")},
   )
   crossed = [(x, other) for x, _, other in given["texts"]]
-  lead = lambda tree: jax.tree.map(lambda x: x[None], tree)
-  batch = kto.LabelledBatch(
+
+  def lead(tree):
+    return jax.tree.map(lambda x: x[None], tree)
+
+  batch = LabelledBatch(
     text=lead(text_batch([(x, y) for x, y, _ in given["texts"]])),
     desirable=given["label"][None],
     group=jnp.arange(len(crossed))[None],
     mismatched=lead(text_batch(crossed)) if kind == "kto" else None,
   )
-  optimizer = jump(given["now"])
-  ctx = context(config, given["now"], given["ref"], optimizer)
-  update = kto.make_update(ctx, optimizer, lambda _: jnp.float32(1))
-  state, found = jax.jit(update)(ctx.state, {}, given["ref"], batch, ctx.key)
+  run = make_run(config, given["now"], given["ref"], jump(given["now"]))
+  state, found = run.jit(kto.make_update(run))(run.state, batch, run.key)
   close(found["loss/total"], wanted["total"])
   for name, gradient in wanted["gradient"].items():
     close(state.opt_state[name], gradient, err_msg=name)
   for name, value in wanted["metrics"].items():
     close(found.get(name, 0.0), value, err_msg=name)
   rows = jax.tree.map(lambda x: x[0], (batch.text, batch.desirable))
-  sums = lambda params: kto.sums(ctx, params, given["ref"], 0.0, *rows)
-  _, scaled = jax.jit(sums)(given["now"])
+
+  @jax.jit
+  def sums(params):
+    return kto.sum_metrics(run, params, run.reference, 0.0, *rows)
+
+  _, scaled = sums(given["now"])
   weights = given["desirable_weight"], given["undesirable_weight"]
   kl = wanted["metrics"]["kl"]
   ratio = scaled / given["beta"]
-  alone = losses.unpaired(ratio, given["label"], kl, given["beta"], *weights)
+  alone = losses.kto_loss(ratio, given["label"], kl, given["beta"], *weights)
   close(alone, wanted["rows"])
 
 
 def test_kto_pairs(preference):
   """`KTOTrainer._prepare_dataset`: each prompt with the answer before its own.
 
-  So ours, where all prompts differ; see kto.py for where they do not.
+  So ours, where all prompts differ; see kto/train.py for where they do not.
   """
   texts = preference["kto"]["texts"]
   mates = batches.mismatch(np.arange(len(texts)))

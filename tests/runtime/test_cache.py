@@ -1,7 +1,5 @@
 """Whose choice of a cache folder holds."""
 
-import pathlib
-
 import jax
 import pytest
 
@@ -25,7 +23,7 @@ def undisturbed(monkeypatch, tmp_path):
     jax.config.update(name, value)
 
 
-def test_the_default_lies_below_xdg(tmp_path):
+def test_the_default_is_below_xdg(tmp_path):
   place = cache.enable_compilation_cache()
   assert place == tmp_path / "xdg" / "jaxalign" / "xla"
   assert place.is_dir()
@@ -53,6 +51,8 @@ def test_a_home_that_cannot_be_written_means_no_cache(tmp_path, monkeypatch):
   assert cache.enable_compilation_cache() is None
 
 
-def test_the_home_without_any_variable(monkeypatch):
+def test_the_home_without_any_variable(tmp_path, monkeypatch):
   monkeypatch.delenv("XDG_CACHE_HOME")
-  assert cache.cache_home() == pathlib.Path("~/.cache/jaxalign").expanduser()
+  monkeypatch.setenv("HOME", str(tmp_path))
+  place = cache.enable_compilation_cache()
+  assert place == tmp_path / ".cache" / "jaxalign" / "xla"

@@ -177,7 +177,10 @@ def test_repetition_penalty_by_hand():
 def test_repeated_runs_are_banned():
   # 5 6 was followed by 7, so after 5 6 a run of three must not end in 7.
   history = jnp.array([[-1, 5, 6, 7, 5, 6, -1]])
-  banned = lambda n: draw.repeats(history, jnp.int32(6), jnp.int32(n), 9)[0]
+
+  def banned(n):
+    return draw.repeats(history, jnp.int32(6), jnp.int32(n), 9)[0]
+
   assert np.flatnonzero(banned(3)).tolist() == [7]
   assert np.flatnonzero(banned(1)).tolist() == [5, 6, 7]
   assert np.flatnonzero(banned(2)).tolist() == [7]

@@ -69,7 +69,10 @@ def test_an_adapted_output_samples_as_the_merged_model(sampler, params, model):
   config = LoraConfig(2, 4.0, targets=("dense", "embed_out"))
   adapted = Model.build(model.config, config)
   rng = np.random.default_rng(0)
-  draw = lambda s: jnp.asarray(0.5 * rng.normal(size=s.shape), jnp.float32)
+
+  def draw(s):
+    return jnp.asarray(0.5 * rng.normal(size=s.shape), jnp.float32)
+
   drawn = jax.tree.map(draw, lora.split(adapted.shapes)[0])
   joined = lora.join(drawn, params)
   own = Sampler(adapted, prompt_buckets=(8,), new_token_buckets=(16,))
@@ -118,9 +121,12 @@ def test_a_sample_does_not_depend_on_its_batch(sampler, params):
 
 def test_noise_differs_by_key_and_prompt_id(sampler, params):
   drawn = settings.make(max_new_tokens=10)
-  run = lambda key, ids: sampler(
-    params, PROMPTS[:1], drawn, key, prompt_ids=ids
-  ).tokens.tolist()
+
+  def run(key, ids):
+    return sampler(
+      params, PROMPTS[:1], drawn, key, prompt_ids=ids
+    ).tokens.tolist()
+
   first = run(KEY, [0])
   assert first == run(KEY, [0])
   assert first != run(KEY, [1])

@@ -1,17 +1,22 @@
 import dataclasses
+import functools
 import logging
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+import transformers
 
+from jaxalign.data.tokenizer import wrap_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models.deberta import DebertaConfig
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
 from jaxalign.parallel import mesh as meshes
-from jaxalign.scoring.scorer import Scorer, non_finite, weighted
+from jaxalign.scoring.reward_model import RewardModel
+from jaxalign.scoring.scorer import Scorer, non_finite
 
 SIZES = {
   "vocab_size": 40,
@@ -26,14 +31,22 @@ CONFIGS = {
 }
 
 
-def encode(prompts, completions):
-  """One id a letter, the completion as second segment."""
-  rows = []
-  for prompt, completion in zip(prompts, completions, strict=True):
-    text = prompt + completion
-    types = [0] * len(prompt) + [1] * len(completion)
-    rows.append(([ord(c) - ord("a") + 1 for c in text], types))
-  return rows
+@functools.cache
+def tokenizer():
+  """One id a letter, a = 1, b = 2, ...; blanks are dropped."""
+  table = {"<unk>": 0} | {chr(ord("a") + i): i + 1 for i in range(26)}
+  inner = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel(table, unk_token="<unk>")
+  )
+  inner.normalizer = tokenizers.normalizers.Replace(" ", "")
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(
+    tokenizers.Regex("."), "isolated"
+  )
+  return wrap_tokenizer(
+    transformers.PreTrainedTokenizerFast(
+      tokenizer_object=inner, unk_token="<unk>"
+    )
+  )
 
 
 def lively(model, seed=0):
@@ -44,13 +57,17 @@ def lively(model, seed=0):
 
 def make(kind="deberta", **changes):
   model = Model.build(CONFIGS[kind])
-  settings = {"lengths": (8, 16, 32), "tokens": 64, "rows": 8}
-  return Scorer(model, lively(model), encode, **settings | changes)
+  settings = {"encoding": "pair", "lengths": (8, 16, 32)}
+  settings |= {"tokens": 64, "rows": 8}
+  return Scorer(model, lively(model), tokenizer(), **settings | changes)
 
 
 def letters(count, seed=0, longest=30):
   rng = np.random.default_rng(seed)
-  words = lambda n: "".join(rng.choice(list("abcdefgh"), n))
+
+  def words(n):
+    return "".join(rng.choice(list("abcdefgh"), n))
+
   return (
     [words(rng.integers(1, 3)) for _ in range(count)],
     [words(rng.integers(0, longest - 2)) for _ in range(count)],
@@ -67,9 +84,9 @@ def test_scores_are_the_models_own_in_input_order(scorer):
   scores = scorer(prompts, completions)
   assert scores.dtype == np.float32
   for index in (0, 10):
-    ((ids, types),) = encode(
-      prompts[index : index + 1], completions[index:][:1]
-    )
+    prompt, completion = prompts[index], completions[index]
+    ids = [ord(letter) - ord("a") + 1 for letter in prompt + completion]
+    types = [0] * len(prompt) + [1] * len(completion)
     alone = jax.jit(lambda params, *a: scorer.model.bind(params).score(*a))(
       scorer.params,
       jnp.array([ids]),
@@ -112,8 +129,12 @@ def test_programs_are_compiled_once():
 
 
 def test_long_texts_are_cut_on_the_right():
-  scorer = make("neox", max_length=10)
+  scorer = make("neox", max_length=10, encoding="concat")
   long, short = scorer(["abcdefgh"] * 2, ["abcdefgh", "ab"])
+  assert long == short
+  # Also texts that are encoded already, whoever made them.
+  rows = [(list(range(1, n + 1)), [0] * n) for n in (16, 10)]
+  long, short = scorer.score_ids(rows)
   assert long == short
   assert make("neox", max_length=100).limit == 64  # the model's context
   assert make("deberta", max_length=100).limit == 100  # relative positions
@@ -138,10 +159,13 @@ def test_weights_sum_reward_models():
   scorers = [make("neox"), make("deberta")]
   prompts, completions = letters(3)
   a, b = (s(prompts, completions) for s in scorers)
-  both = weighted(scorers, (0.5, -2.0))(prompts, completions)
+  both = RewardModel(tuple(scorers), (0.5, -2.0))(prompts, completions)
+  assert both.dtype == np.float32
   np.testing.assert_allclose(both, 0.5 * a - 2 * b, rtol=1e-6)
-  with pytest.raises(UserError, match="2 reward models need as many weights"):
-    weighted(scorers, (1.0,))
+  alone = RewardModel((scorers[0],))(prompts, completions)
+  np.testing.assert_array_equal(alone, a)
+  with pytest.raises(AssertionError):
+    RewardModel(tuple(scorers), (1.0,))
 
 
 def test_bfloat16_is_close():

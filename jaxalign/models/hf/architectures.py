@@ -1,19 +1,68 @@
 """The architectures that folders may hold.
 
-To add one: a file like `neox.py` and a line here.
+To add one: a file like `neox.py` and a line here. `Any` stands for a config of
+the class that the file names as `CONFIG`.
 """
 
-from types import ModuleType
+from collections.abc import Mapping
+from typing import Any, Protocol, Unpack, runtime_checkable
 
+from jaxalign.models.config import ModelConfig
 from jaxalign.models.hf import deberta, gpt_neo, llama, neox
+from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
+from jaxalign.models.hf.table import Entry
 from jaxalign.models.model import Model
 
-ARCHITECTURES: dict[str, ModuleType] = {
-  module.MODEL_TYPE: module for module in (deberta, gpt_neo, llama, neox)
-}
+
+@runtime_checkable  # the tests check annotations at run time
+class Architecture(Protocol):
+  """What the file of an architecture holds."""
+
+  @property
+  def MODEL_TYPE(self) -> str:
+    """The architecture's name in `config.json`."""
+
+  @property
+  def CONFIG(self) -> type:
+    """Our class of its configs."""
+
+  @property
+  def BASE(self) -> str:
+    """Prefix of the backbone's tensors, absent in some files."""
+
+  @property
+  def CLASSES(self) -> Mapping[str, str]:
+    """Head -> the class that transformers loads it with."""
+
+  @property
+  def HEADS(self) -> tuple[str, ...]:
+    """Modules that may be drawn at random where the files lack them."""
+
+  @property
+  def ALIASES(self) -> tuple[tuple[str, str], ...]:
+    """(start of a tensor's name, what stands there in other files)."""
+
+  @property
+  def IGNORED(self) -> tuple[str, ...]:
+    """Patterns of tensors that files carry and the model does not need."""
+
+  def from_hf(
+    self, fields: Fields, **switches: Unpack[Switches]
+  ) -> ModelConfig:
+    """The config of a `config.json`."""
+
+  def to_hf(self, config: Any) -> JsonObject:
+    """The architecture's part of `config.json`."""
+
+  def names(self, config: Any) -> Mapping[str, str | Entry]:
+    """Our modules -> theirs, see `table.entries`."""
 
 
-def architecture(model: Model) -> ModuleType:
+_MODULES: tuple[Architecture, ...] = (deberta, gpt_neo, llama, neox)
+ARCHITECTURES = {module.MODEL_TYPE: module for module in _MODULES}
+
+
+def architecture(model: Model) -> Architecture:
   """The module that knows this model's files."""
   for module in ARCHITECTURES.values():
     if module.CONFIG is type(model.config):

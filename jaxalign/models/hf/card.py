@@ -3,10 +3,9 @@
 import json
 import pathlib
 import re
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
 
-from jaxalign.models.hf.fields import REGRESSION, read_json
+from jaxalign.models.hf.config_json import REGRESSION, JsonObject, read_json
 
 _READS_MEAN = (
   "The score is read from the mean state of all tokens, padding left out; "
@@ -21,8 +20,8 @@ _READS_EOS = (
 def write(
   folder: pathlib.Path,
   *,
-  config: Mapping[str, Any] | None = None,
-  metrics: Mapping[str, Any] | None = None,
+  config: JsonObject | None = None,
+  metrics: JsonObject | None = None,
   license: str = "other",
   base_model: str | None = None,
   datasets: tuple[str, ...] = (),
@@ -41,6 +40,7 @@ def write(
     datasets: hub ids; empty = those of the config.
     note: what readers should know first: data, command, time, limits.
   """
+  # The front matter, which the hub reads.
   config, metrics = config or {}, metrics or {}
   model = read_json(folder / "config.json")
   base_model = base_model or config.get("policy")
@@ -56,9 +56,13 @@ def write(
     **({"base_model": base_model} if _is_hub_id(base_model) else {}),
     **({"datasets": list(datasets)} if datasets else {}),
   }
+
+  # Notes: transformers loads these heads but reads them at another token.
   head = {"score_mean": _READS_MEAN, "score_eos": _READS_EOS}
   kind = head.get(model.get("jaxalign_head", ""))
   notes = filter(None, [_groups(model), kind, note])
+
+  # The text.
   text = "\n".join(
     [
       "---",
@@ -79,8 +83,8 @@ def write(
   (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def _groups(model: Mapping[str, Any]) -> str:
-  """Whose the scores are, where a model has more than one."""
+def _groups(model: JsonObject) -> str:
+  """Says whose scores they are, for a model with several."""
   if model.get("problem_type") != REGRESSION:
     return ""
   names = ", ".join(model["id2label"].values())
@@ -91,12 +95,12 @@ def _section(title: str, lines: list[str]) -> list[str]:
   return ["", f"## {title}", "", *lines] if lines else []
 
 
-def _data_lines(config: Mapping[str, Any]) -> list[str]:
+def _data_lines(config: JsonObject) -> list[str]:
   names = [(key, config.get(key)) for key in ("data", "prompts")]
   return [f"- {key}: `{json.dumps(value)}`" for key, value in names if value]
 
 
-def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
+def _metric_lines(metrics: JsonObject) -> list[str]:
   rows = [
     f"| {name} | {value:.6g} |"
     for name, value in sorted(metrics.items())
@@ -105,19 +109,21 @@ def _metric_lines(metrics: Mapping[str, Any]) -> list[str]:
   return ["| metric | last value |", "|---|---|", *rows] if rows else []
 
 
-def _config_lines(config: Mapping[str, Any]) -> list[str]:
+def _config_lines(config: JsonObject) -> list[str]:
   if not config:
     return []
   return ["```json", json.dumps(config, indent=2, default=str), "```"]
 
 
-def _is_hub_id(name: Any) -> bool:
+def _is_hub_id(name: object) -> bool:
   return isinstance(name, str) and bool(
     re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)
   )
 
 
-def _hub_ids(*values: Any) -> tuple[str, ...]:
+def _hub_ids(
+  *values: JsonObject | Sequence[str] | str | None,
+) -> tuple[str, ...]:
   """The hub data sets in a config's sources: "owner/name:subset" strings."""
   names: list[str] = []
   for value in values:

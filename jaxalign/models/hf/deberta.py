@@ -1,21 +1,21 @@
 """DeBERTa-v2 and v3 folders: `config.json` and tensor names."""
 
-from typing import Any
+from typing import Unpack
 
 from jaxalign.errors import UserError
 from jaxalign.models.deberta import DebertaConfig
-from jaxalign.models.hf.fields import Fields
+from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 from jaxalign.models.hf.table import Entry
 from jaxalign.models.layers import ACTIVATIONS
 
 MODEL_TYPE = "deberta-v2"
 CONFIG = DebertaConfig
-BASE = "deberta."  # prefix of the backbone's tensors, absent in some files
-CLASSES = {  # head -> the class that transformers loads it with
+BASE = "deberta."
+CLASSES = {
   "score_context": "DebertaV2ForSequenceClassification",
   "score_mean": "DebertaV2ForSequenceClassification",
 }
-HEADS = ("score_head", "pooler")  # leaves that may be drawn afresh
+HEADS = ("score_head", "pooler")
 ALIASES = ()
 IGNORED = (
   r"embeddings\.position_ids$",
@@ -27,7 +27,7 @@ IGNORED = (
 )
 
 
-def from_hf(fields: Fields, **switches: Any) -> DebertaConfig:
+def from_hf(fields: Fields, **switches: Unpack[Switches]) -> DebertaConfig:
   """The config of a `config.json`; `switches`: head, groups, dtype, remat.
 
   Raises:
@@ -104,6 +104,7 @@ def _check(fields: Fields, config: DebertaConfig) -> None:
     "conv_act": (config.conv_activation in ACTIVATIONS, _ONE_OF),
     "pooler_hidden_act": (config.pooler_activation in ACTIVATIONS, _ONE_OF),
   }
+  # The first that is broken is reported, with the value as the file has it.
   for name, (holds, rule) in rules.items():
     if not holds:
       raise UserError(
@@ -115,7 +116,7 @@ def _check(fields: Fields, config: DebertaConfig) -> None:
 _ONE_OF = "one of " + ", ".join(ACTIVATIONS)
 
 
-def to_hf(config: DebertaConfig) -> dict[str, Any]:
+def to_hf(config: DebertaConfig) -> JsonObject:
   """The architecture's part of `config.json`."""
   values = {
     "vocab_size": config.vocab_size,
@@ -126,6 +127,7 @@ def to_hf(config: DebertaConfig) -> dict[str, Any]:
     "max_position_embeddings": config.max_positions,
     "relative_attention": config.relative,
     "max_relative_positions": config.max_distance,
+    # transformers writes "no buckets" as -1.
     "position_buckets": config.buckets or -1,
     "pos_att_type": list(config.pos_att_type),
     "share_att_key": config.share_att_key,
@@ -136,6 +138,7 @@ def to_hf(config: DebertaConfig) -> dict[str, Any]:
     "hidden_act": config.activation,
     "pooler_hidden_act": config.pooler_activation,
     "pooler_hidden_size": config.hidden_size,
+    # Of transformers' ContextPooler; nothing is dropped here.
     "pooler_dropout": 0.0,
   }
   if config.embedding_size:
@@ -161,6 +164,7 @@ def names(config: DebertaConfig) -> dict[str, str | Entry]:
     "embedding_norm": f"{embeddings}.LayerNorm",
     "rel_embeddings": f"{encoder}.rel_embeddings",
     "relative_norm": f"{encoder}.LayerNorm",
+    # torch keeps a convolution as [out, in, width], we as [width, in, out].
     "conv.kernel": Entry(f"{encoder}.conv.conv.weight", (2, 1, 0)),
     "conv": f"{encoder}.conv.conv",
     "conv.norm": f"{encoder}.conv.LayerNorm",

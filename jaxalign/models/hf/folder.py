@@ -1,6 +1,7 @@
 """Model folders in Hugging Face's format, read and written without torch.
 
-`load` reads tensor by tensor straight to where the parameters live; `save`
+`open_pretrained` checks a folder and reads no parameter; `Pretrained.read`
+reads tensor by tensor straight to where the parameters are kept; `save`
 writes a folder that plain transformers loads.
 """
 
@@ -8,27 +9,96 @@ import dataclasses
 import math
 import pathlib
 import re
-from collections.abc import Callable
-from types import ModuleType
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
 
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
+from jaxalign.models.config import CausalConfig
 from jaxalign.models.hf import hub, peft, place, table, weights
-from jaxalign.models.hf.architectures import ARCHITECTURES, architecture
-from jaxalign.models.hf.fields import Fields, read_config
-from jaxalign.models.hf.safetensors import Stored
+from jaxalign.models.hf.architectures import (
+  ARCHITECTURES,
+  Architecture,
+  architecture,
+)
+from jaxalign.models.hf.config_json import Fields, read_config
+from jaxalign.models.hf.weights import FileTensor
 from jaxalign.models.hf.write import save
 from jaxalign.models.layers import ACTIVATIONS, LoraConfig
 from jaxalign.models.lora import LEAVES, check_targets, known
 from jaxalign.models.model import Model
 
-__all__ = ["describe", "load", "prepare", "save", "stored_dtype"]
+__all__ = [
+  "Pretrained",
+  "from_config",
+  "load",
+  "open_pretrained",
+  "save",
+  "stored_dtype",
+]
 
-_DTYPES = ("float32", "bfloat16", "float16")
+_PARAM_DTYPES = ("float32", "bfloat16", "float16")
+# Formats that become parameters; others are quantised.
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Pretrained:
+  """A model folder that was checked; its parameters are still unread.
+
+  Attributes:
+    model: of the folder's config files.
+    dtype: of the parameters, except adapters and drawn ones: those are
+      float32, as they are small and trained.
+    seed: of what is drawn.
+    entries: our leaf -> its place in the files.
+    tensors: our leaf -> its tensors in the files, one per layer if the leaf is
+      stacked.
+    drawn: the leaves that the files lack.
+  """
+
+  model: Model
+  dtype: str
+  seed: int
+  entries: dict[str, table.Entry]
+  tensors: dict[str, list[FileTensor]]
+  drawn: list[str]
+
+  def read(
+    self, shardings: Params | None = None, *, stage_bytes: int | None = None
+  ) -> Params:
+    """Reads the parameters, which takes the time.
+
+    Args:
+      shardings: a `Sharding` for every leaf of `model.shapes`; None = one
+        device.
+      stage_bytes: see `place.place`.
+    """
+    shapes = table.flatten(self.model.shapes)
+    where = table.flatten(shardings) if shardings else {}
+    leaves = {}
+    if self.drawn:
+      # One program, so that leaves which the files hold are never computed.
+      def draw(key):
+        every = table.flatten(self.model.init(key))
+        return {path: every[path] for path in self.drawn}
+
+      out = {path: where[path] for path in self.drawn} if where else None
+      leaves = jax.jit(draw, out_shardings=out)(jax.random.key(self.seed))
+    # One leaf after another: the host never holds two.
+    for path, tensors in self.tensors.items():
+      leaves[path] = place.place(
+        tensors,
+        self.entries[path].axes,
+        shapes[path].shape,
+        jnp.dtype("float32" if path.endswith(LEAVES) else self.dtype),
+        where.get(path),
+        stage_bytes,
+      )
+    # In the model's order, whichever way a leaf came.
+    return table.unflatten({path: leaves[path] for path in shapes})
 
 
 def load(
@@ -38,119 +108,60 @@ def load(
   compute_dtype: str | None = None,
   head: str | None = None,
   lora: LoraConfig | None = None,
-  shardings: Callable[[Params], Params] | None = None,
   remat: bool = False,
   seed: int = 0,
-  stage_bytes: int | None = None,
 ) -> tuple[Model, Params]:
-  """A model and its parameters.
+  """A model and its parameters on one device.
 
-  Args:
-    source: a folder with `config.json` and safetensors or `pytorch_model.bin`
-      files; a folder with PEFT adapters, whose base is loaded with them; or a
-      hub id, see `hub.resolve`.
-    dtype: of the parameters: "float32", "bfloat16" or "float16". Adapters and
-      a head that is drawn are float32 always: small, and what is trained.
-    compute_dtype: of the layers' arithmetic; None = `dtype`.
-    head: "lm", "score_last", "score_eos", "score_mean" or "score_context";
-      None = what the files hold. A score head that the files lack is drawn at
-      random only when it is asked for here.
-    lora: adapters to add, drawn afresh.
-    shardings: model shapes -> a `Sharding` for every leaf; None = one device.
-    remat: recompute activations in the backward pass.
-    seed: of what is drawn.
-    stage_bytes: see `place.place`.
-
-  Raises:
-    UserError: anything about the folder that keeps it from being loaded.
+  Args and raises: as `open_pretrained`.
   """
-  model, read = prepare(
+  opened = open_pretrained(
     source,
     dtype=dtype,
     compute_dtype=compute_dtype,
     head=head,
     lora=lora,
-    shardings=shardings,
     remat=remat,
     seed=seed,
-    stage_bytes=stage_bytes,
   )
-  return model, read()
+  return opened.model, opened.read()
 
 
-def prepare(
+def open_pretrained(
   source: str | pathlib.Path,
   *,
   dtype: str = "float32",
   compute_dtype: str | None = None,
   head: str | None = None,
   lora: LoraConfig | None = None,
-  shardings: Callable[[Params], Params] | None = None,
   remat: bool = False,
   seed: int = 0,
-  stage_bytes: int | None = None,
-) -> tuple[Model, Callable[[], Params]]:
-  """A model, and what reads its parameters, which takes the time.
-
-  Everything that is wrong with a folder shows here, from its config files and
-  the headers of its weights.
-
-  Args and raises: as `load`.
-  """
-  if dtype not in _DTYPES:
-    raise UserError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
-  model = describe(
-    source, dtype=compute_dtype or dtype, head=head, lora=lora, remat=remat
-  )
-  folder, adapters = _folders(source)
-  arch, tensors = architecture(model), weights.open_folder(folder)
-  entries = table.entries(arch.names(model.config), model.shapes)
-  if adapters is not None:
-    tensors |= weights.open_adapters(adapters)
-    entries |= {
-      path: entry
-      for path, entry in peft.entries(model).items()
-      if path not in entries or _has(entry, arch, tensors)
-    }
-  found, drawn = _match(folder, model, entries, tensors, bool(head or adapters))
-
-  def read() -> Params:
-    where = table.flatten(shardings(model.shapes)) if shardings else {}
-    params = _draw(model, drawn, where, seed)
-    shapes = table.flatten(model.shapes)
-    for path, stored in found.items():
-      axes, shape = entries[path].axes, shapes[path].shape
-      spot, number = where.get(path), jnp.dtype(dtype)
-      if path.endswith(LEAVES):
-        number = jnp.dtype("float32")
-      params[path] = place.place(stored, axes, shape, number, spot, stage_bytes)
-    return table.unflatten({path: params[path] for path in shapes})
-
-  return model, read
-
-
-def describe(
-  source: str | pathlib.Path,
-  *,
-  dtype: str = "float32",
-  head: str | None = None,
-  lora: LoraConfig | None = None,
-  remat: bool = False,
-) -> Model:
-  """The model of a folder's config files; reads no weights.
+) -> Pretrained:
+  """Opens a model folder: reads its config files and its weights' headers.
 
   Args:
-    source: as in `load`.
-    dtype: compute dtype.
-    head: as in `load`.
-    lora: as in `load`.
-    remat: as in `load`.
+    source: a folder with `config.json` and safetensors or `pytorch_model.bin`
+      files; a folder with PEFT adapters, whose base is opened with them; or a
+      hub id, see `hub.resolve`.
+    dtype: of the parameters: "float32", "bfloat16" or "float16".
+    compute_dtype: of the layers' arithmetic; None = `dtype`.
+    head: "lm", "score_last", "score_eos", "score_mean" or "score_context";
+      None = what the files hold. A score head that the files lack is drawn at
+      random only when it is asked for here.
+    lora: adapters to add, drawn at random.
+    remat: recompute activations in the backward pass.
+    seed: of what is drawn.
 
   Raises:
-    UserError: as `load`, as far as the config shows it.
+    UserError: anything about the folder that keeps it from being loaded.
   """
-  if dtype not in _DTYPES:
-    raise UserError(f"dtype must be one of {', '.join(_DTYPES)}, got {dtype!r}")
+  for name in (dtype, compute_dtype or dtype):
+    if name not in _PARAM_DTYPES:
+      raise UserError(
+        f"dtype must be one of {', '.join(_PARAM_DTYPES)}, got {name!r}"
+      )
+
+  # The model, from config.json and adapter_config.json.
   folder, adapters = _folders(source)
   fields = read_config(folder)
   if fields.values.get("quantization_config"):
@@ -158,31 +169,75 @@ def describe(
       f"{fields.where}: quantised weights are not supported; use a float32, "
       "float16 or bfloat16 copy of the model"
     )
+  # A language model's folder becomes a score model only on request.
+  may_draw_head = head is not None or adapters is not None
   if head is None:
     head = fields.head
     if head == "lm" and adapters is not None and peft.is_scorer(adapters):
       head = fields.score_head
-  model = assemble(fields, head, dtype=dtype, remat=remat)
+  model = from_config(fields, head, dtype=compute_dtype or dtype, remat=remat)
   if adapters is not None:
     if lora is not None:
       raise UserError(
         f"{adapters} holds adapters already; merge them (python -m "
         "jaxalign.convert) before adding new ones"
       )
-    return Model.build(model.config, peft.read_config(adapters, model))
-  model = Model.build(model.config, lora) if lora else model
-  check_targets(model, "config.lora.targets")
-  return model
+    model = Model.build(model.config, peft.read_config(adapters, model))
+  elif lora is not None:
+    model = Model.build(model.config, lora)
+    check_targets(model, "config.lora.targets")
+
+  # The tensors, from the headers of the files.
+  arch = architecture(model)
+  entries = table.entries(arch.names(model.config), model.shapes)
+  tensors = weights.open_tensors(folder)
+  if adapters is not None:
+    tensors |= weights.open_tensors(adapters, weights.ADAPTER_FILES)
+    for path, entry in peft.entries(model).items():
+      # A head is kept with the adapters, or is that of the base.
+      if path not in entries or _find(entry.name, arch, tensors):
+        entries[path] = entry
+
+  # Each leaf's tensors, and the leaves that have none.
+  matched: dict[str, list[FileTensor]] = {}
+  drawn: list[str] = []
+  for path, leaf in table.flatten(model.shapes).items():
+    entry = entries.get(path)
+    if entry is None or (
+      may_draw_head
+      and path.startswith(arch.HEADS)
+      and not _find(entry.name, arch, tensors)
+    ):
+      drawn.append(path)  # adapters and heads
+      continue
+    expected = entry.file_shape(leaf.shape)
+    matched[path] = []
+    for name in entry.names(leaf.shape):
+      tensor = _find(name, arch, tensors)
+      if tensor is None:
+        raise UserError(
+          f"{folder}: tensor {name} is missing; config.json asks for it (its "
+          "sizes or architecture may be another model's)"
+        )
+      if tensor.shape != expected:
+        raise UserError(
+          f"{tensor.path}: {name} has shape {list(tensor.shape)}, config.json "
+          f"asks for {list(expected)}; one of the two is another model's"
+        )
+      matched[path].append(tensor)
+  used = {tensor.name for leaf in matched.values() for tensor in leaf}
+  _refuse_unknown(folder, model, arch, tensors.keys() - used, tensors)
+  return Pretrained(model, dtype, seed, entries, matched, drawn)
 
 
-def assemble(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
-  """The model of a config file's values.
+def from_config(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
+  """The model that a `config.json` describes.
 
   Args:
-    fields: of a `config.json`.
+    fields: of the file.
     head: "lm", "score_last", ...
-    dtype: compute dtype.
-    remat: as in `load`.
+    dtype: of the layers' arithmetic.
+    remat: recompute activations in the backward pass.
 
   Raises:
     UserError: an unknown architecture or head, sizes that do not fit.
@@ -198,26 +253,23 @@ def assemble(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
       f"{fields.where}: head {head!r} does not exist for {fields.model_type}; "
       f"it has {', '.join(arch.CLASSES)}"
     )
+  # Only a score head has a column for each group.
   groups = () if head == "lm" else fields.groups
   config = arch.from_hf(
     fields, head=head, groups=groups, dtype=dtype, remat=remat
   )
-  _check_sizes(fields.where, config)
-  return Model.build(config)
 
-
-def _check_sizes(where: str, config: Any) -> None:
-  """What the layers would otherwise stumble over in the middle of a trace."""
+  # Sizes that the layers would otherwise fail over in the middle of a trace.
   if config.activation not in ACTIVATIONS:
     raise UserError(
-      f"{where}: activation {config.activation!r} is not supported; supported "
-      f"are {', '.join(ACTIVATIONS)}"
+      f"{fields.where}: activation {config.activation!r} is not supported; "
+      f"supported are {', '.join(ACTIVATIONS)}"
     )
-  own_width = "head_dim" in {f.name for f in dataclasses.fields(config)}
+  has_head_dim = "head_dim" in {f.name for f in dataclasses.fields(config)}
   width, heads = config.hidden_size, config.heads
-  if not own_width and width % heads:
+  if not has_head_dim and width % heads:
     raise UserError(
-      f"{where}: hidden_size {width} cannot be split over {heads} heads"
+      f"{fields.where}: hidden_size {width} cannot be split over {heads} heads"
     )
   rotated = int(config.head_dim * getattr(config, "rotary_fraction", 1))
   # An odd part is rounded up, which a whole head has no room for.
@@ -227,20 +279,21 @@ def _check_sizes(where: str, config: Any) -> None:
     and rotated >= config.head_dim
   ):
     raise UserError(
-      f"{where}: all {rotated} features of a head are rotated in pairs; their "
-      "number must be even"
+      f"{fields.where}: all {rotated} features of a head are rotated in pairs; "
+      "their number must be even"
     )
-  if heads % getattr(config, "kv_heads", heads):
+  if isinstance(config, CausalConfig) and heads % config.kv_heads:
     raise UserError(
-      f"{where}: num_attention_heads {heads} must be a multiple of "
+      f"{fields.where}: num_attention_heads {heads} must be a multiple of "
       f"num_key_value_heads {config.kv_heads}"
     )
+  return Model.build(config)
 
 
 def stored_dtype(source: str | pathlib.Path) -> str:
   """Number format of a folder's largest tensor, one that `load` takes."""
-  tensors = weights.open_folder(_folders(source)[0])
-  largest = max(tensors.values(), key=lambda stored: math.prod(stored.shape))
+  tensors = weights.open_tensors(_folders(source)[0])
+  largest = max(tensors.values(), key=lambda tensor: math.prod(tensor.shape))
   return {"BF16": "bfloat16", "F16": "float16"}.get(largest.dtype, "float32")
 
 
@@ -254,35 +307,16 @@ def _folders(
   return hub.resolve(peft.base(folder)), folder
 
 
-def _match(
-  folder: pathlib.Path,
-  model: Model,
-  entries: dict[str, table.Entry],
-  tensors: dict[str, Stored],
-  draw_head: bool,
-) -> tuple[dict[str, list[Stored]], list[str]]:
-  """Each leaf's file tensors, and the leaves that are to be drawn."""
-  arch = architecture(model)
-  found, drawn = {}, []
-  for path, leaf in table.flatten(model.shapes).items():
-    entry = entries.get(path)
-    if entry is None or (
-      draw_head
-      and path.startswith(arch.HEADS)
-      and not _has(entry, arch, tensors)
-    ):
-      drawn.append(path)
-    else:
-      found[path] = _sources(folder, arch, entry, leaf.shape, tensors)
-  _refuse_extra(folder, model, tensors, found)
-  return found, drawn
-
-
-def _candidates(name: str, arch: ModuleType) -> list[str]:
-  """Names under which a tensor may stand, the usual one first.
+def _find(
+  name: str, arch: Architecture, tensors: Mapping[str, FileTensor]
+) -> FileTensor | None:
+  """The tensor of this name, or of one that other files use for it.
 
   Some files hold the bare backbone (`AutoModel`), others wrap it as `model`
   (SuperHF's reward models).
+
+  Raises:
+    UserError: its numbers are quantised.
   """
   prefix = peft.PREFIX if name.startswith(peft.PREFIX) else ""
   name = name.removeprefix(prefix)
@@ -291,71 +325,38 @@ def _candidates(name: str, arch: ModuleType) -> list[str]:
   for theirs, other in arch.ALIASES:
     if name.startswith(theirs):
       names.append(other + name.removeprefix(theirs))
-  return [prefix + name for name in names]
+  for candidate in names:
+    tensor = tensors.get(prefix + candidate)
+    if tensor is None:
+      continue
+    if tensor.dtype not in _FLOATS:
+      raise UserError(
+        f"{tensor.path}: {tensor.name} is stored as {tensor.dtype}; quantised "
+        "weights are not supported, use a float32, float16 or bfloat16 copy"
+      )
+    return tensor
+  return None
 
 
-def _has(entry: table.Entry, arch: ModuleType, tensors) -> bool:
-  names = _candidates(entry.name, arch)
-  return any(name in tensors for name in names)
-
-
-def _sources(
+def _refuse_unknown(
   folder: pathlib.Path,
-  arch: ModuleType,
-  entry: table.Entry,
-  shape: tuple[int, ...],
-  tensors: dict[str, Stored],
-) -> list[Stored]:
-  """The layers of a leaf, or its one tensor; shapes checked."""
-  layers, expected = table.theirs(entry, shape)
-  sources = []
-  for name in table.layer_names(entry, layers):
-    stored = weights.find(tensors, _candidates(name, arch))
-    if stored is None:
-      raise UserError(
-        f"{folder}: tensor {name} is missing; config.json asks for it (its "
-        "sizes or architecture may be another model's)"
-      )
-    if stored.shape != expected:
-      raise UserError(
-        f"{stored.where}: {name} has shape {list(stored.shape)}, config.json "
-        f"asks for {list(expected)}; one of the two is another model's"
-      )
-    sources.append(stored)
-  return sources
-
-
-def _refuse_extra(folder, model, tensors, found) -> None:
+  model: Model,
+  arch: Architecture,
+  unused: set[str],
+  tensors: Mapping[str, FileTensor],
+) -> None:
   """An unknown tensor means that the model is not what config.json says."""
-  used = {id(stored) for sources in found.values() for stored in sources}
-  ignored = re.compile("|".join(architecture(model).IGNORED))
-  extra = [
-    name
-    for name, stored in tensors.items()
-    if id(stored) not in used and not ignored.search(name)
-  ]
-  if not extra:
+  ignored = re.compile("|".join(arch.IGNORED))
+  unknown = sorted(name for name in unused if not ignored.search(name))
+  if not unknown:
     return
-  first = min(extra)
+  first = unknown[0]
   if first.startswith(peft.PREFIX):
     raise UserError(
-      f"{tensors[first].where}: {first} has no place; adapters can be on "
+      f"{tensors[first].path}: {first} has no place; adapters can be on "
       f"{known(model)}; merge others with peft and load the whole model"
     )
   raise UserError(
-    f"{folder}: {len(extra)} tensors have no place in the model of "
+    f"{folder}: {len(unknown)} tensors have no place in the model of "
     f"config.json, the first is {first}; is it another model's file?"
   )
-
-
-def _draw(model, paths, where, seed) -> dict[str, Any]:
-  """Random leaves: adapters, and a score head that the files lack."""
-  if not paths:
-    return {}
-
-  def make(key):
-    leaves = table.flatten(model.init(key))
-    return {path: leaves[path] for path in paths}
-
-  shardings = {path: where[path] for path in paths} if where else None
-  return jax.jit(make, out_shardings=shardings)(jax.random.key(seed))

@@ -1,10 +1,10 @@
 """GPT-Neo folders: `config.json` and tensor names."""
 
-from typing import Any
+from typing import Unpack
 
 from jaxalign.errors import UserError
 from jaxalign.models.gpt_neo import GPTNeoConfig
-from jaxalign.models.hf.fields import Fields
+from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 
 MODEL_TYPE = "gpt_neo"
 CONFIG = GPTNeoConfig
@@ -23,7 +23,7 @@ IGNORED = (
 )
 
 
-def from_hf(fields: Fields, **switches: Any) -> GPTNeoConfig:
+def from_hf(fields: Fields, **switches: Unpack[Switches]) -> GPTNeoConfig:
   """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
   width = fields.size("hidden_size")
   layers = fields.size("num_layers", "num_hidden_layers")
@@ -46,6 +46,7 @@ def from_hf(fields: Fields, **switches: Any) -> GPTNeoConfig:
 def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
   """From `attention_types`, e.g. [[["global", "local"], 12]]."""
   window = fields.get(int, "window_size", default=256)
+  # A list of (pattern, repetitions), which spells out every layer.
   kinds = []
   for names, repeat in fields.values.get("attention_types") or []:
     kinds += list(names) * repeat
@@ -57,7 +58,7 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
   return tuple(window if kind == "local" else 0 for kind in kinds)
 
 
-def to_hf(config: GPTNeoConfig) -> dict[str, Any]:
+def to_hf(config: GPTNeoConfig) -> JsonObject:
   """The architecture's part of `config.json`."""
   kinds = ["local" if window else "global" for window in config.windows]
   return {
@@ -66,6 +67,7 @@ def to_hf(config: GPTNeoConfig) -> dict[str, Any]:
     "num_layers": config.layers,
     "num_heads": config.heads,
     "intermediate_size": config.intermediate_size,
+    # Both spellings, as transformers writes them.
     "attention_types": [[kinds, 1]],
     "attention_layers": kinds,
     "window_size": max(config.windows) or 256,

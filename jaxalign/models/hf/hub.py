@@ -4,7 +4,7 @@ import os
 import pathlib
 import re
 
-from jaxalign.errors import UserError, explained
+from jaxalign.errors import UserError
 
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _CONFIGS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
@@ -17,15 +17,16 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
 
   Args:
     source: an existing folder, a path (it begins with `.`, `/` or `~`), or a
-      hub id such as "EleutherAI/pythia-70m", with "@revision" if need be.
+      hub id such as "EleutherAI/pythia-70m", optionally with "@revision".
 
   Returns:
-    The folder. Only an id asks the network, and what was downloaded before
-    is found without it.
+    The folder. Only an id may need the network; an earlier download is found
+    without it.
 
   Raises:
     UserError: the folder does not exist, or the hub does not give it.
   """
+  # A local folder, or what can only be meant as one.
   name = str(source)
   folder = pathlib.Path(name).expanduser()
   if name and (folder.exists() or name.startswith((".", "/", "~"))):
@@ -38,33 +39,32 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
         "or copy it"
       )
     return folder
+
+  # A hub id.
   if not _ID.fullmatch(name):
     raise UserError(
       f"{name!r} is neither an existing folder nor a hub id such as "
       "EleutherAI/pythia-70m"
     )
-  return _download(name)
 
-
-def _download(name: str) -> pathlib.Path:
   import huggingface_hub  # slow to import, and most runs need no hub
 
   repository, _, revision = name.partition("@")
-
-  def fetch(patterns: tuple[str, ...]) -> pathlib.Path:
-    return pathlib.Path(
-      huggingface_hub.snapshot_download(
-        repository, revision=revision or None, allow_patterns=list(patterns)
+  # Many repositories hold both kinds; the binary one is fetched only if alone.
+  for weights in (_SAFETENSORS, _BINARIES):
+    try:
+      path = huggingface_hub.snapshot_download(
+        repository,
+        revision=revision or None,
+        allow_patterns=[*_CONFIGS, *weights],
       )
-    )
-
-  failed = lambda why: (
-    f"model {name} is no folder here and cannot be fetched from the hub: "
-    f"{why}; check the name and the connection, or give a local folder"
-  )
-  with explained(OSError, ValueError, by=failed):
-    folder = fetch(_CONFIGS + _SAFETENSORS)
-    if not any(folder.glob("*.safetensors")):
-      # Many repositories hold both; the binary one is fetched only if alone.
-      folder = fetch(_CONFIGS + _BINARIES)
+    except (OSError, ValueError) as error:
+      reason = (str(error).splitlines() or [type(error).__name__])[0]
+      raise UserError(
+        f"model {name} is no folder here and cannot be fetched from the hub: "
+        f"{reason}; check the name and the connection, or give a local folder"
+      ) from error
+    folder = pathlib.Path(path)
+    if any(folder.glob("*.safetensors")):
+      break
   return folder

@@ -1,9 +1,9 @@
 """LLaMA folders: `config.json` and tensor names."""
 
-from typing import Any
+from typing import Unpack
 
 from jaxalign.models.hf import rotary
-from jaxalign.models.hf.fields import Fields
+from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 from jaxalign.models.llama import LlamaConfig
 
 MODEL_TYPE = "llama"
@@ -20,7 +20,7 @@ ALIASES = (("score.", "v_head."),)
 IGNORED = (r"rotary_emb\.inv_freq$", r"^(lm_head|score|v_head)\.")
 
 
-def from_hf(fields: Fields, **switches: Any) -> LlamaConfig:
+def from_hf(fields: Fields, **switches: Unpack[Switches]) -> LlamaConfig:
   """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
   base, _, scaling = rotary.read(fields)
   heads = fields.size("num_attention_heads")
@@ -46,7 +46,7 @@ def from_hf(fields: Fields, **switches: Any) -> LlamaConfig:
   )
 
 
-def to_hf(config: LlamaConfig) -> dict[str, Any]:
+def to_hf(config: LlamaConfig) -> JsonObject:
   """The architecture's part of `config.json`, for old and new readers."""
   return {
     "vocab_size": config.vocab_size,

@@ -1,21 +1,21 @@
 """GPT-NeoX folders: `config.json` and tensor names."""
 
-from typing import Any
+from typing import Unpack
 
 from jaxalign.models.hf import rotary
-from jaxalign.models.hf.fields import Fields
+from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 from jaxalign.models.neox import NeoXConfig
 
 MODEL_TYPE = "gpt_neox"
 CONFIG = NeoXConfig
-BASE = "gpt_neox."  # prefix of the backbone's tensors, absent in some files
-CLASSES = {  # head -> the class that transformers loads it with
+BASE = "gpt_neox."
+CLASSES = {
   "lm": "GPTNeoXForCausalLM",
   "score_last": "GPTNeoXForSequenceClassification",
   "score_eos": "GPTNeoXForSequenceClassification",
   "score_mean": "GPTNeoXForSequenceClassification",
 }
-HEADS = ("score_head",)  # leaves that may be drawn afresh
+HEADS = ("score_head",)
 ALIASES = (
   ("embed_out.", "lm_head."),
   ("lm_head.", "embed_out."),  # adapters of older transformers
@@ -30,7 +30,7 @@ IGNORED = (
 )
 
 
-def from_hf(fields: Fields, **switches: Any) -> NeoXConfig:
+def from_hf(fields: Fields, **switches: Unpack[Switches]) -> NeoXConfig:
   """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
   base, share, scaling = rotary.read(fields, fraction=0.25)
   return NeoXConfig(
@@ -53,7 +53,7 @@ def from_hf(fields: Fields, **switches: Any) -> NeoXConfig:
   )
 
 
-def to_hf(config: NeoXConfig) -> dict[str, Any]:
+def to_hf(config: NeoXConfig) -> JsonObject:
   """The architecture's part of `config.json`, for old and new readers."""
   return {
     "vocab_size": config.vocab_size,

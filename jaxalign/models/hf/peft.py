@@ -3,7 +3,6 @@
 import dataclasses
 import pathlib
 import re
-from typing import Any
 
 import jax.numpy as jnp
 
@@ -13,7 +12,7 @@ from jaxalign.models import lora
 from jaxalign.models.groups import listed
 from jaxalign.models.hf import table, write
 from jaxalign.models.hf.architectures import architecture
-from jaxalign.models.hf.fields import Fields, read_json
+from jaxalign.models.hf.config_json import Fields, JsonObject, read_json
 from jaxalign.models.layers import LoraConfig
 from jaxalign.models.model import Model
 
@@ -59,6 +58,7 @@ def read_config(folder: pathlib.Path, model: Model) -> LoraConfig:
   fields = _fields(folder)
   if fields.get(str, "peft_type") != "LORA":
     raise UserError(f"{fields.where}: peft_type must be LORA")
+  # What changes the arithmetic of an adapter, and is not implemented here.
   odd = [name for name in _REFUSED if fields.values.get(name)]
   if fields.get(str, "bias", default="none") != "none":
     odd.append("bias")
@@ -72,6 +72,8 @@ def read_config(folder: pathlib.Path, model: Model) -> LoraConfig:
   if fields.get(bool, "use_rslora", default=False):
     alpha *= rank**0.5  # there the update is scaled by alpha / sqrt(r)
   dropout = fields.get(float, "lora_dropout", default=0.0)
+
+  # The targets by our names: PEFT's may be ends of a path or a pattern.
   wanted = fields.values.get("target_modules")
   names = {path: name for name, path in lora.linears(model).items()}
   targets = tuple(
@@ -92,19 +94,21 @@ def entries(model: Model) -> dict[str, table.Entry]:
   """
   names = _names(model)
   plain = table.entries(names, model.shapes)
-  found = {}
+  matched = {}
   if "lora_a" in model.shapes.get("lm_head", {}):
+    # The peft library keeps a matrix that it has wrapped under this name.
     name = f"{PREFIX}{names['lm_head']}.base_layer.weight"
-    found["lm_head.embedding"] = table.Entry(name)
+    matched["lm_head.embedding"] = table.Entry(name)
   for path in table.flatten(lora.split(model.shapes)[0]):
     module, _, leaf = path.rpartition(".")
     if leaf in lora.LEAVES:
+      # Theirs are [r, in] and [out, r], the transposes of ours.
       name = f"{PREFIX}{names[module]}.lora_{leaf[-1].upper()}.weight"
-      found[path] = table.Entry(name, (1, 0))
+      matched[path] = table.Entry(name, (1, 0))
     else:
       entry = plain[path]
-      found[path] = dataclasses.replace(entry, name=PREFIX + entry.name)
-  return found
+      matched[path] = dataclasses.replace(entry, name=PREFIX + entry.name)
+  return matched
 
 
 def save(
@@ -136,19 +140,21 @@ def save(
       f"{listed(model.config.groups)}, and PEFT's format keeps no names; save "
       "it as a whole model"
     )
+  # The adapters and what is saved with them; the base stays where it is.
   leaves = table.flatten(params)
   shapes = lora.split(model.shapes)[0]
   every = entries(model)
-  found = {path: every[path] for path in table.flatten(shapes)}
-  dtype = jnp.dtype(leaves[next(iter(found))].dtype)
-  plan = write.plan_files(found, shapes, dtype, 2**60, "adapter_model")
+  kept = {path: every[path] for path in table.flatten(shapes)}
+  dtype = jnp.dtype(leaves[next(iter(kept))].dtype)
+  # Adapters are small: one file, as the peft library expects.
+  plan = write.plan_files(kept, shapes, dtype, 2**60, "adapter_model")
   with write.replacing(pathlib.Path(folder)) as new:
     write.write_json(new / CONFIG, _config(model, model.lora, base))
-    tensors = ((path, write.fetch(leaves[path])) for path in found)
+    tensors = ((path, write.fetch(leaves[path])) for path in kept)
     write.write_tensors(tensors, plan, new)
 
 
-def _config(model: Model, adapters: LoraConfig, base: str) -> dict[str, Any]:
+def _config(model: Model, adapters: LoraConfig, base: str) -> JsonObject:
   is_lm = model.config.head == "lm"
   names, paths = _names(model), lora.linears(model)
   heads = sorted({names[h] for h in lora.HEADS if h in model.shapes})
@@ -168,25 +174,30 @@ def _config(model: Model, adapters: LoraConfig, base: str) -> dict[str, Any]:
   }
 
 
-def _names(model: Model) -> dict[str, Any]:
+def _names(model: Model) -> dict[str, str]:
   """Our modules -> transformers', which has lm_head in GPT-NeoX as well."""
-  return architecture(model).names(model.config) | {"lm_head": "lm_head"}
+  names = architecture(model).names(model.config)
+  return {
+    path: name for path, name in names.items() if isinstance(name, str)
+  } | {"lm_head": "lm_head"}
 
 
 def _theirs(model: Model, path: str) -> list[str]:
   """Names of a module in whole, one a layer: any part may be ambiguous."""
   layers = model.config.layers if path.startswith("blocks.") else 0
-  return table.layer_names(table.Entry(_names(model)[path]), layers)
+  return table.Entry(_names(model)[path]).names((layers,))
 
 
-def _is_target(model: Model, path: str, wanted: Any) -> bool:
+def _is_target(model: Model, path: str, wanted: str | list[str] | None) -> bool:
   """Whether `target_modules` names this module, by PEFT's rules."""
   is_output = path == "lm_head"
+  # PEFT leaves the output matrix out of "all-linear".
   if wanted == "all-linear":
     return not is_output
   names = model.config.module.outputs if is_output else _theirs(model, path)
   if isinstance(wanted, str):  # a pattern for the whole path
     return any(re.fullmatch(wanted, name) for name in names)
+  # A name matches whole parts of the path, hence the leading dots.
   ends = tuple(f".{target}" for target in wanted or ())
   return any(f".{name}".endswith(ends) for name in names)
 

@@ -1,13 +1,14 @@
 """Puts tensors from files onto devices, one layer at a time."""
 
 import functools
+import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.models.hf.safetensors import Stored
+from jaxalign.models.hf.weights import FileTensor
 
 # Above this many bytes a stacked leaf is filled on the device layer by layer,
 # so that the host never holds all of it.
@@ -15,85 +16,104 @@ STAGE_BYTES = 256 * 2**20
 
 
 def place(
-  sources: Sequence[Stored],
+  tensors: Sequence[FileTensor],
   axes: tuple[int, ...],
   shape: tuple[int, ...],
   dtype: np.dtype,
   sharding: jax.sharding.Sharding | None = None,
   stage_bytes: int | None = None,
 ) -> jax.Array:
-  """One parameter from its file tensors.
+  """One parameter from its tensors in the files.
+
+  A host reads the smallest box of each tensor that covers the shards of its
+  own devices, so the hosts of a run do not each read every file in full.
 
   Args:
-    sources: the layers of a stacked leaf, or the one tensor of another.
+    tensors: the layers of a stacked leaf, or the one tensor of another.
     axes: order of a tensor's axes in ours, () = the same.
     shape: of the whole parameter, with the layer axis if it is stacked.
     dtype: of the parameter.
-    sharding: where it goes; None = the default device.
-    stage_bytes: None = `STAGE_BYTES`, and no limit on a CPU, where the staged
-      array becomes the parameter.
+    sharding: of the parameter; None = the default device.
+    stage_bytes: a stacked leaf with larger shards is filled on the devices;
+      None = `STAGE_BYTES`, and no limit on a CPU, where the array on the host
+      becomes the parameter.
   """
-  stacked = len(shape) > len(sources[0].shape)
+  stacked = len(shape) > len(tensors[0].shape)
+  whole = tuple(slice(None) for _ in shape)
   if sharding is None:
-    indices = {None: tuple(slice(None) for _ in shape)}
+    indices = {None: whole}
     platform = jax.default_backend()
   else:
     indices = sharding.addressable_devices_indices_map(shape)
     platform = next(iter(indices)).platform
-  ranges = {d: _ranges(index, shape) for d, index in indices.items()}
-  size = dtype.itemsize * max(_size(r) for r in ranges.values())
-  if stage_bytes is None:
-    stage_bytes = size if platform == "cpu" else STAGE_BYTES
-  if stacked and size > stage_bytes:
-    parts = _fill_devices(sources, axes, dtype, ranges)
-  else:
-    parts = _fill_host(sources, axes, dtype, ranges, stacked)
-  if sharding is None:
-    return parts[0]
-  return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
+  # Each device's shard as (start, stop) per axis. The first axis is that of
+  # the layers; a leaf that is not stacked is one layer.
+  shards = {}
+  for device, index in indices.items():
+    ends = [
+      s.indices(n)[:2] for s, n in zip(index or whole, shape, strict=True)
+    ]
+    shards[device] = tuple(ends if stacked else [(0, 1), *ends])
+  sizes = {s: [stop - start for start, stop in s] for s in shards.values()}
 
-def _ranges(index, shape) -> tuple[tuple[int, int], ...]:
-  return tuple(s.indices(n)[:2] for s, n in zip(index, shape, strict=True))
-
-
-def _size(ranges) -> int:
-  return int(np.prod([stop - start for start, stop in ranges]))
-
-
-def _fill_host(sources, axes, dtype, ranges, stacked) -> list[jax.Array]:
-  """One host array for each distinct shard, each file tensor read once."""
-  shards = {r: _aligned([b - a for a, b in r], dtype) for r in ranges.values()}
-  for layer, source in enumerate(sources):
-    tensor = _read(source, axes)
-    for where, shard in shards.items():
-      if stacked:
-        (start, stop), *where = where
-        if not start <= layer < stop:
-          continue
-        shard = shard[layer - start]
-      piece = tensor[tuple(slice(a, b) for a, b in where)]
-      np.copyto(shard, piece, casting="unsafe")
-  return [jax.device_put(shards[r], device) for device, r in ranges.items()]
-
-
-def _fill_devices(sources, axes, dtype, ranges) -> list[jax.Array]:
-  """Zeros on every device, overwritten in place by one layer after another."""
-  arrays = {
-    device: jnp.zeros([b - a for a, b in r], dtype, device=device)
-    for device, r in ranges.items()
+  # The box to read, and each shard's place in a layer of it.
+  box = [
+    (min(start for start, _ in ends), max(stop for _, stop in ends))
+    for ends in zip(*shards.values(), strict=True)
+  ]
+  places = {
+    shard: tuple(
+      slice(start - corner, stop - corner)
+      for (start, stop), (corner, _) in zip(shard[1:], box[1:], strict=True)
+    )
+    for shard in sizes
   }
-  for layer, source in enumerate(sources):
-    tensor = _read(source, axes)
-    for device, (first, *rest) in ranges.items():
-      if first[0] <= layer < first[1]:
-        piece = tensor[tuple(slice(a, b) for a, b in rest)].astype(dtype)
-        piece = jax.device_put(np.ascontiguousarray(piece), device)
-        index = jax.device_put(np.int32(layer - first[0]), device)
-        arrays[device] = _set_layer(arrays[device], piece, index)
-    # Transfers run ahead of us and would pile up their host copies.
-    jax.block_until_ready(list(arrays.values()))
-  return list(arrays.values())
+  # Axis i of ours is axis order[i] in the file; there the box is this.
+  order = axes or tuple(range(len(box) - 1))
+  index = tuple(slice(*box[1 + i]) for i in np.argsort(order))
+
+  largest = dtype.itemsize * max(math.prod(size) for size in sizes.values())
+  if stage_bytes is None:
+    stage_bytes = largest if platform == "cpu" else STAGE_BYTES
+  if stacked and largest > stage_bytes:
+    # Zeros on every device, overwritten in place layer by layer.
+    on_device = {
+      device: jnp.zeros(sizes[shard], dtype, device=device)
+      for device, shard in shards.items()
+    }
+    for layer in range(*box[0]):
+      values = tensors[layer].read(index).transpose(order)
+      for device, shard in shards.items():
+        first, last = shard[0]
+        if first <= layer < last:
+          piece = np.ascontiguousarray(values[places[shard]].astype(dtype))
+          on_device[device] = _set_layer(
+            on_device[device],
+            jax.device_put(piece, device),
+            jax.device_put(np.int32(layer - first), device),
+          )
+      # Transfers run ahead of us and would pile up their host copies.
+      jax.block_until_ready(list(on_device.values()))
+    arrays = list(on_device.values())
+  else:
+    # One array on the host for all devices that hold the same shard.
+    on_host = {shard: _aligned(size, dtype) for shard, size in sizes.items()}
+    for layer in range(*box[0]):
+      values = tensors[layer].read(index).transpose(order)
+      for shard, array in on_host.items():
+        first, last = shard[0]
+        if first <= layer < last:
+          piece = values[places[shard]]
+          # unsafe: numbers may lose bits
+          np.copyto(array[layer - first], piece, casting="unsafe")
+    arrays = [
+      jax.device_put(on_host[shard] if stacked else on_host[shard][0], device)
+      for device, shard in shards.items()
+    ]
+  if sharding is None:
+    return arrays[0]
+  return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -101,14 +121,9 @@ def _set_layer(array, piece, index):
   return jax.lax.dynamic_update_index_in_dim(array, piece, index, 0)
 
 
-def _read(source: Stored, axes: tuple[int, ...]) -> np.ndarray:
-  tensor = source.read()
-  return tensor.transpose(axes) if axes else tensor
-
-
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
-  """An uninitialised array that JAX's CPU backend takes over uncopied."""
-  size = int(np.prod(shape)) * dtype.itemsize
+  """An uninitialised array that JAX's CPU backend uses without copying it."""
+  size = math.prod(shape) * dtype.itemsize
   raw = np.empty(size + 64, np.uint8)
   start = -raw.ctypes.data % 64
   return raw[start : start + size].view(dtype).reshape(shape)

@@ -1,10 +1,9 @@
 """Rotary settings in `config.json`, old and new forms."""
 
 import math
-from typing import Any
 
 from jaxalign.errors import UserError
-from jaxalign.models.hf.fields import Fields
+from jaxalign.models.hf.config_json import Fields, JsonObject
 from jaxalign.models.rope import Scaling
 
 KINDS = ("linear", "dynamic", "llama3")
@@ -16,8 +15,8 @@ def read(
   """`(base, rotated fraction, scaling)` of a model.
 
   Before transformers 5 they were spread over `rope_theta` or
-  `rotary_emb_base`, `rotary_pct` and `rope_scaling`; since then they stand
-  together in `rope_parameters`.
+  `rotary_emb_base`, `rotary_pct` and `rope_scaling`; since then they are all
+  in `rope_parameters`.
 
   Args:
     fields: the config file.
@@ -26,14 +25,14 @@ def read(
   Raises:
     UserError: a scaling that is not supported, or lacks a number.
   """
-  merged: dict = {}
+  # One object of both forms; the new one wins.
+  merged: JsonObject = {}
   for name in ("rope_scaling", "rope_parameters"):
-    found = fields.values.get(name) or {}
-    if not isinstance(found, dict):
-      raise UserError(
-        f"{fields.where}: {name} must be an object, got {found!r}"
-      )
-    merged |= found
+    part = fields.values.get(name) or {}
+    if not isinstance(part, dict):
+      raise UserError(f"{fields.where}: {name} must be an object, got {part!r}")
+    merged |= part
+  # The new place first, then the old ones.
   rope = Fields(merged, f"{fields.where}: rope_parameters")
   base = rope.get(float, "rope_theta", default=math.nan)
   if math.isnan(base):
@@ -42,6 +41,8 @@ def read(
   if math.isnan(share):
     names = ("partial_rotary_factor", "rotary_pct")
     share = fields.get(float, *names, default=fraction)
+
+  # "type" is the older name.
   kind = rope.get(str, "rope_type", "type", default="default")
   if kind == "default":
     return base, share, None
@@ -68,15 +69,16 @@ def read(
 
 def write(
   base: float, fraction: float | None, scaling: Scaling | None
-) -> dict[str, Any]:
+) -> JsonObject:
   """The settings' fields of `config.json`, for old and new readers."""
-  values: dict[str, Any] = {"rope_type": "default"}
+  values: JsonObject = {"rope_type": "default"}
   if scaling is not None:
     values = {"rope_type": scaling.kind, "factor": scaling.factor}
   if scaling is not None and scaling.kind == "llama3":
     values["low_freq_factor"] = scaling.low
     values["high_freq_factor"] = scaling.high
     values["original_max_position_embeddings"] = scaling.original
+  # transformers 4 reads the first, transformers 5 the second.
   old = {"rope_scaling": values} if scaling is not None else {}
   new = values | {"rope_theta": base}
   if fraction is not None:

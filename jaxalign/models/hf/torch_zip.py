@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxalign.errors import UserError, explained
-from jaxalign.models.hf.safetensors import DTYPES, Stored
+from jaxalign.errors import UserError
+from jaxalign.models.hf.table import DTYPES
 
 _STORAGES = {
   "DoubleStorage": "F64",
@@ -35,6 +35,61 @@ _STORAGES = {
 _MAX_PICKLE = 256 * 2**20  # bytes; real ones are below one megabyte
 
 
+@dataclasses.dataclass(frozen=True)
+class TorchTensor:
+  """A tensor in a torch file: a view of a storage.
+
+  Attributes:
+    name: in the file.
+    shape: its axes.
+    dtype: number format, as safetensors names it: "F32", "BF16", "I8", ...
+    path: the file.
+    member: name of the storage in the archive.
+    offset: elements of the storage before the tensor's first one.
+    strides: elements of the storage from one index to the next, per axis.
+  """
+
+  name: str
+  shape: tuple[int, ...]
+  dtype: str
+  path: pathlib.Path
+  member: str
+  offset: int
+  strides: tuple[int, ...]
+
+  @property
+  def extent(self) -> int:
+    """Elements of the storage from the tensor's first to its last one."""
+    if not math.prod(self.shape):
+      return 0
+    steps = zip(self.shape, self.strides, strict=True)
+    return 1 + sum((n - 1) * step for n, step in steps)
+
+  def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+    """The part of the tensor at `index`, a slice per axis; () = all of it.
+
+    Raises:
+      UserError: the bytes are damaged.
+    """
+    dtype = DTYPES[self.dtype]
+    # All of it is read whatever the index is: zipfile then compares the
+    # member's checksum.
+    try:
+      with (
+        zipfile.ZipFile(self.path) as archive,
+        archive.open(self.member) as file,
+      ):
+        file.seek(self.offset * dtype.itemsize)
+        raw = np.frombuffer(file.read(self.extent * dtype.itemsize), dtype)
+    except (OSError, zipfile.BadZipFile) as error:
+      raise UserError(
+        f"{self.path}: {self.name} is damaged: {error}; download it again"
+      ) from error
+    strides = tuple(step * dtype.itemsize for step in self.strides)
+    tensor = np.lib.stride_tricks.as_strided(raw, self.shape, strides)
+    return tensor[(*index, ...)]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Storage:
   kind: str
@@ -42,15 +97,16 @@ class _Storage:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Tensor:
-  storage: Any  # what the pickle passed; checked when the tensor is used
+class _View:
+  # Any: what the pickle passed, checked in `_tensor`.
+  storage: Any
   offset: Any
   shape: Any
   strides: Any
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_):
-  return _Tensor(storage, offset, shape, strides)
+  return _View(storage, offset, shape, strides)
 
 
 def _rebuild_parameter(tensor, *_):
@@ -58,7 +114,7 @@ def _rebuild_parameter(tensor, *_):
 
 
 class _Unpickler(pickle.Unpickler):
-  """Builds dicts, numbers, strings and `_Tensor`s, and nothing else."""
+  """Builds dicts, numbers, strings and `_View`s, and nothing else."""
 
   ALLOWED = {  # noqa: RUF012
     ("collections", "OrderedDict"): collections.OrderedDict,
@@ -71,7 +127,7 @@ class _Unpickler(pickle.Unpickler):
     super().__init__(file, encoding="utf-8")
     self.where = where
 
-  def find_class(self, module: str, name: str) -> Any:
+  def find_class(self, module: str, name: str) -> object:
     """What a name in the pickle stands for, if it is on the short list."""
     if module == "torch" and name in _STORAGES:
       return _STORAGES[name]
@@ -90,8 +146,8 @@ class _Unpickler(pickle.Unpickler):
     return _Storage(kind, key)
 
 
-def open_file(path: pathlib.Path) -> dict[str, Stored]:
-  """The tensors of one file; their bytes are read when asked for.
+def open_file(path: pathlib.Path) -> dict[str, TorchTensor]:
+  """The tensors of one file by name; reads only the pickle.
 
   Raises:
     UserError: not a torch zip file, truncated, or its pickle wants anything
@@ -102,6 +158,7 @@ def open_file(path: pathlib.Path) -> dict[str, Stored]:
       f"{path} is truncated, or older than torch 1.6's format; download it "
       "again or use a safetensors copy"
     )
+  # The archive: one pickle that describes the tensors, one member a storage.
   with zipfile.ZipFile(path) as archive:
     members = {info.filename: info for info in archive.infolist()}
     root = next((n for n in members if n.endswith("/data.pkl")), None)
@@ -111,59 +168,60 @@ def open_file(path: pathlib.Path) -> dict[str, Stored]:
     order = prefix + "byteorder"
     if order in members and archive.read(order) != b"little":
       raise UserError(f"{path} is in big-endian order, which is not supported")
+    # In memory, so that a damaged archive fails here and not in the pickle.
     data = io.BytesIO(archive.read(root))
-  failed = f"{path} has a damaged pickle: "
-  # A damaged pickle may fail in any way.
-  with explained(Exception, by=lambda why: failed + why):
-    table = _Unpickler(data, str(path)).load()
-  if not isinstance(table, dict):
+
+  # The pickle, with a short list of what it may name.
+  try:
+    views = _Unpickler(data, str(path)).load()
+  except UserError:
+    raise
+  except Exception as error:  # a damaged pickle may fail in any way
+    raise UserError(f"{path} has a damaged pickle: {error!r}") from error
+  if not isinstance(views, dict):
     raise UserError(f"{path} holds no table of tensors")
   return {
-    str(name): _stored(path, prefix, members, str(name), value)
-    for name, value in table.items()
+    str(name): _tensor(path, prefix, members, str(name), view)
+    for name, view in views.items()
   }
 
 
-def _stored(path, prefix, members, name: str, value: Any) -> Stored:
-  if not isinstance(value, _Tensor) or not isinstance(value.storage, _Storage):
+def _tensor(
+  path: pathlib.Path,
+  prefix: str,
+  members: dict[str, zipfile.ZipInfo],
+  name: str,
+  view: object,
+) -> TorchTensor:
+  """What a pickle says of one tensor, checked against the archive."""
+  if not isinstance(view, _View) or not isinstance(view.storage, _Storage):
     raise UserError(
       f"{path}: {name} is no tensor; a table of tensors is needed"
     )
-  kind = value.storage.kind
-  dtype = DTYPES[kind]
-  axes = (value.shape, value.strides)
+  # A pickle may hold anything here, so nothing is taken on trust.
+  axes = (view.shape, view.strides)
   if (
     not all(isinstance(axis, tuple) for axis in axes)
-    or len(value.shape) != len(value.strides)
+    or len(view.shape) != len(view.strides)
     or not all(
       isinstance(n, int) and n >= 0
-      for n in (value.offset, *value.shape, *value.strides)
+      for n in (view.offset, *view.shape, *view.strides)
     )
   ):
     raise UserError(f"{path}: {name} has impossible axes")
-  steps = zip(value.shape, value.strides, strict=True)
-  extent = 1 + sum((n - 1) * step for n, step in steps)
-  extent = extent if math.prod(value.shape) else 0
-  member = members.get(f"{prefix}data/{value.storage.key}")
+  # Storages are members of the archive; torch never compresses them.
+  kind, member = view.storage.kind, f"{prefix}data/{view.storage.key}"
+  tensor = TorchTensor(
+    name, view.shape, kind, path, member, view.offset, view.strides
+  )
+  info = members.get(member)
+  size = (tensor.offset + tensor.extent) * DTYPES[kind].itemsize
   if (
-    member is None
-    or member.compress_type != zipfile.ZIP_STORED
-    or (value.offset + extent) * dtype.itemsize > member.file_size
+    info is None
+    or info.compress_type != zipfile.ZIP_STORED
+    or size > info.file_size
   ):
     raise UserError(
       f"{path}: the bytes of {name} are missing or cut short; download it again"
     )
-
-  def read() -> np.ndarray:
-    failed = lambda why: f"{path}: {name} is damaged: {why}; download it again"
-    with (
-      explained(OSError, zipfile.BadZipFile, by=failed),
-      zipfile.ZipFile(path) as archive,
-      archive.open(member) as file,
-    ):
-      file.seek(value.offset * dtype.itemsize)
-      raw = np.frombuffer(file.read(extent * dtype.itemsize), dtype)
-    strides = tuple(step * dtype.itemsize for step in value.strides)
-    return np.lib.stride_tricks.as_strided(raw, value.shape, strides)
-
-  return Stored(tuple(value.shape), kind, str(path), read)
+  return tensor

@@ -8,7 +8,6 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,13 +16,13 @@ from jax.experimental import multihost_utils
 
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
-from jaxalign.models.hf import safetensors, table
+from jaxalign.models.hf import table
 from jaxalign.models.hf.architectures import architecture
-from jaxalign.models.hf.fields import REGRESSION
+from jaxalign.models.hf.config_json import REGRESSION, JsonObject
 from jaxalign.models.lora import WEIGHTS, merged
 from jaxalign.models.model import Model
 
-SHARD_BYTES = 5_000_000_000
+SHARD_BYTES = 5_000_000_000  # as transformers 4 does by default
 
 
 def save(
@@ -33,7 +32,7 @@ def save(
   *,
   dtype: str | None = None,
   shard_bytes: int = SHARD_BYTES,
-  config: dict[str, Any] | None = None,
+  config: JsonObject | None = None,
   also: Callable[[pathlib.Path], None] | None = None,
 ) -> None:
   """Writes `config.json` and safetensors; every process calls it.
@@ -46,7 +45,7 @@ def save(
     params: its parameters, on one device or sharded.
     folder: replaced if it holds a model, refused if it holds other files.
     dtype: of the file's tensors; None = that of the parameters.
-    shard_bytes: bytes of tensors above which another file is begun.
+    shard_bytes: the most bytes of tensors in one file.
     config: further fields of `config.json`, such as `pad_token_id`.
     also: writes more files (tokenizer, model card) into the folder that it
       is given, before the renaming.
@@ -58,25 +57,27 @@ def save(
   number = jnp.dtype(dtype or leaves["embedding.embedding"].dtype)
   entries = table.entries(architecture(model).names(model.config), model.shapes)
   plan = plan_files(entries, model.shapes, number, shard_bytes)
+  # A generator: a leaf comes to the host when its turn to be written comes.
   tensors = ((path, _host(model, leaves, path)) for path in plan.entries)
   if jax.process_index() > 0:
-    for _ in tensors:  # takes part in the gathering
+    # Only the first process writes; the others take part in the gathering.
+    for _ in tensors:
       pass
     return
   with replacing(pathlib.Path(folder)) as new:
-    values = config_json(model, str(number)) | (config or {})
+    values = config_values(model, str(number)) | (config or {})
     write_json(new / "config.json", values)
-    if len(plan.layouts) > 1:
-      total = sum(layout.tensor_bytes for layout in plan.layouts.values())
-      index = {"metadata": {"total_size": total}, "weight_map": plan.files}
+    if len(plan.headers) > 1:
+      total = {"total_size": plan.tensor_bytes}
+      index = {"metadata": total, "weight_map": plan.files}
       write_json(new / "model.safetensors.index.json", index)
     write_tensors(tensors, plan, new)
     if also is not None:
       also(new)
 
 
-def config_json(model: Model, dtype: str) -> dict[str, Any]:
-  """The `config.json` of a model whose file tensors have this dtype."""
+def config_values(model: Model, dtype: str) -> JsonObject:
+  """What `config.json` says of a model whose file tensors have this dtype."""
   arch, config = architecture(model), model.config
   values = {
     "architectures": [arch.CLASSES[config.head]],
@@ -101,17 +102,25 @@ def config_json(model: Model, dtype: str) -> dict[str, Any]:
 class Plan:
   """Which tensor goes into which file, and where.
 
+  The format is a length, a JSON header and raw bytes. The safetensors library
+  writes a file only from all of its tensors at once, which would put a whole
+  file on the host; so the headers are made here and tensors follow one by one.
+
   Attributes:
     entries: our leaf -> its entry.
     dtype: of all tensors.
+    headers: file name -> everything before its first tensor.
     files: tensor name -> file name.
-    layouts: file name -> where its tensors stand.
+    offsets: tensor name -> byte of its file at which it starts.
+    tensor_bytes: all tensors together.
   """
 
   entries: dict[str, table.Entry]
   dtype: np.dtype
+  headers: dict[str, bytes]
   files: dict[str, str]
-  layouts: dict[str, safetensors.Layout]
+  offsets: dict[str, int]
+  tensor_bytes: int
 
 
 def plan_files(
@@ -122,59 +131,74 @@ def plan_files(
   stem: str = "model",
 ) -> Plan:
   """Spreads tensors over files of at most `shard_bytes` each."""
+  # Placing the tensors one after another.
   leaves = table.flatten(shapes)
-  shards: list[dict[str, Any]] = [{}]
-  size = 0
+  kind = next(name for name, known in table.DTYPES.items() if known == dtype)
+  # One dict per file: tensor name -> its entry in the header.
+  shards: list[dict[str, JsonObject]] = [{}]
+  size = total = 0
   for path, entry in entries.items():
-    layers, shape = table.theirs(entry, leaves[path].shape)
+    shape = entry.file_shape(leaves[path].shape)
     tensor_bytes = math.prod(shape) * dtype.itemsize
-    for name in table.layer_names(entry, layers):
+    for name in entry.names(leaves[path].shape):
+      # A tensor that is larger than the limit has a file of its own.
       if shards[-1] and size + tensor_bytes > shard_bytes:
         shards.append({})
         size = 0
-      shards[-1][name] = (shape, dtype)
+      ends = [size, size + tensor_bytes]
+      shards[-1][name] = {
+        "dtype": kind,
+        "shape": list(shape),
+        "data_offsets": ends,
+      }
       size += tensor_bytes
-  files = [f"{stem}.safetensors"]
-  if len(shards) > 1:
-    total = len(shards)
-    numbers = range(1, total + 1)
-    files = [f"{stem}-{i:05d}-of-{total:05d}.safetensors" for i in numbers]
-  layouts = {
-    file: safetensors.layout(shard)
-    for file, shard in zip(files, shards, strict=True)
-  }
-  where = {
-    name: file for file, layout in layouts.items() for name in layout.offsets
-  }
-  return Plan(entries, dtype, where, layouts)
+      total += tensor_bytes
+
+  # Writing the headers. Their file names hold the number of files, which is
+  # known only now.
+  headers, files, offsets = {}, {}, {}
+  for number, shard in enumerate(shards, 1):
+    file = f"{stem}.safetensors"
+    if len(shards) > 1:
+      file = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+    fields = {"__metadata__": {"format": "pt"}, **shard}
+    text = json.dumps(fields, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8 bytes
+    headers[file] = len(text).to_bytes(8, "little") + text
+    for name, fields in shard.items():
+      files[name] = file
+      offsets[name] = len(headers[file]) + fields["data_offsets"][0]
+  return Plan(entries, dtype, headers, files, offsets, total)
 
 
 def write_tensors(
-  tensors: Iterable[tuple[str, np.ndarray]], plan: Plan, folder: pathlib.Path
+  leaves: Iterable[tuple[str, np.ndarray]], plan: Plan, folder: pathlib.Path
 ) -> None:
   """Writes leaves, given as (path, array), to their places in the files."""
   with contextlib.ExitStack() as stack:
     files = {}
-    for name, layout in plan.layouts.items():
+    for name, header in plan.headers.items():
       files[name] = stack.enter_context((folder / name).open("wb"))
-      files[name].write(layout.header)
-    for path, leaf in tensors:
+      files[name].write(header)
+    for path, leaf in leaves:
       entry = plan.entries[path]
-      layers, _ = table.theirs(entry, leaf.shape)
-      names = table.layer_names(entry, layers)
-      for name, tensor in zip(names, leaf if layers else [leaf], strict=True):
-        if entry.axes:
+      layers = leaf if entry.stacked else [leaf]
+      for name, tensor in zip(entry.names(leaf.shape), layers, strict=True):
+        if entry.axes:  # argsort undoes a transposition
           tensor = tensor.transpose(np.argsort(entry.axes))
-        file = plan.files[name]
-        files[file].seek(plan.layouts[file].offsets[name])
+        file = files[plan.files[name]]
+        file.seek(plan.offsets[name])
         raw = np.ascontiguousarray(tensor, plan.dtype).view(np.uint8)
-        files[file].write(raw.data)
+        file.write(raw.data)
+    # On the disk before the folder is renamed.
     for file in files.values():
       file.flush()
       os.fsync(file.fileno())
 
 
-def _host(model: Model, leaves: dict[str, Any], path: str) -> np.ndarray:
+def _host(
+  model: Model, leaves: dict[str, jax.Array | np.ndarray], path: str
+) -> np.ndarray:
   """A leaf on this host, its adapter merged in."""
   leaf = leaves[path]
   module, _, name = path.rpartition(".")
@@ -184,8 +208,8 @@ def _host(model: Model, leaves: dict[str, Any], path: str) -> np.ndarray:
   return fetch(leaf)
 
 
-def fetch(leaf: Any) -> np.ndarray:
-  """A whole array on this host, gathered from all of them if need be."""
+def fetch(leaf: jax.Array | np.ndarray) -> np.ndarray:
+  """A whole array on this host, gathered if it is sharded over several."""
   if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
     return multihost_utils.process_allgather(leaf, tiled=True)
   return np.asarray(jax.device_get(leaf))
@@ -206,7 +230,7 @@ def check_target(folder: pathlib.Path) -> None:
 
 @contextlib.contextmanager
 def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A new folder that takes `folder`'s place when the block is left well.
+  """A new folder that takes `folder`'s place when the block succeeds.
 
   Raises:
     UserError: `folder` is a file or holds something other than a model, or
@@ -218,6 +242,7 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   try:
     new.mkdir(parents=True)
     yield new
+    # A folder cannot be renamed onto another one, so the old one steps aside.
     if folder.is_dir():
       folder.rename(old)
     try:
@@ -236,6 +261,6 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+def write_json(path: pathlib.Path, values: JsonObject) -> None:
   """An object as indented JSON with a final newline."""
   path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

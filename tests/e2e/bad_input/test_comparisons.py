@@ -55,7 +55,7 @@ PAIRS = {
         ],
       }
     ],
-    ("{}:1 has no turns in front of the answers that", "a column prompt"),
+    ("{}:1 has no turns before the completions that", "a column prompt"),
   ),
   "a number": (
     [PAIR, PAIR | {"chosen": 3}],
@@ -133,4 +133,4 @@ def test_a_batch_of_one(reference, lab, supervised, run, fail):
     )
   )
   assert "config.batch_size must be at least 2 while loss='kto', got 1" in line
-  assert "prompts with the answers of other rows" in line
+  assert "prompts with completions of other rows" in line

@@ -250,7 +250,9 @@ def test_bad_flags_elsewhere(command, argv, words, fail, tmp_path):
 
 
 def test_a_folder_that_may_not_be_read(lab, superhf, run, fail, monkeypatch):
-  denied = lambda path, mode: str(path) != lab.policy
+  def denied(path, mode):
+    return str(path) != lab.policy
+
   monkeypatch.setattr(os, "access", denied)
   line = fail(superhf(run))
   assert f"{lab.policy} cannot be read: permission denied" in line
@@ -271,12 +273,12 @@ def test_a_hub_id_without_the_hub(superhf, run, fail, monkeypatch):
 def test_a_tokenizer_without_pad_token_is_fine(
   lab, supervised, tmp_path, monkeypatch
 ):
-  from jaxalign.build import runs
+  from jaxalign.algorithms.sft import setup
 
   started = []
   folder = shutil.copytree(lab.policy, tmp_path / "model")
   change_json(folder / "tokenizer_config.json", pad_token=None)
-  monkeypatch.setattr(runs, "_train", lambda *args: started.append(args) or 0)
+  monkeypatch.setattr(setup, "run", lambda *args: started.append(args) or 0)
   argv = supervised("sft.py", tmp_path / "run", policy=folder, data=lab.rows)
   assert main.main(argv) == 0
   assert len(started) == 1

@@ -46,7 +46,7 @@ def test_other_data(config, made, lab, run, fail, tmp_path):
   assert (
     "texts: it was made with other data, another tokenizer, max_len" in line
   )
-  assert "; leave out config.reference_logps to compute them anew" in line
+  assert "; leave out config.reference_logps to compute them again" in line
   assert ("seed, batch_size or steps" in line) == (config == "kto.py")
   if config == "dpo.py":
     assert "lacks 1 of this run's 48 texts" in line
@@ -81,7 +81,8 @@ def test_another_model(config, made, lab, run, tmp_path, capsys):
   line = capsys.readouterr().err
   assert line == (
     f"error: {file} was made by another reference than config.policy={other}: "
-    "parameters differ; leave out config.reference_logps to compute them anew\n"
+    "parameters differ; leave out config.reference_logps to compute them "
+    "again\n"
   )
   assert not run.exists()
 
@@ -108,7 +109,7 @@ def test_data_that_changed_under_a_run(changed, made, run, fail):
   (run / "finished.json").unlink()
   line = fail(made("dpo.py", run))
   assert f"{run}/reference.npz lacks " in line
-  assert "; put these back as they were, or begin anew in another --wor" in line
+  assert "; restore these, or start again in another --workdir" in line
 
 
 @pytest.mark.parametrize(

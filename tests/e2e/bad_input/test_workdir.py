@@ -12,15 +12,16 @@ from jaxalign import main
 @pytest.fixture
 def other_run(run, superhf, monkeypatch):
   """A run's folder, opened by another learning rate."""
-  from jaxalign.build import runs, session
+  from jaxalign.algorithms.superhf import setup
+  from jaxalign.setup.run import open_workdir
 
-  def begin(config, folder):
-    session.open_folder(config, folder).close()
+  def begin(spec, folder):
+    open_workdir(spec.config, folder).close()
     return 0
 
   argv = superhf(run, optimizer__learning_rate=1e-3)
   with monkeypatch.context() as patch:
-    patch.setitem(runs.RUNS, "superhf", begin)
+    patch.setattr(setup, "run", begin)
     assert main.main(argv) == 0
   return run
 

@@ -1,6 +1,10 @@
 """Loading: what is placed where, what is refused, in one line each."""
 
+import concurrent.futures
+import functools
 import json
+import os
+import socket
 import subprocess
 import sys
 
@@ -8,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from jaxalign.errors import UserError
-from jaxalign.models.hf import folder, place, safetensors
+from jaxalign.models.hf import folder, place, weights
 from jaxalign.models.layers import LoraConfig
 
 
@@ -85,7 +90,7 @@ def test_adapters_are_drawn_afresh(saved):
 def test_layer_by_layer_filling_gives_the_same(saved, dtype):
   path, _, _ = saved
   whole = folder.load(path, dtype=dtype)[1]
-  by_layer = folder.load(path, dtype=dtype, stage_bytes=0)[1]
+  by_layer = folder.open_pretrained(path, dtype=dtype).read(stage_bytes=0)
   assert by_layer["embedding"]["embedding"].dtype == dtype
   jax.tree.map(np.testing.assert_array_equal, whole, by_layer)
 
@@ -146,12 +151,9 @@ def test_configs_that_do_not_fit(saved, values, message):
 def test_quantised_tensors(saved):
   path, _, _ = saved
   name = "model.norm.weight"
-  stored = safetensors.open_file(path / "model.safetensors")
-  arrays = {n: s.read() for n, s in stored.items()}
+  arrays = load_file(path / "model.safetensors")
   arrays[name] = arrays[name].astype(np.int8)
-  plan = safetensors.layout({n: (a.shape, a.dtype) for n, a in arrays.items()})
-  raw = plan.header + b"".join(a.tobytes() for a in arrays.values())
-  (path / "model.safetensors").write_bytes(raw)
+  save_file(arrays, path / "model.safetensors")
   refuse(path, "model.norm.weight is stored as I8; quantised")
 
 
@@ -182,15 +184,14 @@ def test_a_failed_save_leaves_the_old_model(saved):
   assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def stored(array):
-  array = np.asarray(array, np.float32)
-  read = lambda: array
-  return safetensors.Stored(array.shape, "F32", "memory", read)
-
-
-def test_placing_turns_and_stacks():
-  layers = [stored([[1, 2, 3], [4, 5, 6]]), stored([[7, 8, 9], [10, 11, 12]])]
-  found = place.place(layers, (1, 0), (2, 3, 2), np.dtype(np.float32))
+def test_placing_turns_and_stacks(tmp_path):
+  layers = {
+    "a": np.array([[1, 2, 3], [4, 5, 6]], np.float32),
+    "b": np.array([[7, 8, 9], [10, 11, 12]], np.float32),
+  }
+  save_file(layers, tmp_path / "model.safetensors")
+  tensors = list(weights.open_tensors(tmp_path).values())
+  found = place.place(tensors, (1, 0), (2, 3, 2), np.dtype(np.float32))
   expected = [[[1, 4], [2, 5], [3, 6]], [[7, 10], [8, 11], [9, 12]]]
   np.testing.assert_array_equal(found, expected)
 
@@ -208,8 +209,9 @@ def shardings(shapes):
   return jax.tree.map(one, shapes)
 _, plain = folder.load(sys.argv[1])
 for stage in (None, 0):
-  model, params = folder.load(
-    sys.argv[1], shardings=shardings, stage_bytes=stage)
+  opened = folder.open_pretrained(sys.argv[1])
+  model = opened.model
+  params = opened.read(shardings(model.shapes), stage_bytes=stage)
   jax.tree.map(np.testing.assert_array_equal, params, plain)
   kernel = params["blocks"]["q_proj"]["kernel"]
   assert kernel.sharding.spec == P("a", "b"), kernel.sharding
@@ -221,8 +223,6 @@ jax.tree.map(np.testing.assert_array_equal, back, plain)
 
 
 def run(program, *args, devices=1):
-  import os
-
   flags = f"--xla_force_host_platform_device_count={devices}"
   out = subprocess.run(
     [sys.executable, "-c", program, *map(str, args)],
@@ -238,12 +238,52 @@ def test_loading_into_shards_and_saving_from_them(saved, tmp_path):
   run(SHARDED, saved[0], tmp_path / "out", devices=4)
 
 
+HOSTS = """
+import jax, numpy as np, sys
+path, port, number = sys.argv[1:]
+jax.distributed.initialize(f"localhost:{port}", 2, int(number))
+from jaxalign.models.hf import folder, weights
+from jaxalign.parallel import mesh as meshes
+plain = folder.load(path)[1]
+counts = [0, 0]  # numbers read, numbers in the tensors they are of
+whole = weights.SafeTensor.read
+def read(self, index=()):
+  part = whole(self, index)
+  counts[0] += part.size
+  counts[1] += np.prod(self.shape)
+  return part
+weights.SafeTensor.read = read
+opened = folder.open_pretrained(path)
+mesh = meshes.make_mesh(fsdp=2, tensor=2)
+params = opened.read(meshes.shardings(opened.model.shapes, mesh))
+def check(ours, expected):
+  for shard in ours.addressable_shards:
+    np.testing.assert_array_equal(shard.data, expected[shard.index])
+jax.tree.map(check, params, plain)
+assert not params["embedding"]["embedding"].is_fully_addressable
+print(counts[0] / counts[1])
+"""
+
+
+def test_a_host_reads_only_the_shards_of_its_devices(make, tmp_path):
+  """Of two hosts each reads half of what is split over both."""
+  folder.save(*make("neox"), tmp_path / "a")
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    port = free.getsockname()[1]
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    start = functools.partial(run, HOSTS, tmp_path / "a", port, devices=2)
+    shares = [float(share) for share in pool.map(start, range(2))]
+  # Norms, biases and the odd vocabulary's rows are not split.
+  assert all(0.5 < share < 0.6 for share in shares), shares
+
+
 MEMORY = """
 import jax, jax.numpy as jnp, resource, sys
 from jaxalign.models.hf import folder
 jax.block_until_ready(jnp.zeros(4) + 1)
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-folder.describe(sys.argv[1])
+folder.open_pretrained(sys.argv[1])
 before = peak()
 model, params = folder.load(sys.argv[1])
 jax.block_until_ready(params)

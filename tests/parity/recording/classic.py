@@ -239,7 +239,10 @@ def ppo_step(given, side="right", **changes):
 def padded(rows, side):
   """What TRL's collator makes of rows with a tokenizer that pads there."""
   rows = [x.flip(0) if side == "left" else x for x in rows]
-  pad = lambda x: torch.nn.utils.rnn.pad_sequence(x, batch_first=True)
+
+  def pad(x):
+    return torch.nn.utils.rnn.pad_sequence(x, batch_first=True)
+
   found = {
     "input_ids": pad(rows),
     "attention_mask": pad([torch.ones_like(x) for x in rows]),

@@ -76,7 +76,10 @@ def dpo(draws):
       label_smoothing=0.2,
       use_weighting=False,
     )
-    loss = lambda some, t=trainer: t._compute_loss(model, collate(some), False)
+
+    def loss(some, t=trainer):
+      return t._compute_loss(model, collate(some), False)
+
     pairs = [loss([row]) for row in rows]
     total = loss(rows)
     total.backward()
@@ -104,7 +107,10 @@ def kto(draws):
   from trl.trainer import kto_trainer
 
   now = draws.tables()
-  digits = lambda ids: "".join(map(str, ids))
+
+  def digits(ids):
+    return "".join(map(str, ids))
+
   texts = draws.texts((2, 3), (1, 4), (3, 1), (2, 2), (1, 5))
   label = [True, False, False, True, True]
   given = {"now": now, "ref": draws.tables(near=now), "label": label}
@@ -228,7 +234,10 @@ def groups(draws):
   # What no reward function scored, and a prompt's only answer that one did.
   rewards[0, 2] = rewards[2, 1:] = float("nan")
   given |= {"found": found, "scores": rewards}
-  scale = lambda x: advantages_of(GRPOTrainer, rewards, scale_rewards=x)
+
+  def scale(x):
+    return advantages_of(GRPOTrainer, rewards, scale_rewards=x)
+
   return given | {
     "advantages": {
       "grpo": scale("group"),

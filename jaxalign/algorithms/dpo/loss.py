@@ -1,0 +1,94 @@
+"""The loss of a pair of completions, of stored and of sampled pairs."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxalign.algorithms.dpo.config import PairLossConfig
+from jaxalign.core import gradients, losses
+from jaxalign.core.types import Metrics, PairBatch, Params, TrainState
+from jaxalign.models import lora
+from jaxalign.models.model import Model
+from jaxalign.training.forward import completion_logps, reference_logps
+from jaxalign.training.run import Run, Update
+
+
+def make_update(run: Run, config: PairLossConfig) -> Update:
+  """The update on a `PairBatch` `[M, B, T]`.
+
+  Args:
+    run: its policy and reference.
+    config: the run's, which has the losses' settings.
+  """
+
+  def update(
+    state: TrainState,
+    frozen: Params,
+    reference: Params,
+    batch: PairBatch,
+    key: Array,
+  ) -> tuple[TrainState, Metrics]:
+    pairs = jnp.maximum(is_pair(batch).sum(), 1)
+    live = (run.reference[0], reference) if run.reference else None
+
+    def loss(params: Params, micro: PairBatch, key: Array):
+      del key  # no dropout: a ratio of two noisy values is no reward
+      found = pair_losses(
+        config, run.model, lora.join(params, frozen), live, micro
+      )
+      total = {name: value.sum() / pairs for name, value in found.items()}
+      return total["loss/total"], total
+
+    value, metrics, grads = gradients.accumulate(loss, state.params, batch, key)
+    state, update_metrics = run.apply_gradients(state, grads, value)
+    tokens = {"num_tokens": batch.loss_mask.sum()}
+    return state, update_metrics | metrics | tokens
+
+  return update
+
+
+def pair_losses(
+  config: PairLossConfig,
+  model: Model,
+  params: Params,
+  reference: tuple[Model, Params] | None,
+  batch: PairBatch,
+) -> dict[str, Float[Array, " B"]]:
+  """Loss and metrics of each pair; 0 for filler pairs.
+
+  Args:
+    config: the losses' settings.
+    model: of the policy.
+    params: all of the policy's parameters.
+    reference: see `reference_logps`.
+    batch: `[B, T]`, 2B texts, first the chosen ones, then the rejected ones.
+  """
+  logps = completion_logps(model, params, batch)
+  ratio = logps - reference_logps(reference, batch)
+  lengths = jnp.maximum(batch.completion_mask.sum(axis=1), 1)
+  scaled = ratio / lengths if config.length_normalised else ratio
+  better, worse = jnp.split(scaled, 2)
+  loss = losses.dpo_loss(
+    config.loss, better - worse, config.beta, config.label_smoothing
+  )
+  chosen, rejected = jnp.split(config.beta * ratio, 2)
+  chosen_logp, rejected_logp = jnp.split(logps, 2)
+  nll = -jnp.split(logps / lengths, 2)[0]
+  found = {
+    "loss/total": loss + config.sft_coefficient * nll,
+    "loss/preference": loss,
+    "loss/nll": nll,
+    "rewards/chosen": chosen,
+    "rewards/rejected": rejected,
+    "rewards/margins": chosen - rejected,
+    "rewards/accuracies": (chosen > rejected).astype(jnp.float32),
+    "logps/chosen": chosen_logp,
+    "logps/rejected": rejected_logp,
+  }
+  real = is_pair(batch)
+  return {name: jnp.where(real, value, 0) for name, value in found.items()}
+
+
+def is_pair(batch: PairBatch) -> Bool[Array, "*M B"]:
+  """Pairs that are no filler: something of the chosen text counts."""
+  real = batch.completion_mask.any(axis=-1)
+  return jnp.split(real, 2, axis=-1)[0]

@@ -1,0 +1,66 @@
+"""Online DPO: from its config to a finished run."""
+
+import dataclasses
+import pathlib
+
+from jaxalign.algorithms.dpo.online.config import OnlineDPOConfig
+from jaxalign.algorithms.dpo.online.train import train
+from jaxalign.feedback.judges import (
+  PreferenceFunction,
+  make_judge,
+  open_judge,
+)
+from jaxalign.setup.models import open_policy
+from jaxalign.setup.rollout import describe_rollout
+from jaxalign.setup.run import (
+  RunSpec,
+  check_rows,
+  finish,
+  make_mesh,
+  open_run,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OnlineDPOSpec(RunSpec[OnlineDPOConfig]):
+  """An online DPO run, with the function that judges if there is one."""
+
+  function: PreferenceFunction | None
+
+
+def describe(config: OnlineDPOConfig) -> OnlineDPOSpec:
+  """Opens and checks what the config names; reads no parameter.
+
+  Raises:
+    UserError: anything that keeps the run from starting.
+  """
+  mesh = make_mesh(config.mesh)
+  check_rows(config, mesh)
+  function = open_judge(config.judge)
+  policy = open_policy(config, mesh)
+  micros = config.batch_size // config.micro_rows
+  length = min(config.max_length, policy.model.config.max_positions)
+  return OnlineDPOSpec(
+    config,
+    mesh,
+    policy,
+    batch_shape=(micros, 2 * config.micro_rows, length),
+    live_reference=True,
+    rollout=describe_rollout(config, policy),
+    function=function,
+  )
+
+
+def run(spec: OnlineDPOSpec, folder: pathlib.Path) -> int:
+  """Trains; returns the exit status."""
+  assert spec.rollout is not None
+  config = spec.config
+  judge = make_judge(
+    config.judge, spec.function, config.missing_eos_penalty, folder
+  )
+  policy = spec.policy.load()
+  source = spec.rollout.load(policy)
+  with open_run(spec, policy, folder) as run:
+    run.evaluators += spec.rollout.evaluators(source)
+    state = train(run, source, judge)
+  return finish(run, state, policy, folder)

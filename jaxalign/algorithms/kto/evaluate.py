@@ -1,0 +1,125 @@
+"""KTO's metrics over held-out rows."""
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxalign.algorithms.kto.config import KTOConfig
+from jaxalign.algorithms.kto.data import LabelledBatch
+from jaxalign.algorithms.kto.train import (
+  kl_baseline,
+  mean_metrics,
+  mismatched_logratios,
+  sum_metrics,
+)
+from jaxalign.core.types import Metrics, Params, TextBatch
+from jaxalign.training.run import Run
+
+
+class LabelledMetrics:
+  """An evaluator: the metrics over held-out rows, and `agreement`.
+
+  z₀ is that of all held-out rows.
+  """
+
+  name = "labelled"
+
+  def __init__(self, run: Run[KTOConfig], batches: Sequence[LabelledBatch]):
+    """Compiles nothing yet.
+
+    Args:
+      run: its policy, reference and devices.
+      batches: numpy rows `[1, B, T]`.
+    """
+    self.every = run.config.validation_interval
+    self._run, self._batches = run, batches
+
+    @jax.jit
+    def mismatched(params: Params, reference: Params, text: TextBatch):
+      live = (run.reference[0], reference) if run.reference else None
+      text = jax.tree.map(lambda x: x[0], text)
+      return mismatched_logratios(run.model, params, live, text)
+
+    @jax.jit
+    def baseline(parts):
+      totals, counts = zip(*parts, strict=True)
+      return kl_baseline(jnp.stack(totals), jnp.stack(counts))
+
+    @jax.jit
+    def sums(params: Params, reference: Params, batch: LabelledBatch, kl):
+      live = (run.reference[0], reference) if run.reference else None
+      micro = batch.text, batch.desirable
+      text, desirable = jax.tree.map(lambda x: x[0], micro)
+      return sum_metrics(run, params, live, kl, text, desirable)
+
+    @jax.jit
+    def means(parts):
+      total = jax.tree.map(lambda *x: jnp.stack(x).sum(0), *parts)
+      found = mean_metrics(total)
+      found.pop("num_tokens")
+      return {f"eval_{name}": value for name, value in found.items()}
+
+    self._mismatched, self._baseline = mismatched, baseline
+    self._sums, self._means = sums, means
+
+  def __call__(self, params: Params, step: int) -> Metrics:
+    """`eval_loss/total` and the like, and `eval_kl`, z₀ in nats."""
+    del step
+    run, batches = self._run, self._batches
+    reference = run.reference[1] if run.reference else {}
+    put = [run.put(batch) for batch in batches]
+    metrics, kl = {}, run.put(np.float32(0))
+    if batches[0].mismatched is not None:
+      kl = self._baseline(
+        [self._mismatched(params, reference, b.mismatched) for b in put]
+      )
+      metrics["eval_kl"] = kl
+    parts = [self._sums(params, reference, b, kl) for b in put]
+    rewards = jax.device_get([rewards for _, rewards in parts])
+    return (
+      metrics
+      | agreement(
+        np.concatenate(rewards),
+        np.concatenate([b.desirable[0] for b in batches]),
+        np.concatenate([b.group[0] for b in batches]),
+      )
+      | self._means([found for found, _ in parts])
+    )
+
+
+def agreement(
+  reward: Float[np.ndarray, " B"],
+  desirable: Bool[np.ndarray, " B"],
+  group: Int[np.ndarray, " B"],
+) -> Metrics:
+  """How often a prompt's desirable completion has the larger reward.
+
+  All pairs of a desirable and an undesirable completion of a prompt count;
+  every prompt weighs the same.
+
+  Args:
+    reward: of each row.
+    desirable: its label.
+    group: completions of one prompt carry one number; -1 = filler.
+
+  Returns:
+    `eval_rewards/accuracies`, and `eval_prompts`, how many prompts have
+    completions of both labels; nothing where none has.
+  """
+  order = np.argsort(group, kind="stable")
+  ends = np.flatnonzero(np.diff(group[order])) + 1
+  right = []
+  for rows in np.split(order, ends):
+    good = reward[rows[desirable[rows]]]
+    bad = reward[rows[~desirable[rows]]]
+    if group[rows[0]] >= 0 and len(good) and len(bad):
+      right.append(float((good[:, None] > bad[None, :]).mean()))
+  if not right:
+    return {}
+  return {
+    "eval_rewards/accuracies": float(np.mean(right)),
+    "eval_prompts": len(right),
+  }

@@ -1,0 +1,1 @@
+"""PPO, and RLOO and GRPO, which share its loss."""

@@ -1,0 +1,154 @@
+"""PPO's loss, and the forward passes that it shares with the experience."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from jaxalign.algorithms.ppo.config import PPOConfig
+from jaxalign.algorithms.ppo.rollout import Experience
+from jaxalign.core import losses
+from jaxalign.core.logprobs import logprobs_and_entropy, reverse_kl
+from jaxalign.core.types import Metrics, Params, TextBatch
+from jaxalign.models import lora
+from jaxalign.models.heads import VALUE, policy_of
+from jaxalign.models.model import Model
+from jaxalign.training.forward import Predictions, forward
+from jaxalign.training.run import Run
+
+# (params, `Experience` micro-batch, tokens of the minibatch) -> loss, metrics.
+Loss = Callable[[Params, Experience, Array], tuple[Array, Metrics]]
+
+
+def policy_and_value(
+  model: Model, value_model: Model | None, params: Params, text: TextBatch
+) -> tuple[
+  Predictions,
+  Float[Array, "B T"],
+  Float[Array, "B T"],
+  Float[Array, "B T"],
+]:
+  """Predictions, log-probs, entropies and values of `[B, T]` texts.
+
+  Args:
+    model: of the policy.
+    value_model: see `train.train`.
+    params: of the policy, those of the value model under `value`.
+    text: one micro-batch.
+  """
+  p = forward(model, policy_of(params), text)
+  logp, entropy = logprobs_and_entropy(p.hidden, p.targets, p.mask, p.unembed)
+  value = jnp.zeros_like(logp)
+  if value_model is not None:
+    states = forward(value_model, params[VALUE], text).hidden
+    head = value_model.bind(params[VALUE]).score_head
+    value = head(states)[..., 0]
+  elif VALUE in params:
+    head = params[VALUE]["value_head"]
+    # After the states proper may come an output adapter's features.
+    states = p.hidden[..., : len(head["kernel"])].astype(jnp.float32)
+    value = (states @ head["kernel"])[..., 0] + head["bias"]
+  value = jnp.where(p.mask, value.astype(jnp.float32), 0)
+  return p, logp, entropy, value
+
+
+def reference_predictions(
+  run: Run[PPOConfig], reference: Params, text: TextBatch
+) -> Predictions:
+  """The reference's predictions, without gradient."""
+  assert run.reference is not None
+  p = forward(run.reference[0], reference, text)
+  return p._replace(hidden=jax.lax.stop_gradient(p.hidden))
+
+
+def kl_per_token(
+  estimator: str,
+  log_ratio: Float[Array, "B T"],
+  policy: Predictions,
+  reference: Predictions,
+) -> Float[Array, "B T"]:
+  """KL(policy ‖ reference) at each token; `full` is exact, and costs more."""
+  if estimator != "full":
+    return losses.kl_estimate(estimator, log_ratio)
+  return reverse_kl(
+    policy.hidden,
+    reference.hidden,
+    policy.mask,
+    policy.unembed,
+    reference.unembed,
+  )
+
+
+def make_loss(
+  run: Run[PPOConfig],
+  value_model: Model | None,
+  frozen: Params,
+  reference: Params,
+  kl_coefficient: Float[Array, ""],
+) -> Loss:
+  """The loss of a micro-batch, divided by the tokens of its minibatch.
+
+  Args:
+    run: its config, policy and reference.
+    value_model: see `train.train`.
+    frozen: the base under adapters.
+    reference: parameters of the reference.
+    kl_coefficient: of the step.
+  """
+  config = run.config
+
+  def loss(params: Params, part: Experience, tokens: Array):
+    p, logp, entropy, value = policy_and_value(
+      run.model, value_model, lora.join(params, frozen), part.text
+    )
+
+    def mean(x: Float[Array, "B T"] | Bool[Array, "B T"]) -> Float[Array, ""]:
+      return jnp.where(p.mask, x, 0).sum() / tokens
+
+    # The clipped surrogate.
+    log_ratio = jnp.where(p.mask, logp - part.logp, 0)
+    surrogate = losses.clipped_surrogate_loss(
+      log_ratio,
+      part.advantage,
+      config.clip_low,
+      config.clip_high,
+      config.dual_clip,
+    )
+    policy = mean(part.weight * surrogate)
+    total = policy
+    found = {"loss/policy_avg": policy}
+
+    # The value loss.
+    if config.advantage == "gae":
+      error = losses.clipped_value_loss(
+        value, part.value, part.returns, config.value_clip
+      )
+      unclipped = losses.clipped_value_loss(value, part.value, part.returns)
+      found["loss/value_avg"] = mean(error)
+      found["val/clipfrac_avg"] = mean(error > unclipped)
+      total += config.vf_coef * found["loss/value_avg"]
+
+    # Entropy, and the KL where it is a part of the loss.
+    if config.entropy_coef:
+      total -= config.entropy_coef * mean(entropy)
+    if config.kl.place == "loss":
+      estimator = config.kl.estimator
+      p0 = p  # looked at by `full` alone
+      if estimator == "full":
+        p0 = reference_predictions(run, reference, part.text)
+      kl = kl_per_token(estimator, logp - part.reference, p, p0)
+      total += kl_coefficient * mean(kl)
+
+    ratio = jnp.exp(log_ratio)
+    falls = (part.advantage < 0) & (ratio < 1 - config.clip_low)
+    rises = (part.advantage > 0) & (ratio > 1 + config.clip_high)
+    return total, found | {
+      "loss/total": total,
+      "val/ratio": mean(ratio),
+      "policy/clipfrac_avg": mean(falls | rises),
+      "policy/approxkl_avg": mean(0.5 * log_ratio**2),
+      "policy/policykl": -mean(log_ratio),
+    }
+
+  return loss

@@ -1,0 +1,387 @@
+"""Completions with the rewards that they should get, in batches."""
+
+import collections
+import dataclasses
+import functools
+import logging
+import math
+import typing
+from collections.abc import Iterable, Sequence
+
+import jax
+import numpy as np
+from jaxtyping import Bool, Float, Int
+
+from jaxalign.algorithms.reward_model.config import RewardModelConfig
+from jaxalign.core.types import AnyArray
+from jaxalign.data import batches, formats
+from jaxalign.data.rows import CompletionRow, PreferenceRow
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.errors import UserError
+from jaxalign.models.groups import listed
+from jaxalign.setup.dataset import fits, source_of
+
+WINDOW = 32  # batches within which rows of similar length are brought together
+FEW = 20  # completions, below which a group's own head is doubtful
+
+_log = logging.getLogger(__name__)
+
+
+@typing.no_type_check  # holds numpy rows on the host
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ScoredBatch:
+  """Completions with the rewards they should get, the shorter ones first."""
+
+  tokens: Int[AnyArray, "*M B T"]
+  mask: Bool[AnyArray, "*M B T"]  # True = a real token
+  types: Int[AnyArray, "*M B T"]  # 0 = prompt, 1 = completion, under `pair`
+  reward: Float[AnyArray, "*M B"]  # target; only its order counts in pairs
+  margin: Float[AnyArray, "*M B"]  # by how much a chosen completion should win
+  group: Int[AnyArray, "*M B"]  # completions that are compared carry one number
+  chars: Int[AnyArray, "*M B"]  # length of the completion in characters
+  real: Bool[AnyArray, "*M B"]  # True = a row, False = filler
+  # Whose judgement it is: a column of the score head; None = it has one.
+  head: Int[AnyArray, "*M B"] | None = None
+  # Rows that end before column `half`; only so much of them is computed.
+  short: int = dataclasses.field(default=0, metadata={"static": True})
+  half: int = dataclasses.field(default=0, metadata={"static": True})
+
+
+@dataclasses.dataclass
+class ScoredRows:
+  """Encoded completions, a column a list."""
+
+  ids: list[list[int]]
+  types: list[list[int]]  # segment of each token
+  reward: list[float | None]
+  margin: list[float]
+  group: list[int]  # completions that are compared carry one number
+  chars: list[int]
+  judge: list[str]  # whose judgement it is; "" where there are no groups
+  head: list[int] | None = None  # each row's column of the score head
+
+  def pack(
+    self,
+    chosen: Int[np.ndarray, " B"],
+    length: int,
+    micro_batches: int,
+    fill: int = 0,
+  ) -> ScoredBatch:
+    """Some of the rows as numpy arrays `[M, B, T]`.
+
+    Completions of one prompt differ much in length, so a batch has two
+    widths: as many quarters of its rows as fit are read at half the width.
+
+    Args:
+      chosen: indices of the rows.
+      length: tokens of a row at most.
+      micro_batches: M.
+      fill: filler is added up to as many rows.
+    """
+    # Filler repeats rows, so that it adds no shape and no length.
+    real = np.arange(max(len(chosen), fill)) < len(chosen)
+    index = np.where(real, np.resize(chosen, len(real)), chosen[0])
+
+    # The shorter rows of each micro-batch come first.
+    count = np.array([len(self.ids[i]) for i in index])
+    count = count.reshape(micro_batches, -1)
+    order = np.argsort(count, axis=1, kind="stable")
+    shape = micro_batches, -1
+    index = np.take_along_axis(index.reshape(shape), order, axis=1)
+    real = np.take_along_axis(real.reshape(shape), order, axis=1)
+    index = index.reshape(-1).tolist()
+    width = min(length, batches.bucket_length(int(count.max())))
+    half = batches.bucket_length(width // 2)
+    quarter = count.shape[1] // 4
+    short = 0
+    if quarter and half < width:
+      fitting = int((count <= half).sum(axis=1).min())
+      short = min(fitting // quarter, 3) * quarter
+
+    def column(values: Sequence, kind: type) -> np.ndarray:
+      return np.array([values[i] for i in index], kind).reshape(shape)
+
+    tokens, mask = batches.pad_rows([self.ids[i] for i in index], width)
+    types, _ = batches.pad_rows([self.types[i] for i in index], width)
+    return ScoredBatch(
+      tokens=tokens.reshape(*shape, width),
+      mask=mask.reshape(*shape, width),
+      types=types.reshape(*shape, width),
+      reward=column(self.reward, np.float32),
+      margin=column(self.margin, np.float32),
+      group=column(self.group, np.int32),
+      chars=column(self.chars, np.int32),
+      real=real,
+      head=None if self.head is None else column(self.head, np.int32),
+      short=short,
+      half=half,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable: by identity
+class ScoredData:
+  """The rows of a run.
+
+  Attributes:
+    config: of the run, with its final steps and groups.
+    rows: to train on.
+    length: tokens of a row at most.
+    validation: `[1, B, T]`, never trained on.
+  """
+
+  config: RewardModelConfig
+  rows: ScoredRows
+  length: int
+  validation: list[ScoredBatch]
+
+  def batch(self, step: int) -> ScoredBatch:
+    """Numpy rows `[M, B, T]` of a step, a pure function of seed and step."""
+    config = self.config
+    epoch, at = divmod(step, len(self.rows.ids) // config.batch_size)
+    micros = config.batch_size // config.micro_rows
+    return self.rows.pack(self.order(epoch)[at], self.length, micros)
+
+  @functools.lru_cache(maxsize=2)  # noqa: B019, a run has one of these
+  def order(self, epoch: int) -> Int[np.ndarray, "N B"]:
+    """The batches of an epoch."""
+    return grouped_order(self.config, self.rows, epoch)
+
+
+def load_data(
+  config: RewardModelConfig,
+  tokenizer: Tokenizer,
+  context: int,
+  head: str,
+  groups: tuple[str, ...] = (),
+) -> ScoredData:
+  """Loads and encodes the rows; settles the run's steps and groups.
+
+  Args:
+    config: its data and lengths.
+    tokenizer: the model's.
+    context: tokens the model can read.
+    head: the model's, which may read the score at an end of text.
+    groups: those that the model has heads for already.
+
+  Raises:
+    UserError: a bad source, too few rows, or groups that do not fit.
+  """
+  if groups and not config.group_column:
+    raise UserError(
+      f"config.policy: {config.policy} has a score head for each of "
+      f"{listed(groups)}; name the column that says who judged a row with "
+      "config.group_column"
+    )
+  if groups and config.groups not in ((), groups):
+    raise UserError(
+      f"config.groups={','.join(config.groups)} differs from the heads that "
+      f"{config.policy} has, {listed(groups)}; leave it empty"
+    )
+  length, end = min(config.max_length, context), head == "score_eos"
+  rows = load_rows(config, tokenizer, length, end)
+  size, count = config.batch_size, len(rows.ids)
+  if count < size:
+    raise UserError(
+      f"config.data: {config.data} gives {count} completions, fewer "
+      f"than config.batch_size={size}; lower it or give more data"
+    )
+  groups = groups or config.groups or _find_groups(config, rows)
+  _assign_heads(rows, groups, "data", config.data)
+  validation = []
+  if config.validation_data:
+    found = load_rows(config, tokenizer, length, end, validation=True)
+    _assign_heads(found, groups, "validation_data", config.validation_data)
+    held = min(config.validation_rows or len(found.ids), len(found.ids))
+    by_length = sorted(range(held), key=lambda i: len(found.ids[i]))
+    micro = config.micro_rows
+    validation = [
+      found.pack(np.array(by_length[at : at + micro]), length, 1, fill=micro)
+      for at in range(0, held, micro)
+    ]
+  steps = config.steps or math.ceil(config.epochs * (count // size))
+  config = dataclasses.replace(config, steps=steps, groups=groups)
+  return ScoredData(config, rows, length, validation)
+
+
+def _find_groups(
+  config: RewardModelConfig, rows: ScoredRows
+) -> tuple[str, ...]:
+  """The names in `group_column`, sorted; () where none is asked for."""
+  names = tuple(sorted(set(rows.judge)))
+  if config.group_column and len(names) == 1:
+    raise UserError(
+      f"config.group_column: {config.group_column} is {names[0]!r} in every "
+      f"row of {config.data}, and one group is one head; leave it empty"
+    )
+  return names if config.group_column else ()
+
+
+def _assign_heads(
+  rows: ScoredRows, groups: tuple[str, ...], field: str, source: str
+) -> None:
+  """Fills the column `head`; prints how many rows each group has.
+
+  Raises:
+    UserError: a group has no head.
+  """
+  if not groups:
+    return
+  counts = dict.fromkeys(groups, 0) | collections.Counter(rows.judge)
+  unknown = tuple(sorted(set(counts) - set(groups)))
+  if unknown:
+    raise UserError(
+      f"config.{field}: {source} has rows of {listed(unknown)}, for whom there "
+      f"is no head; the groups are {listed(groups)}"
+    )
+  terms = tuple(f"{name} {count}" for name, count in counts.items())
+  print(f"{source}: completions by group: {listed(terms)}")
+  few = tuple(name for name, count in counts.items() if count < FEW)
+  if few and field == "data":
+    _log.warning(
+      "%s: fewer than %d completions by %s; heads of their own will hardly "
+      "learn their taste",
+      source,
+      FEW,
+      listed(few),
+    )
+  heads = {name: head for head, name in enumerate(groups)}
+  rows.head = [heads[judge] for judge in rows.judge]
+
+
+class _Scored(typing.NamedTuple):
+  """A completion of a prompt, and what it is worth to whom."""
+
+  prompt: str
+  completion: str
+  reward: float | None
+  margin: float
+  group: int
+  judge: str
+
+
+def load_rows(
+  config: RewardModelConfig,
+  tokenizer: Tokenizer,
+  length: int,
+  end: bool,
+  validation: bool = False,
+) -> ScoredRows:
+  """Loads rows and encodes their completions.
+
+  Args:
+    config: its data and lengths.
+    tokenizer: the model's.
+    length: tokens of a row at most.
+    end: append the end of text, which the score head reads.
+    validation: the held-out rows.
+  """
+  source, options = source_of(
+    config, tokenizer, validation, "comparisons.jsonl"
+  )
+  options |= {
+    "part": "all" if validation else config.half,
+    "group": config.group_column,
+  }
+  if config.loss == "pairwise":
+    found = formats.load_preferences(source, **options)
+    scored = _compared(config, found.rows)
+  else:
+    columns = {"reward": config.reward_column}
+    found = formats.load_completions(
+      source, need="reward", columns=columns, **options
+    )
+    scored = _graded(config, found.rows)
+  print(f"{source}: {found}")
+  if not scored:
+    raise UserError(
+      f"{source}: none of {len(found.rows)} rows is within "
+      f"config.max_example_chars={config.max_example_chars}; raise it"
+    )
+  encoded = tokenizer.encode_rewards(
+    [row.prompt for row in scored],
+    [row.completion for row in scored],
+    config.encoding,
+    length,
+    end,
+  )
+  return ScoredRows(
+    ids=[ids for ids, _ in encoded],
+    types=[types for _, types in encoded],
+    reward=[row.reward for row in scored],
+    margin=[row.margin for row in scored],
+    group=[row.group for row in scored],
+    chars=[len(row.completion) for row in scored],
+    judge=[row.judge for row in scored],
+  )
+
+
+def _compared(
+  config: RewardModelConfig, rows: Iterable[PreferenceRow]
+) -> list[_Scored]:
+  """Both completions of each comparison, with rewards 1 and 0."""
+  kept = [r for r in rows if fits(config, r.prompt, r.chosen, r.rejected)]
+  scored = []
+  for number, row in enumerate(kept):
+    judge = row.group if config.group_column else ""
+    margin = row.margin if config.margin else 0.0
+    scored += [
+      _Scored(row.prompt, row.chosen, 1.0, margin, number, judge),
+      _Scored(row.prompt, row.rejected, 0.0, 0.0, number, judge),
+    ]
+  return scored
+
+
+def _graded(
+  config: RewardModelConfig, rows: Iterable[CompletionRow]
+) -> list[_Scored]:
+  """Scored completions; those by one judge of one prompt are compared."""
+  numbers: dict[tuple[str, str], int] = {}
+  scored = []
+  for row in rows:
+    if fits(config, row.prompt, row.completion):
+      judge = row.group if config.group_column else ""
+      group = numbers.setdefault((row.prompt, judge), len(numbers))
+      scored.append(
+        _Scored(row.prompt, row.completion, row.reward, 0.0, group, judge)
+      )
+  return scored
+
+
+def grouped_order(
+  config: RewardModelConfig, rows: ScoredRows, epoch: int
+) -> Int[np.ndarray, "N B"]:
+  """Batches of an epoch, completions of one prompt next to each other.
+
+  Each prompt's completions are shuffled and cut into groups; the groups are
+  shuffled; within a window of batches they are sorted by length, so that a
+  batch holds little padding; the batches are shuffled again. A group of fewer
+  completions than the others may end in the next pass, which costs its pairs.
+  """
+  size, count = config.batch_size, len(rows.ids)
+  most = 2 if config.loss == "pairwise" else config.answers_per_prompt
+  rank = np.argsort(batches.permutation(config.seed, epoch, count))
+
+  # Groups of at most `most` completions, in random order.
+  group = np.array(rows.group)
+  order = np.lexsort((rank, group))
+  start = np.r_[True, group[order][1:] != group[order][:-1]]
+  first = np.maximum.accumulate(np.where(start, np.arange(count), 0))
+  opens = (np.arange(count) - first) % most == 0
+  groups = np.split(order, np.flatnonzero(opens)[1:])
+  groups.sort(key=lambda members: rank[members].min())
+
+  # Windows of batches, sorted by length within.
+  def longest(members: Int[np.ndarray, " N"]) -> int:
+    return max(len(rows.ids[i]) for i in members)
+
+  flat, window, held = [], [], 0
+  for members in groups:
+    window.append(members)
+    held += len(members)
+    if held >= WINDOW * size:
+      flat += sorted(window, key=longest)
+      window, held = [], 0
+  flat += sorted(window, key=longest)
+  whole = np.concatenate(flat)[: count // size * size].reshape(-1, size)
+  return whole[batches.permutation(config.seed + 1, epoch, len(whole))]

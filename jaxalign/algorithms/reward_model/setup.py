@@ -1,0 +1,72 @@
+"""Reward models: from the config to a finished run."""
+
+import dataclasses
+import pathlib
+
+from jaxalign.algorithms.reward_model.config import RewardModelConfig
+from jaxalign.algorithms.reward_model.data import ScoredData, load_data
+from jaxalign.algorithms.reward_model.evaluate import Agreement
+from jaxalign.algorithms.reward_model.train import train
+from jaxalign.errors import UserError
+from jaxalign.setup.models import open_policy, with_groups
+from jaxalign.setup.run import (
+  RunSpec,
+  check_rows,
+  finish,
+  make_mesh,
+  open_run,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RewardModelSpec(RunSpec[RewardModelConfig]):
+  """The training of a reward model, its data included."""
+
+  data: ScoredData
+
+
+def describe(config: RewardModelConfig) -> RewardModelSpec:
+  """Opens and checks what the config names; reads no parameter.
+
+  Raises:
+    UserError: anything that keeps the run from starting.
+  """
+  mesh = make_mesh(config.mesh)
+  check_rows(config, mesh)
+  policy = open_policy(config, mesh, config.head)
+  model = policy.model.config
+  if model.head == "lm":
+    raise UserError(
+      f"config.policy: {config.policy} is a language model without a score "
+      "head; give it one with config.head, e.g. score_last"
+    )
+  if config.dropout and not hasattr(model, "dropout"):
+    raise UserError(
+      f"config.dropout={config.dropout} needs a DeBERTa, the policy is a "
+      f"{model.module.__name__}; set it to 0, or use "
+      "config.lora.dropout with adapters"
+    )
+  if config.dropout:
+    dropping = policy.model.replace(dropout=config.dropout)
+    policy = dataclasses.replace(policy, model=dropping)
+  data = load_data(
+    config, policy.tokenizer, model.max_positions, model.head, model.groups
+  )
+  micros = config.batch_size // config.micro_rows
+  return RewardModelSpec(
+    data.config,
+    mesh,
+    with_groups(policy, data.config.groups),
+    batch_shape=(micros, config.micro_rows, data.length),
+    data=data,
+  )
+
+
+def run(spec: RewardModelSpec, folder: pathlib.Path) -> int:
+  """Trains; returns the exit status."""
+  policy = spec.policy.load()
+  with open_run(spec, policy, folder) as run:
+    if spec.data.validation:
+      run.evaluators.append(Agreement(run, spec.data.validation))
+    state = train(run, spec.data)
+  return finish(run, state, policy, folder)

@@ -1,0 +1,103 @@
+"""Demonstrations as the batches of SFT."""
+
+import dataclasses
+import math
+
+from jaxalign.algorithms.sft.config import SFTConfig
+from jaxalign.core.types import TextBatch
+from jaxalign.data import batches, formats, packing
+from jaxalign.data.encode import Encoded, encode_rows
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.setup.dataset import check_rows_left, fits, source_of
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTData:
+  """Encoded rows, each of one text or, with packing, of several.
+
+  Attributes:
+    config: of the run, with its final number of steps.
+    rows: to train on.
+    length: tokens of a row at most.
+    pad_id: fills rows.
+    validation: `[1, B, T]`, never trained on.
+  """
+
+  config: SFTConfig
+  rows: list[list[Encoded]]
+  length: int
+  pad_id: int
+  validation: list[TextBatch]
+
+  def batch(self, step: int) -> TextBatch:
+    """Numpy rows `[M, B, T]` of a step, a pure function of seed and step."""
+    config, count = self.config, len(self.rows)
+    chosen = batches.rows_of_step(config.seed, step, config.batch_size, count)
+    rows = [self.rows[i] for i in chosen]
+    width = self.length
+    if not config.packing:
+      width = packing.row_width(rows, self.length)
+    micros = config.batch_size // config.micro_rows
+    return packing.pack(rows, width, self.pad_id, micros)
+
+
+def load_data(config: SFTConfig, tokenizer: Tokenizer, context: int) -> SFTData:
+  """Loads and encodes the rows; settles how many steps the run has.
+
+  Args:
+    config: its data, packing and lengths.
+    tokenizer: the policy's.
+    context: tokens the model can read.
+
+  Raises:
+    UserError: a bad source, or no row is left.
+  """
+  length = min(config.max_length, context)
+  texts = _load_rows(config, tokenizer, length)
+  rows = [[text] for text in texts]
+  if config.packing:
+    plan = packing.plan_packing([len(text) for text in texts], length)
+    rows = [[texts[i] for i in members] for members in plan]
+  steps = config.steps or math.ceil(
+    config.epochs * len(rows) / config.batch_size
+  )
+  validation = []
+  if config.validation_data:
+    found = _load_rows(config, tokenizer, length, validation=True)
+    found = sorted(found[: config.validation_rows or None], key=len)
+    size = config.micro_rows
+    for start in range(0, len(found), size):
+      part = [[text] for text in found[start : start + size]]
+      width = packing.row_width(part, length)
+      # Empty rows fill the last part, so that a mesh can split it.
+      part += [[]] * (size - len(part))
+      validation.append(packing.pack(part, width, tokenizer.pad_id))
+  config = dataclasses.replace(config, steps=steps)
+  return SFTData(config, rows, length, tokenizer.pad_id, validation)
+
+
+def _load_rows(
+  config: SFTConfig,
+  tokenizer: Tokenizer,
+  length: int,
+  validation: bool = False,
+) -> list[Encoded]:
+  """Encoded rows; those without room for a completion are left out."""
+  source, options = source_of(
+    config, tokenizer, validation, "demonstrations.jsonl"
+  )
+  found = formats.load_completions(source, **options)
+  print(f"{source}: {found}")
+  kept = [row for row in found.rows if fits(config, row.prompt, row.completion)]
+  encoded = encode_rows(
+    tokenizer,
+    [row.prompt for row in kept],
+    [row.completion for row in kept],
+    max_length=length,
+    loss=config.loss_on,
+    train_eos=config.train_eos,
+    overlong="skip",
+  )
+  counts = len(found.rows), len(kept), len(encoded.rows)
+  check_rows_left(config, source, length, counts)
+  return list(encoded.rows)

@@ -1,0 +1,99 @@
+"""Kept completions as the batches of SuperHF's updates."""
+
+import dataclasses
+import typing
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Bool, Float, Int
+
+from jaxalign.algorithms.superhf.config import SuperHFConfig
+from jaxalign.core.types import AnyArray, TextBatch
+from jaxalign.data.encode import encode_completions
+from jaxalign.data.packing import pack, row_width
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.parallel import mesh as meshes
+from jaxalign.training.rollout import Rollout
+
+
+@typing.no_type_check  # holds numpy rows on the host
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class KeptBatch:
+  """Kept texts of one update, and the log-probs they were drawn with."""
+
+  text: TextBatch  # [M, B, T]
+  sampled_logps: Float[AnyArray, "*M B T-1"]  # the sampler's model log-probs
+  sampled: Bool[AnyArray, "*M B T-1"]  # True = that log-prob is known
+
+
+def update_shape(config: SuperHFConfig, mesh: Mesh) -> tuple[int, int]:
+  """Rows of an update and of a micro-batch, the same in every superbatch.
+
+  Both are rounded up to a multiple of the parts that the mesh splits rows
+  into; filler rows count in nothing.
+  """
+  size = min(
+    config.batch_size, config.superbatch.kept_rows or config.batch_size
+  )
+  parts = meshes.row_count(mesh)
+  micro = min(config.micro_rows, size)
+  micro = -(-micro // parts) * parts
+  return -(-size // micro) * micro, micro
+
+
+def kept_batches(
+  config: SuperHFConfig,
+  mesh: Mesh,
+  tokenizer: Tokenizer,
+  context: int,
+  rollout: Rollout,
+  kept: Int[np.ndarray, " K"],
+) -> list[KeptBatch]:
+  """The kept completions in updates of one size, micro-batches first.
+
+  Args:
+    config: of the run.
+    mesh: the devices.
+    tokenizer: the policy's.
+    context: tokens the policy can read.
+    rollout: of a step.
+    kept: flat indices of its completions.
+  """
+  size, micro = update_shape(config, mesh)
+  # A text that is cut and encoded again may gain a token.
+  limit = min(config.max_length, context)
+  texts = encode_completions(
+    tokenizer, rollout.completions, kept, limit, config.train_eos
+  )
+  samples, batches = rollout.completions.samples, []
+  for start in range(0, len(texts), size):
+    part, indices = texts[start : start + size], kept[start : start + size]
+    rows = [[text] for text in part] + [[]] * (size - len(part))
+    width = row_width(rows, limit)
+    # What the sampler said of the tokens that are the same as it drew.
+    logps = np.zeros((size, width), np.float32)
+    known = np.zeros((size, width), bool)
+    for row, (text, i) in enumerate(zip(part, indices, strict=True)):
+      drawn = samples.tokens[i][: samples.lengths[i]]
+      same = _common_start(text.ids[text.prompt_length :], drawn)
+      span = slice(text.prompt_length, text.prompt_length + same)
+      logps[row, span] = samples.model_logps[i][:same]
+      known[row, span] = True
+    batches.append(
+      KeptBatch(
+        pack(rows, width, 0, size // micro),
+        logps[:, 1:].reshape(-1, micro, width - 1),
+        known[:, 1:].reshape(-1, micro, width - 1),
+      )
+    )
+  return batches
+
+
+def _common_start(a: Sequence[int], b: Int[np.ndarray, " N"]) -> int:
+  """Length of the common start of two id lists."""
+  size = min(len(a), len(b))
+  differ = np.flatnonzero(np.array(a[:size]) != b[:size])
+  return int(differ[0]) if len(differ) else size

@@ -1,0 +1,41 @@
+"""SuperHF: from its config to a finished run."""
+
+import pathlib
+
+from jaxalign.algorithms.superhf.config import SuperHFConfig
+from jaxalign.algorithms.superhf.data import update_shape
+from jaxalign.algorithms.superhf.train import train
+from jaxalign.setup.models import open_policy
+from jaxalign.setup.rollout import describe_rollout
+from jaxalign.setup.run import RunSpec, finish, make_mesh, open_run
+
+
+def describe(config: SuperHFConfig) -> RunSpec[SuperHFConfig]:
+  """Opens and checks what the config names; reads no parameter.
+
+  Raises:
+    UserError: anything that keeps the run from starting.
+  """
+  mesh = make_mesh(config.mesh)
+  policy = open_policy(config, mesh)
+  size, micro = update_shape(config, mesh)
+  length = min(config.max_length, policy.model.config.max_positions)
+  return RunSpec(
+    config,
+    mesh,
+    policy,
+    batch_shape=(size // micro, micro, length),
+    live_reference=config.uses_reference,
+    rollout=describe_rollout(config, policy),
+  )
+
+
+def run(spec: RunSpec[SuperHFConfig], folder: pathlib.Path) -> int:
+  """Trains; returns the exit status."""
+  assert spec.rollout is not None
+  policy = spec.policy.load()
+  source = spec.rollout.load(policy)
+  with open_run(spec, policy, folder) as run:
+    run.evaluators += spec.rollout.evaluators(source)
+    state = train(run, source)
+  return finish(run, state, policy, folder)

@@ -1,0 +1,313 @@
+"""Flags, config files and users' Python functions, the same for all commands.
+
+Fields of a config stay text here: `algorithms.read_config` knows their types.
+"""
+
+import argparse
+import difflib
+import importlib.metadata
+import importlib.util
+import inspect
+import pathlib
+import re
+import sys
+import traceback
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from jaxalign.errors import DISK_FULL, UserError
+
+INTERRUPTED = 130  # 128 + SIGINT
+
+CONFIGS = pathlib.Path("configs")  # where a missing --config is looked for
+
+
+class Parser(argparse.ArgumentParser):
+  """Flags of one command; a mistake in them is a `UserError`.
+
+  Each command has `-h`, `--help` and `--version`. Values follow a flag after
+  an `=` or as the next word.
+  """
+
+  def __init__(self, command: str, doc: str | None, *, config: bool = False):
+    """Makes the parser.
+
+    Args:
+      command: what follows `python -m`.
+      doc: the docstring of the command's module, shown by `--help`.
+      config: whether the command takes `--config` and `--config.FIELD`. Its
+        `--help` is then a flag like others, because the fields that it lists
+        depend on the config.
+    """
+    super().__init__(
+      prog=f"python -m {command}",
+      description=doc,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+      add_help=not config,
+      # `--config.step` must not pass as an abbreviation of another flag.
+      allow_abbrev=False,
+    )
+    self.reads_config = config
+    if config:
+      self.add_argument(
+        "-h",
+        "--help",
+        action="store_true",
+        help="shows this text, and with --config all fields of that config",
+      )
+      self.add_argument(
+        "--config",
+        default="",
+        metavar="FILE.py[:PRESET]",
+        help="a config file and one of its presets, such as "
+        "configs/superhf.py:pythia-1b",
+      )
+      # Stands here for the help text only: `take_fields` reads these flags.
+      self.add_argument(
+        "--config.FIELD",
+        default=argparse.SUPPRESS,
+        metavar="VALUE",
+        help="changes one field, such as "
+        "--config.optimizer.learning_rate=3e-5; lists are written with commas: "
+        "--config.lora.targets=q_proj,v_proj",
+      )
+    self.add_argument(
+      "--version",
+      action="version",
+      version=f"jaxalign {version()}",
+      help="shows the version",
+    )
+
+  def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+    """Reads a command line.
+
+    Returns:
+      The values by name. With `config=True`, `fields` holds the pairs (path
+      below `config`, text) in their order.
+
+    Raises:
+      UserError: an unknown flag, an unexpected word, a missing or wrong value.
+    """
+    words, fields = list(argv), []
+    if self.reads_config:
+      words, fields = take_fields(words)
+    args, rest = self.parse_known_args(words)
+    # A misspelt flag explains the words around it that found no place.
+    flags = [word for word in rest if re.match(r"--\w", word)]
+    if flags:
+      name = flags[0].removeprefix("--").partition("=")[0]
+      known = [flag.lstrip("-") for flag in self._option_string_actions]
+      near = difflib.get_close_matches(name, known, 1)
+      hint = "see --help"
+      if near:
+        hint = f"did you mean --{near[0]}?"
+      elif self.reads_config:
+        hint = f"fields of the config are written --config.{name}, see --help"
+      raise UserError(f"unknown flag --{name}; {hint}")
+    if rest:
+      raise UserError(
+        f"unexpected argument {rest[0]!r}; flags are written --name=value, "
+        "see --help"
+      )
+    args.fields = fields
+    return args
+
+  def error(self, message: str) -> NoReturn:
+    """Raises what argparse found, in place of printing usage and exiting."""
+    flag, _, what = message.removeprefix("argument ").partition(": ")
+    if what == "expected one argument":
+      raise UserError(f"{flag} lacks its value; write {flag}=VALUE")
+    raise UserError(f"{message}; see --help")
+
+
+def take_fields(
+  words: Sequence[str],
+) -> tuple[list[str], list[tuple[str, str]]]:
+  """Takes the `--config.FIELD` flags out of a command line.
+
+  Returns:
+    The other words, and the pairs (path below `config`, text).
+
+  Raises:
+    UserError: a field without a value.
+  """
+  left, others, fields = list(words), [], []
+  while left:
+    word = left.pop(0)
+    flag, equals, value = word.partition("=")
+    if not flag.startswith("--config."):
+      others.append(word)
+      continue
+    if not equals:
+      if not left or left[0].startswith("--"):
+        raise UserError(f"{flag} lacks its value; write {flag}=VALUE")
+      value = left.pop(0)
+    fields.append((flag.removeprefix("--config."), value))
+  return others, fields
+
+
+def exit_status(
+  command: Callable[[Sequence[str]], int | None],
+  argv: Sequence[str] | None = None,
+) -> int:
+  """Runs a command; a `UserError` ends it with one line and status 2.
+
+  So does a full disk, wherever it is met; Ctrl-C gives `INTERRUPTED`.
+
+  Args:
+    command: takes the words after its name; None is success.
+    argv: these words; None = those that the process was started with.
+  """
+  try:
+    return command(sys.argv[1:] if argv is None else argv) or 0
+  except KeyboardInterrupt:
+    print(file=sys.stderr)  # the terminal shows ^C
+    return INTERRUPTED
+  except UserError as error:
+    message = str(error)
+  except OSError as error:
+    if error.errno not in DISK_FULL:
+      raise
+    message = (
+      f"{error.filename or 'a file'}: the disk (or the quota) is full; free "
+      "some space and start the same command again"
+    )
+  print("error:", " ".join(message.splitlines()), file=sys.stderr)
+  return 2
+
+
+def version() -> str:
+  """The installed version of jaxalign."""
+  try:
+    return importlib.metadata.version("jaxalign")
+  except importlib.metadata.PackageNotFoundError:
+    return "(not installed)"
+
+
+def load_config(flag: str) -> tuple[object, str]:
+  """Calls `get_config` of `FILE.py[:PRESET]`.
+
+  Returns:
+    What it returned, and the default folder of the run.
+
+  Raises:
+    UserError: no such file, a mistake in it, or no such preset.
+  """
+  if not flag:
+    files = ", ".join(map(str, config_files(CONFIGS)))
+    hint = ", such as configs/superhf.py of jaxalign's sources"
+    if files:
+      hint = f", one of {files}; python -m jaxalign lists their presets"
+    raise UserError(
+      f"--config is missing; give --config FILE.py or FILE.py:PRESET{hint}"
+    )
+  match = re.fullmatch(r"(.+?\.py)(?::(.*))?", flag)
+  if not match:
+    raise UserError(
+      f"--config must be FILE.py or FILE.py:PRESET, got {flag!r}; "
+      "try --config configs/superhf.py"
+    )
+  path, preset = pathlib.Path(match[1]), match[2]
+  get_config = load_config_file(path).get_config
+  takes = list(inspect.signature(get_config).parameters.values())
+  if preset is not None and not takes:
+    raise UserError(
+      f"{path} has no presets, got {preset!r}; leave :{preset} off"
+    )
+  try:
+    mapping = get_config() if preset is None else get_config(preset)
+  except UserError:  # such as an unknown preset: it says more already
+    raise
+  except Exception as error:
+    raise _file_error(path, "--config", error) from error
+  # The default preset is part of the run's name, so that naming it explicitly
+  # goes on with the same run.
+  if preset is None and takes and isinstance(takes[0].default, str):
+    preset = takes[0].default
+  name = path.stem if preset is None else f"{path.stem}-{preset}"
+  return mapping, "runs/" + re.sub(r"[^\w.-]", "_", name)
+
+
+def config_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The Python files below a folder that define `get_config`, in order."""
+  return [
+    path
+    for path in sorted(folder.rglob("*.py"))
+    if re.search(r"^def get_config\(", path.read_text(), re.MULTILINE)
+  ]
+
+
+def load_config_file(path: pathlib.Path) -> types.ModuleType:
+  """A config file as a module: `get_config`, and `PRESETS` where it has any.
+
+  Raises:
+    UserError: no such file, a mistake in it, or no `get_config`.
+  """
+  module = _run_file(path, "--config")
+  if not hasattr(module, "get_config"):
+    raise UserError(
+      f"{path} has no function get_config; it must return a ConfigDict"
+    )
+  return module
+
+
+def load_function(
+  name: str, field: str, contract: str = ""
+) -> Callable[..., Any]:
+  """The function that a user names as `FILE.py:FUNCTION`.
+
+  Args:
+    name: as the user wrote it.
+    field: the field or flag it was written in, for messages.
+    contract: what the function takes and returns, shown if it is missing.
+
+  Raises:
+    UserError: no such file or function, or a mistake in the file.
+  """
+  file, _, function = name.rpartition(":")
+  if not file.endswith(".py"):
+    raise UserError(f"{field} must be FILE.py:FUNCTION, got {name!r}")
+  module = _run_file(pathlib.Path(file), field)
+  if not callable(getattr(module, function, None)):
+    hint = f"; {contract}" if contract else ""
+    raise UserError(f"{field}: {file} has no function {function}{hint}")
+  return getattr(module, function)
+
+
+def _run_file(path: pathlib.Path, field: str) -> types.ModuleType:
+  """Runs a user's Python file; a mistake in it is reported with its line."""
+  if not path.is_file():
+    others = [str(p) for p in sorted(path.parent.glob("*.py"))]
+    near = difflib.get_close_matches(str(path), others, 1)
+    hint = f"did you mean {near[0]}?" if near else "check the path"
+    raise UserError(f"{field}: {path} does not exist; {hint}")
+  spec = importlib.util.spec_from_file_location(path.stem, path)
+  assert spec is not None  # the name ends in .py
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except UserError:
+    raise
+  except Exception as error:
+    raise _file_error(path, field, error) from error
+  return module
+
+
+def _file_error(path: pathlib.Path, field: str, error: Exception) -> UserError:
+  """What an exception out of a user's file says to them."""
+  lines = [
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if pathlib.Path(frame.filename).absolute() == path.absolute()
+  ]
+  # A syntax error knows its line; others are found in the traceback.
+  line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
+  where = f"{path} line {line}" if line else str(path)
+  remedy = "fix the file"
+  if isinstance(error, ModuleNotFoundError):
+    remedy += f", or install {error.name}; pip install -e . has all of ours"
+  return UserError(
+    f"{field}: {where}: {type(error).__name__}: {error}; {remedy}"
+  )

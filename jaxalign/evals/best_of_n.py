@@ -1,0 +1,57 @@
+"""Reward against N: the best of 1, 2, 4 ... N completions of each prompt."""
+
+import dataclasses
+
+import jax
+import numpy as np
+
+from jaxalign.core import best_of
+from jaxalign.core.types import Metrics, Params
+from jaxalign.sampling.generator import Generator
+from jaxalign.scoring.reward_model import RewardModel
+from jaxalign.text import similarity
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOfN:
+  """An evaluator; the train reward picks, both rewards are measured.
+
+  Attributes:
+    every: steps between evaluations.
+    n: N, completions of each prompt.
+    generator: writes them.
+    train_reward: picks the best.
+    heldout_reward: measures it as well, or None.
+    prompts: never trained on.
+    key: the same at every evaluation, so that only the policy changes.
+  """
+
+  every: int
+  n: int
+  generator: Generator
+  train_reward: RewardModel
+  heldout_reward: RewardModel | None
+  prompts: tuple[str, ...]
+  key: jax.Array
+  name: str = "best_of_n"
+
+  def __call__(self, params: Params, step: int) -> Metrics:
+    """Mean rewards of the best of 1, 2, 4 ... N, and word overlap."""
+    del step
+    found = self.generator(params, list(self.prompts), self.n, self.key)
+    asked = found.prompt_of_each
+    scores = np.reshape(self.train_reward(asked, found.texts), (-1, self.n))
+    values = {"eval_score": scores}
+    if self.heldout_reward is not None:
+      heldout = self.heldout_reward(asked, found.texts)
+      values["eval_test_score"] = np.reshape(heldout, (-1, self.n))
+    metrics: Metrics = {}
+    for name, worth in values.items():
+      metrics[f"{name}/mean"] = float(worth.mean())
+      for size in best_of.sizes(self.n):
+        mean = best_of.expected(scores, worth, size)
+        metrics[f"{name}/best_of_{size}"] = mean
+    overlap = similarity.mean_overlap(asked, found.texts)
+    if overlap is not None:  # None where there is only one prompt
+      metrics["eval_diversity/overlap"] = overlap
+    return metrics

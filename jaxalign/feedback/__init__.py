@@ -1,0 +1,1 @@
+"""Who says which completion is better: judges, and the queue for people."""

@@ -1,0 +1,103 @@
+"""What the configs of all architectures have in common."""
+
+import dataclasses
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from flax import nnx
+
+
+@runtime_checkable  # the test run checks annotations
+class ModelConfig(Protocol):
+  """Sizes and switches of a model: a frozen dataclass with these fields."""
+
+  # What makes a class a dataclass for `dataclasses.replace`.
+  __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
+
+  @property
+  def vocab_size(self) -> int:
+    """V, rows of the embedding."""
+    ...
+
+  @property
+  def hidden_size(self) -> int:
+    """D, width of the hidden states."""
+    ...
+
+  @property
+  def layers(self) -> int:
+    """L, the number of blocks."""
+    ...
+
+  @property
+  def heads(self) -> int:
+    """N, query heads."""
+    ...
+
+  @property
+  def head_dim(self) -> int:
+    """H, features of a head."""
+    ...
+
+  @property
+  def max_positions(self) -> int:
+    """The context in tokens."""
+    ...
+
+  @property
+  def activation(self) -> str:
+    """The nonlinearity of the MLP, a key of `layers.ACTIVATIONS`."""
+    ...
+
+  @property
+  def head(self) -> str:
+    """`lm`, or where a score is read from: see `heads.pool`."""
+    ...
+
+  @property
+  def groups(self) -> tuple[str, ...]:
+    """Whose score each column of the score head is; () = one column."""
+    ...
+
+  @property
+  def dtype(self) -> str:
+    """The compute dtype; parameters may have another."""
+    ...
+
+  @property
+  def remat(self) -> bool:
+    """Whether the backward pass recomputes each block's activations."""
+    ...
+
+  @property
+  def module(self) -> type[Any]:  # a CausalLM or Deberta: both import this
+    """The class of the module that these sizes describe."""
+    ...
+
+  def norm(self) -> nnx.Module:
+    """A new normalisation layer."""
+    ...
+
+
+@runtime_checkable
+class CausalConfig(ModelConfig, Protocol):
+  """The config of a causal language model."""
+
+  @property
+  def kv_heads(self) -> int:
+    """K, heads of keys and values; each serves N / K query heads."""
+    ...
+
+  @property
+  def windows(self) -> tuple[int, ...] | None:
+    """How many positions back each layer sees, 0 = all; None = all layers."""
+    ...
+
+  @property
+  def tied(self) -> bool:
+    """Whether the output matrix is the embedding."""
+    ...
+
+  @property
+  def eos_id(self) -> int:
+    """End-of-text id, read by the `score_eos` head."""
+    ...

@@ -1,0 +1,163 @@
+"""Reads `config.json` with errors that name file, field and rule."""
+
+import dataclasses
+import json
+import pathlib
+from typing import TypedDict, TypeVar
+
+from jaxalign.core.types import JsonObject
+from jaxalign.errors import UserError
+
+T = TypeVar("T", int, float, str, bool)
+
+REGRESSION = "regression"  # transformers' name for labels that are scores
+_KINDS = {int: "an integer", float: "a number", str: "a string", bool: "a bool"}
+
+
+class Switches(TypedDict):
+  """The settings that each architecture's config takes besides the file's."""
+
+  head: str
+  groups: tuple[str, ...]
+  dtype: str
+  remat: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Fields:
+  """The values of one config file.
+
+  Attributes:
+    values: the parsed JSON object.
+    where: the file's path, for messages.
+  """
+
+  values: JsonObject
+  where: str
+
+  def get(self, kind: type[T], *names: str, default: T | None = None) -> T:
+    """The first of `names` that is present and not null.
+
+    Args:
+      kind: int, float, str or bool; an int passes for a float.
+      names: the field and its older names.
+      default: returned when all are absent; None = that is an error.
+
+    Raises:
+      UserError: the field is missing or of another type.
+    """
+    for name in names:
+      value = self.values.get(name)
+      if value is None:
+        continue
+      accepts = (int, float) if kind is float else (kind,)
+      is_bool = isinstance(value, bool)
+      if not isinstance(value, accepts) or is_bool != (kind is bool):
+        raise UserError(
+          f"{self.where}: {name} must be {_KINDS[kind]}, got {value!r}"
+        )
+      return kind(value)
+    if default is None:
+      raise UserError(
+        f"{self.where}: {names[0]} is missing; a {self.model_type or 'model'} "
+        "config needs it"
+      )
+    return default
+
+  def size(self, *names: str, default: int | None = None) -> int:
+    """`get` of an integer that must be at least 1."""
+    value = self.get(int, *names, default=default)
+    if value < 1:
+      raise UserError(f"{self.where}: {names[0]} must be >= 1, got {value}")
+    return value
+
+  def token_id(self, name: str, default: int) -> int:
+    """A special token's id; of a list (Llama 3's end tokens) the first."""
+    value = self.values.get(name)
+    if isinstance(value, list) and value:
+      return Fields({name: value[0]}, self.where).get(int, name)
+    return self.get(int, name, default=default)
+
+  @property
+  def model_type(self) -> str:
+    """Hugging Face's name of the architecture, "" if the file has none."""
+    return str(self.values.get("model_type") or "")
+
+  @property
+  def head(self) -> str:
+    """The head that the file says it holds: "lm", "score_last", ..."""
+    if "jaxalign_head" in self.values:
+      return self.get(str, "jaxalign_head")
+    names = self.values.get("architectures") or [""]
+    if not str(names[0]).endswith("ForSequenceClassification"):
+      return "lm"
+    if self._labels != 1 and not self.groups:
+      raise UserError(
+        f"{self.where}: the classifier has {self._labels} labels; a reward "
+        "model has num_labels=1, or problem_type='regression' and a label for "
+        "each group"
+      )
+    return self.score_head
+
+  @property
+  def _labels(self) -> int:
+    # transformers writes labels only where they are not the default two.
+    labels = len(self.values.get("id2label") or (0, 1))
+    return self.get(int, "num_labels", default=labels)
+
+  @property
+  def groups(self) -> tuple[str, ...]:
+    """Names of the score head's columns, one per group; () if it has one.
+
+    Several labels are scores, and no classes, where `problem_type` says so.
+    """
+    if self.values.get("problem_type") != REGRESSION or self._labels == 1:
+      return ()
+    names = self.values.get("id2label") or {}
+    groups = tuple(
+      str(names.get(str(i), f"LABEL_{i}")) for i in range(self._labels)
+    )
+    if len(set(groups)) < len(groups):
+      raise UserError(
+        f"{self.where}: id2label has one name for two labels: "
+        f"{', '.join(groups)}; a name stands for one group"
+      )
+    return groups
+
+  @property
+  def score_head(self) -> str:
+    """Where transformers' classifier of this architecture reads."""
+    # A causal one reads the last token, DeBERTa's the first.
+    is_encoder = self.model_type == "deberta-v2"
+    return "score_context" if is_encoder else "score_last"
+
+
+def read_json(path: pathlib.Path) -> JsonObject:
+  """A JSON object from a file.
+
+  Raises:
+    UserError: the file is missing, unreadable, or holds something else.
+  """
+  if not path.is_file():
+    raise UserError(
+      f"{path} is missing; a model folder needs it (is this the right folder?)"
+    )
+  try:
+    value = json.loads(path.read_text(encoding="utf-8"))
+  except (OSError, ValueError) as error:
+    raise UserError(f"{path} cannot be read as JSON: {error}") from error
+  if not isinstance(value, dict):
+    raise UserError(f"{path} must hold a JSON object")
+  return value
+
+
+def read_config(folder: pathlib.Path) -> Fields:
+  """The `config.json` of a model folder; see `read_json` for errors."""
+  path = folder / "config.json"
+  values = read_json(path)
+  inner = values.get("base_model_config")
+  if values.get("model_type") == "reward_model" and isinstance(inner, dict):
+    # SuperHF's reward models: a backbone and a head on its mean state.
+    inner = inner | {"jaxalign_head": "score_mean"}
+    return Fields(inner, f"{path}: base_model_config")
+  return Fields(values, str(path))

@@ -1,0 +1,205 @@
+"""What a person sees during a run: a live panel, or plain lines for a log."""
+
+import collections
+import itertools
+import math
+import time
+import unicodedata
+from collections.abc import Mapping, Sequence
+
+import rich.console
+from rich import live, panel, progress_bar, table, text
+
+from jaxalign.runtime.metrics import LogRow, number
+
+# Metric -> its short name; shown in this order where a run has them.
+HEADLINES = {
+  "score/mean": "score",
+  "test_score/mean": "held-out score",
+  "objective/rlhf_reward": "reward",
+  "rewards/margins": "margin",
+  "rewards/accuracies": "accuracy",
+  "accuracy": "accuracy",
+  "margin": "margin",
+  "loss/total": "loss",
+  "kl/mean": "KL",
+  "kl": "KL",
+  "objective/kl": "KL",
+  "completion/tokens_mean": "tokens",
+  "diversity/overlap": "overlap",
+}
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_WIDTH = 32  # of the bar and the sparklines
+_SAMPLE_SECONDS = 6.0  # the best and the worst sample take turns
+_LINE_SECONDS = 2.0  # a log gets at most one line in this time
+_PACE_STEPS = 20  # the pace is a mean over so many steps
+
+
+class Console:
+  """Progress, pace, headline metrics and the last step's best and worst sample.
+
+  `with Console(200, "superhf lab") as console: console.update(1, metrics)`.
+  """
+
+  def __init__(
+    self, steps: int, title: str, *, output: rich.console.Console | None = None
+  ):
+    """Prepares the panel.
+
+    Args:
+      steps: steps of the whole run, >= 1.
+      title: shown on top; plain text.
+      output: stdout by default. A terminal gets the live panel, anything else
+        plain lines.
+    """
+    self._steps, self._title = steps, clean(title)
+    self._output = output or rich.console.Console()
+    self._step, self._pace = 0, ""
+    self._times = collections.deque([time.monotonic()], _PACE_STEPS + 1)
+    self._line_time = -math.inf
+    self._history: dict[str, list[float]] = {name: [] for name in HEADLINES}
+    self._speeds: dict[str, str] = {}
+    self._samples: list[LogRow] = []  # scores rise
+    self._live = None
+    if self._output.is_terminal and not self._output.is_dumb_terminal:
+      self._live = live.Live(console=self._output, get_renderable=self._panel)
+
+  def __enter__(self) -> "Console":
+    """Shows the panel, if there is a terminal."""
+    if self._live:
+      self._live.start()
+    return self
+
+  def __exit__(self, *exc: object) -> None:
+    """Leaves the last state of the panel on the screen."""
+    if self._live:
+      self._live.stop()
+
+  def update(
+    self,
+    step: int,
+    values: Mapping[str, int | float],
+    rows: Sequence[LogRow] = (),
+  ) -> None:
+    """Shows the results of a step.
+
+    Args:
+      step: steps done, >= 1.
+      values: metrics; all but the headlines and `throughput/` are ignored.
+      rows: rows of samples.jsonl; those with a finite score are shown.
+    """
+    # What a line and the panel show.
+    now = time.monotonic()
+    self._times.append(now)
+    spent = (now - self._times[0]) / (len(self._times) - 1)
+    left = spent * (self._steps - step)
+    self._step, self._pace = step, f"{short(spent)} s/step"
+    if left > 0:
+      self._pace += f"  {duration(left)} left"
+    for name, value in values.items():
+      if name in HEADLINES:
+        self._history[name].append(float(value))
+      elif name.startswith("throughput/"):
+        unit = name.removeprefix("throughput/").replace("_", " ")
+        self._speeds[name] = f"{short(value)} {unit}"
+    scored = [
+      row
+      for row in rows
+      if (score := number(row.get("score"))) is not None
+      and math.isfinite(score)
+    ]
+    if scored:
+      self._samples = sorted(scored, key=lambda row: row["score"])
+
+    # A log gets a line now and then, and always the last one.
+    waited = now - self._line_time
+    if not self._live and (waited >= _LINE_SECONDS or step >= self._steps):
+      self._line_time = now
+      words = [f"step {step}/{self._steps}", self._pace]
+      for name, history in self._history.items():
+        words += [f"{HEADLINES[name]} {short(history[-1])}"] if history else []
+      line = "  ".join(words)
+      self._output.print(line, markup=False, highlight=False, soft_wrap=True)
+      self._output.file.flush()  # a log that is piped should not lag behind
+
+  def _panel(self) -> panel.Panel:
+    grid = table.Table.grid(padding=(0, 2))
+    grid.add_column(style="bold")
+    grid.add_column(justify="right")
+    grid.add_column(style="cyan")
+    bar = progress_bar.ProgressBar(self._steps, self._step, width=_WIDTH)
+    grid.add_row("step", f"{self._step}/{self._steps}", bar)
+    speeds = "  ".join([self._pace, *self._speeds.values()])
+    grid.add_row("speed", "", text.Text(speeds))
+    unicode = "utf" in self._output.encoding
+    for name, history in self._history.items():
+      if history:
+        spark = sparkline(history, _WIDTH) if unicode else ""
+        grid.add_row(HEADLINES[name], short(history[-1]), spark)
+    sample = text.Text()
+    if self._samples:
+      name, row = "best", self._samples[-1]
+      if int(time.monotonic() / _SAMPLE_SECONDS) % 2:
+        name, row = "worst", self._samples[0]
+      sample.append(f"\n{name} sample, score {short(row['score'])}\n", "bold")
+      sample.append(clean(row.get("prompt", ""), 240) + "\n", "dim")
+      sample.append(clean(row.get("completion", ""), 480))
+    return panel.Panel(
+      rich.console.Group(grid, sample),
+      title=text.Text(self._title),
+      title_align="left",
+    )
+
+
+def clean(value: object, limit: int = 1000) -> str:
+  """One line, cut after `limit` characters, that no terminal reads as commands.
+
+  Control and format characters (escape sequences, direction overrides, lone
+  surrogates) are dropped; line ends become a visible sign.
+  """
+  line = str(value).replace("\r\n", "\n").replace("\n", " ⏎ ")
+  line = line.replace("\t", " ")
+  line = "".join(c for c in line if unicodedata.category(c)[0] != "C")
+  return line if len(line) <= limit else f"{line[:limit]}…"
+
+
+def block_means(values: Sequence[int | float], count: int) -> list[float]:
+  """Means of at most `count` even blocks, NaN where no value is finite."""
+  count = max(1, min(count, len(values)))
+  edges = [round(i * len(values) / count) for i in range(count + 1)]
+  means = []
+  for begin, end in itertools.pairwise(edges):
+    finite = [v for v in values[begin:end] if math.isfinite(v)]
+    means.append(math.fsum(finite) / len(finite) if finite else math.nan)
+  return means
+
+
+def sparkline(values: Sequence[int | float], width: int) -> str:
+  """The course of `values` in at most `width` blocks, a gap where no number."""
+  means = block_means(values, width)
+  finite = [m for m in means if not math.isnan(m)]
+  low = min(finite, default=0.0)
+  scale = (len(_BLOCKS) - 1) / ((max(finite, default=0.0) - low) or 1.0)
+  return "".join(
+    " " if math.isnan(m) else _BLOCKS[round((m - low) * scale)] for m in means
+  )
+
+
+def short(value: int | float) -> str:
+  """Three to four significant digits, without exponents where possible."""
+  size = abs(value)
+  if not math.isfinite(value):
+    return str(value)
+  if size >= 1e6 or 0 < size < 1e-3:
+    return f"{value:.2e}"
+  if size >= 1000:
+    return f"{value:.0f}"
+  return f"{value:.1f}" if size >= 100 else f"{value:.3g}"
+
+
+def duration(seconds: int | float) -> str:
+  """45 -> "45s", 754 -> "12m 34s", 7500 -> "2h 05m"."""
+  minutes, rest = divmod(round(seconds), 60)
+  if minutes < 60:
+    return f"{minutes}m {rest:02d}s" if minutes else f"{rest}s"
+  return f"{minutes // 60}h {minutes % 60:02d}m"

@@ -1,0 +1,169 @@
+"""Prompts in, completions out: the one way to generate text.
+
+The Python API, `chat`, the online methods and their evaluations use it.
+"""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+import jax
+import numpy as np
+
+from jaxalign.core.types import Completions, Params, SamplingParams
+from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.sampling.sampler import Sampler
+from jaxalign.text import templates, truncate
+
+TURNS = (templates.HUMAN, templates.ASSISTANT)
+UNFINISHED = "\ufffd"  # what decoding gives for a part of a character
+
+
+@dataclasses.dataclass(frozen=True)
+class Generator:
+  """Generates completions of prompts.
+
+  Attributes:
+    sampler: of a causal language model.
+    tokenizer: the model's.
+    settings: see `sampling.settings.make`.
+    truncation: where a completion's text is cut, see `text.truncate`; None =
+      not at all, and blanks around it stay.
+    batch_prompts: prompts per call of the sampler; 0 = all.
+    whole_tokens: cut completions at a token boundary, so that a text is exactly
+      what its first `Completions.num_tokens` tokens decode to. PPO needs this,
+      because it must train on exactly what was rewarded.
+  """
+
+  sampler: Sampler
+  tokenizer: Tokenizer
+  settings: SamplingParams
+  truncation: str | None = None
+  batch_prompts: int = 0
+  whole_tokens: bool = False
+
+  def __call__(
+    self, params: Params, prompts: Sequence[str], samples: int, key: jax.Array
+  ) -> Completions:
+    """Draws completions of each prompt.
+
+    Args:
+      params: the model's parameters.
+      prompts: P texts of at least one token each; nothing is added to them.
+      samples: S, completions of each prompt.
+      key: consumed. A completion depends on it, on its prompt's place in the
+        list and on its own number, not on the other prompts.
+
+    Returns:
+      P S completions, those of a prompt next to each other.
+
+    Raises:
+      UserError: a prompt is empty or does not fit into the context.
+    """
+    # Drawing tokens. The prompts' ids count over all batches, so that the
+    # random keys do not depend on `batch_prompts`.
+    ids = self.tokenizer.encode_prompts(prompts)
+    size = self.batch_prompts or len(ids)
+    parts = [
+      self.sampler(
+        params,
+        ids[start : start + size],
+        self.settings,
+        key,
+        samples_per_prompt=samples,
+        prompt_ids=range(start, min(start + size, len(ids))),
+      )
+      for start in range(0, len(ids), size)
+    ]
+    drawn = jax.tree.map(lambda *x: np.concatenate(x), *parts)
+
+    # Decoding, and cutting the texts.
+    tokens = [
+      row[:length].tolist()
+      for row, length in zip(drawn.tokens, drawn.lengths, strict=True)
+    ]
+    decoded = self.tokenizer.decode_batch(tokens)
+    texts, ended = decoded, drawn.finish.astype(bool).tolist()
+    if self.truncation is not None:
+      texts = [truncate.truncate(text, self.truncation) for text in decoded]
+      # A completion whose text was cut had ended by itself.
+      ended = [
+        end or text != whole.strip()
+        for end, text, whole in zip(ended, texts, decoded, strict=True)
+      ]
+
+    # Cutting the tokens to what the texts say.
+    counts = [len(row) for row in tokens]
+    if self.whole_tokens:
+      cut = [
+        cut_tokens(self.tokenizer, row, text)
+        for row, text in zip(tokens, texts, strict=True)
+      ]
+      counts, texts = [n for n, _ in cut], [text for _, text in cut]
+    return Completions(list(prompts), ids, texts, drawn, ended, counts)
+
+  def stream(
+    self, params: Params, prompt: str, key: jax.Array
+  ) -> Iterator[str]:
+    """Yields one completion in pieces, up to the next turn of the dialogue.
+
+    An ending that may be the start of a role delimiter or a part of a
+    character is held back until more tokens are drawn.
+    """
+    (ids,) = self.tokenizer.encode_prompts([prompt])
+    seen: list[int] = []
+    shown, text = 0, ""
+    for token in self.sampler.stream(params, ids, self.settings, key):
+      seen.append(token)
+      # All tokens again: a token alone may be half a character or lose a space.
+      text = self.tokenizer.decode(seen).lstrip()
+      turns = [at for turn in TURNS if (at := text.find(turn)) >= 0]
+      if turns:
+        text = text[: min(turns)]
+        break
+      settled = min(len(text) - _unsettled(text), len(text.rstrip()))
+      if settled > shown:
+        yield text[shown:settled]
+        shown = settled
+    if rest := text[shown:].rstrip():
+      yield rest
+
+
+def _unsettled(text: str) -> int:
+  """Length of the ending that later tokens may change or cut off."""
+  whole = text.rstrip(UNFINISHED)
+  for size in range(max(map(len, TURNS)), 0, -1):
+    ending = whole[-size:]
+    if ending and any(turn.startswith(ending) for turn in TURNS):
+      return len(text) - len(whole) + min(size, len(whole))
+  return len(text) - len(whole)
+
+
+def cut_tokens(
+  tokenizer: Tokenizer, ids: Sequence[int], text: str
+) -> tuple[int, str]:
+  """How many of the ids make up `text`, and what they decode to.
+
+  Args:
+    tokenizer: decodes the ids.
+    ids: of a completion.
+    text: the start of what they decode to, stripped.
+
+  Returns:
+    The number of ids, and their text without surrounding blanks: `text`, or
+    slightly less of it where the cut falls inside a token.
+  """
+  if tokenizer.decode(ids).strip() == text:
+    return len(ids), text
+  # Bisection: the decoded length grows with the number of ids.
+  low, high = 0, len(ids)
+  while low < high:
+    middle = (low + high) // 2
+    if len(tokenizer.decode(ids[:middle]).strip()) < len(text):
+      low = middle + 1
+    else:
+      high = middle
+  decoded = tokenizer.decode(ids[:low]).strip()
+  if decoded == text or low == 0:
+    return low, decoded
+  # The cut is inside token `low`, which is left out.
+  return low - 1, tokenizer.decode(ids[: low - 1]).strip()

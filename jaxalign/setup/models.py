@@ -1,0 +1,258 @@
+"""The models that a config names: opened and checked first, read later."""
+
+import dataclasses
+import hashlib
+import pathlib
+from collections.abc import Mapping
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign.config.names import parse_groups
+from jaxalign.config.sections import InitConfig, TrainingConfig
+from jaxalign.core.types import JsonObject, Params
+from jaxalign.data.tokenizer import (
+  Tokenizer,
+  check_vocabulary,
+  load_tokenizer,
+)
+from jaxalign.errors import UserError
+from jaxalign.models import groups
+from jaxalign.models.hf import folder as hf
+from jaxalign.models.hf import hub
+from jaxalign.models.hf.config_json import Fields
+from jaxalign.models.layers import LoraConfig
+from jaxalign.models.model import Model
+from jaxalign.parallel import mesh as meshes
+
+LAB = pathlib.Path(__file__).parent.parent / "lab"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)  # hashable: by identity
+class Loaded:
+  """A model with its parameters and its tokenizer.
+
+  Attributes:
+    model: the architecture.
+    params: its parameters, nested dicts of arrays.
+    tokenizer: None if the model's folder has no tokenizer files.
+  """
+
+  model: Model
+  params: Params
+  tokenizer: Tokenizer | None
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+  """A model that was opened and checked; none of its parameters is read.
+
+  A run opens all of its models and its data before it reads a parameter, so
+  that a mistake in the last of them shows within seconds.
+
+  Attributes:
+    model: as it will be used.
+    tokenizer: its own.
+    mesh: where the parameters go.
+    pretrained: its folder; None = random parameters.
+    seed: of random parameters.
+    stored: the model as its folder has it; None = as it is used.
+    group_weights: how much each group's score head counts; their weighted sum
+      becomes the one head.
+  """
+
+  model: Model
+  tokenizer: Tokenizer
+  mesh: Mesh
+  pretrained: hf.Pretrained | None
+  seed: int = 0
+  stored: Model | None = None
+  group_weights: Mapping[str, float] | None = None
+
+  def read(self) -> Params:
+    """Reads the parameters onto the mesh, which takes the time."""
+    stored = self.stored or self.model
+    if self.pretrained is None:
+      drawn = stored.init(jax.random.key(self.seed))
+      params = meshes.put(drawn, self.mesh)
+    else:
+      params = self.pretrained.read(meshes.shardings(stored.shapes, self.mesh))
+    if self.group_weights:
+      return groups.fold(stored, params, self.group_weights)[1]
+    if self.model.config.groups != stored.config.groups:
+      count = len(self.model.config.groups)
+      return groups.widen(params, count, self.seed)
+    return params
+
+  def load(self) -> Loaded:
+    """The model with its parameters."""
+    return Loaded(self.model, self.read(), self.tokenizer)
+
+  def digest(self) -> dict[str, str]:
+    """What tells this model from others: its config and its weight files."""
+    # Remat changes no value.
+    config = repr(dataclasses.replace(self.model.config, remat=False))
+    found = {"config": config, "parameters": f"seed {self.seed}"}
+    if self.pretrained is not None:
+      # Parameters of another type are rounded from the same files.
+      total = hashlib.sha256(self.pretrained.dtype.encode())
+      tensors = self.pretrained.tensors.values()
+      for path in sorted({part.path for leaf in tensors for part in leaf}):
+        with open(path, "rb") as file:
+          total.update(hashlib.file_digest(file, "sha256").digest())
+      found["parameters"] = total.hexdigest()
+    return found
+
+
+def compute_dtype(setting: str) -> str:
+  """`auto` is bfloat16 on accelerators and float32 on CPU."""
+  if setting != "auto":
+    return setting
+  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def locate(name: str, lab: str) -> str:
+  """A model's name, where `lab` is the model that ships as `lab/<lab>`."""
+  return str(LAB / lab) if name == "lab" else name
+
+
+def open_policy(
+  config: TrainingConfig, mesh: Mesh, head: str = "lm"
+) -> ModelSpec:
+  """The model that `config.policy` names, with adapters if `config.lora` says.
+
+  Args:
+    config: of any training run.
+    mesh: where the parameters go.
+    head: "lm", "score_...", or "auto" for the one that the folder has.
+
+  Raises:
+    UserError: anything that keeps it from being loaded.
+  """
+  compute = compute_dtype(config.precision.compute)
+  if config.policy == "init":
+    tokenizer = load_tokenizer(config.init.tokenizer)
+    model = hf.from_config(
+      Fields(_config_json(config.init, tokenizer), "config.init"),
+      "lm" if head == "auto" else head,
+      dtype=compute,
+      remat=config.remat,
+    )
+    return ModelSpec(model, tokenizer, mesh, None, config.seed)
+  lora = None
+  if config.lora.rank:
+    lora = LoraConfig(
+      config.lora.rank,
+      config.lora.alpha,
+      config.lora.dropout,
+      config.lora.targets,
+    )
+  source = hub.resolve(
+    locate(config.policy, "policy" if head == "lm" else "reward-train")
+  )
+  pretrained = hf.open_pretrained(
+    source,
+    dtype=config.precision.params,
+    compute_dtype=compute,
+    head=None if head == "auto" else head,
+    lora=lora,
+    remat=config.remat,
+    seed=config.seed,
+  )
+  tokenizer = load_tokenizer(source)
+  tokenizer = check_vocabulary(
+    tokenizer, pretrained.model.config.vocab_size, str(source)
+  )
+  return ModelSpec(pretrained.model, tokenizer, mesh, pretrained, config.seed)
+
+
+def open_reward_model(
+  name: str, mesh: Mesh, dtype: str, field: str
+) -> ModelSpec:
+  """A frozen reward model; where it has groups, their weighted sum.
+
+  Args:
+    name: hub id, folder, or `lab`; weights of groups follow in brackets.
+    mesh: where the parameters go.
+    dtype: "float32", "bfloat16" or "auto", of parameters and arithmetic.
+    field: what named it, for messages: a config field or a flag.
+
+  Raises:
+    UserError: it cannot be loaded, has no score head or not these groups.
+  """
+  place, given = parse_groups(name)
+  default = "reward-test" if "test" in field else "reward-train"
+  source = hub.resolve(locate(place, default))
+  pretrained = hf.open_pretrained(source, dtype=compute_dtype(dtype))
+  model = pretrained.model
+  if model.config.head == "lm":
+    raise UserError(
+      f"{field}: {name} is a language model without a score head; give "
+      "a sequence classifier, e.g. one trained with configs/reward_model.py"
+    )
+  tokenizer = check_vocabulary(
+    load_tokenizer(source), model.config.vocab_size, str(source)
+  )
+  weights = groups.weights_of(model.config.groups, given, f"{field}: {place}")
+  if not weights:
+    return ModelSpec(model, tokenizer, mesh, pretrained)
+  terms = tuple(f"{weight:.3g} {name}" for name, weight in weights.items())
+  hint = "" if given else "; all alike, as no weights are given in brackets"
+  print(f"{field}: {place} scores with {groups.listed(terms, ' + ')}{hint}")
+  return ModelSpec(
+    model.replace(groups=()),
+    tokenizer,
+    mesh,
+    pretrained,
+    stored=model,
+    group_weights=weights,
+  )
+
+
+def with_groups(spec: ModelSpec, names: tuple[str, ...]) -> ModelSpec:
+  """The same model with a score head for each group; see `groups.widen`.
+
+  Args:
+    spec: with a score head; one that has groups is returned unchanged.
+    names: of the groups; empty = none.
+  """
+  if not names or spec.model.config.groups:
+    return spec
+  widened = spec.model.replace(groups=names)
+  return dataclasses.replace(spec, model=widened, stored=spec.model)
+
+
+def _config_json(init: InitConfig, tokenizer: Tokenizer) -> JsonObject:
+  """`config.init` as a Hugging Face config.json; its values are JSON's."""
+  values: JsonObject = {
+    name: value
+    for name, value in dataclasses.asdict(init).items()
+    if name != "tokenizer" and value != 0
+  }
+  values.setdefault("intermediate_size", 4 * init.hidden_size)
+  values |= {
+    "tie_word_embeddings": init.tie_word_embeddings,
+    "vocab_size": tokenizer.vocab_size,
+    "pad_token_id": tokenizer.pad_id,
+    "eos_token_id": tokenizer.eos_id or 0,
+  }
+  if init.model_type == "gpt_neo":
+    kinds = ["global", "local"] * init.num_hidden_layers
+    values["attention_types"] = [
+      [[kind], 1] for kind in kinds[: init.num_hidden_layers]
+    ]
+  if init.model_type == "deberta-v2":
+    # The third version's attention: shared keys, log buckets.
+    values |= {
+      "relative_attention": True,
+      "pos_att_type": ["p2c", "c2p"],
+      "share_att_key": True,
+      "position_buckets": 32,
+      "norm_rel_ebd": "layer_norm",
+      "position_biased_input": False,
+      "max_relative_positions": -1,
+      "type_vocab_size": init.type_vocab_size,
+      "pooler_hidden_size": init.hidden_size,
+      "num_labels": 1,
+    }
+  return values

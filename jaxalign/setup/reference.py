@@ -1,0 +1,97 @@
+"""A reference that is run once, before training, and kept in a file."""
+
+import contextlib
+import pathlib
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from jaxtyping import PyTree
+
+from jaxalign.config.supervised import PreferenceConfig
+from jaxalign.errors import UserError
+from jaxalign.setup.models import Loaded, ModelSpec
+from jaxalign.setup.run import RunSpec, open_workdir, reference_of
+from jaxalign.training import reference_cache
+from jaxalign.training.reference_cache import ReferenceCache
+
+C = TypeVar("C", bound=PreferenceConfig)
+
+
+def cached_reference(
+  spec: RunSpec[C],
+  config: PreferenceConfig,
+  folder: pathlib.Path,
+  batches: Callable[[], Iterable[PyTree]],
+) -> tuple[Loaded, ReferenceCache | None]:
+  """Loads the policy, and finds or computes the reference's log-probs.
+
+  Args:
+    spec: of the run.
+    config: the spec's own.
+    folder: the run's; what is computed is written there.
+    batches: gives numpy batches of every text of the run.
+
+  Returns:
+    The policy, and None where the reference is live.
+
+  Raises:
+    UserError: the file that the config names does not fit the run.
+  """
+  if config.reference == "auto":
+    return spec.policy.load(), None
+  path = folder / reference_cache.NAME
+  if config.reference_logps:
+    path = pathlib.Path(config.reference_logps).expanduser()
+    if not path.is_file():
+      raise UserError(
+        f"config.reference_logps: {path}: no such file; check the path"
+      )
+  if path.is_file():
+    cache = reference_cache.read(path)
+    check_cache(config, path, cache, spec.policy, batches())
+    return spec.policy.load(), cache
+
+  # Run the policy, before it is trained, over every text.
+  policy = spec.policy.load()
+  with contextlib.closing(open_workdir(config, folder)):
+    start = time.perf_counter()
+    model, params = reference_of(policy.model, policy.params)
+    cache = reference_cache.precompute(
+      model, params, batches(), spec.mesh, spec.policy.digest()
+    )
+    reference_cache.write(path, cache)
+  seconds = time.perf_counter() - start
+  print(f"{path}: reference of {len(cache.logps)} texts, {seconds:.1f} s")
+  return policy, cache
+
+
+def check_cache(
+  config: PreferenceConfig,
+  path: pathlib.Path,
+  cache: ReferenceCache,
+  policy: ModelSpec,
+  batches: Iterable[PyTree],
+) -> None:
+  """Refuses log-probs that are not of this run's texts and policy.
+
+  Raises:
+    UserError: it lacks texts, or another model made it.
+  """
+  remedy = "restore these, or start again in another --workdir"
+  if config.reference_logps:
+    remedy = "leave out config.reference_logps to compute them again"
+  missing, count = cache.count_missing(batches)
+  if missing:
+    pairs = ", seed, batch_size or steps" if config.algorithm == "kto" else ""
+    raise UserError(
+      f"{path} lacks {missing} of this run's {count} texts: it was made with "
+      f"other data, another tokenizer, max_length or train_eos{pairs}; {remedy}"
+    )
+  wanted = policy.digest()
+  other = [name for name in wanted if cache.model.get(name) != wanted[name]]
+  if other:
+    raise UserError(
+      f"{path} was made by another reference than config.policy="
+      f"{config.policy}: {' and '.join(other)} differ; {remedy}"
+    )

@@ -1,0 +1,1 @@
+"""What training methods share: the run, its loop, rollouts, the reference."""

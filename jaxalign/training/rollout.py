@@ -1,0 +1,144 @@
+"""A step's completions: drawn, scored, and what is reported about them."""
+
+import dataclasses
+from typing import TypeVar
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from jaxalign.config.online import OnlineConfig
+from jaxalign.core.types import Completions, Metrics, TrainState
+from jaxalign.data import batches
+from jaxalign.sampling.generator import Generator
+from jaxalign.scoring.reward_model import RewardModel
+from jaxalign.text import similarity
+from jaxalign.training.recorder import Rows, due
+from jaxalign.training.run import Run
+
+C = TypeVar("C", bound=OnlineConfig)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """A step's completions with their scores."""
+
+  completions: Completions
+  scores: Float[np.ndarray, "P S"]  # less the length penalty; -inf = unusable
+  heldout_scores: Float[np.ndarray, " B"] | None  # None = not measured
+
+  def metrics(self, kept: Int[np.ndarray, " K"]) -> Metrics:
+    """Rewards, lengths, diversity; unusable completions count in no mean.
+
+    Args:
+      kept: flat indices of the completions that are trained on.
+    """
+    texts, samples = self.completions.texts, self.completions.samples
+    flat = self.scores.reshape(-1)
+    usable = np.isfinite(flat)
+    chars = np.array([len(text) for text in texts])
+    found = {
+      "score/mean": flat[usable].mean(),
+      "score/std": flat[usable].std(),
+      "score/kept_mean": flat[kept].mean(),
+      "completion/chars_mean": chars.mean(),
+      "completion/tokens_mean": np.mean(samples.lengths),
+      "completion/empty_fraction": np.mean(chars == 0),
+      "completion/ended_fraction": np.mean(self.completions.ended),
+      "num_prompts": len(self.completions.prompts),
+      "num_kept": len(kept),
+      "num_sampled_tokens": int(np.sum(samples.lengths)),
+      "diversity/repetition": float(
+        np.mean([similarity.repetition(text) for text in texts])
+      ),
+    }
+    if self.heldout_scores is not None:
+      found["test_score/mean"] = self.heldout_scores[usable].mean()
+      found["test_score/kept_mean"] = self.heldout_scores[kept].mean()
+    # None where there are too few texts to compare.
+    overlap = similarity.mean_overlap(self.completions.prompt_of_each, texts)
+    if overlap is not None:
+      found["diversity/overlap"] = overlap
+    meteor = similarity.mean_meteor([texts[i] for i in kept], max_pairs=200)
+    if meteor is not None:
+      found["diversity/meteor"] = meteor
+    return found
+
+  def rows(self, step: int, kept: Int[np.ndarray, " K"]) -> Rows:
+    """Every completion as a line of samples.jsonl; `kept` as for `metrics`."""
+    flat, chosen = self.scores.reshape(-1), set(kept.tolist())
+    heldout = self.heldout_scores
+    return [
+      {
+        "step": step + 1,
+        "prompt": prompt,
+        "completion": text,
+        "score": float(flat[i]) if np.isfinite(flat[i]) else None,
+        "test_score": None if heldout is None else float(heldout[i]),
+        "kept": i in chosen,
+      }
+      for i, (prompt, text) in enumerate(
+        zip(
+          self.completions.prompt_of_each, self.completions.texts, strict=True
+        )
+      )
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutSource:
+  """Where the rollouts of a run come from.
+
+  Attributes:
+    prompts: the training prompts, system text included.
+    generator: writes completions with the policy's parameters.
+    train_reward: scores what is trained on.
+    heldout_reward: a reward model that is never trained against, or None.
+  """
+
+  prompts: tuple[str, ...]
+  generator: Generator
+  train_reward: RewardModel
+  heldout_reward: RewardModel | None = None
+
+  def prompts_of_step(self, config: OnlineConfig, step: int) -> list[str]:
+    """The prompts of a step, a pure function of the seed and the step."""
+    count = len(self.prompts)
+    size = config.prompts_per_step or count
+    rows = batches.rows_of_step(config.seed, step, size, count)
+    return [self.prompts[row] for row in rows]
+
+
+def collect(
+  run: Run[C], source: RolloutSource, state: TrainState, step: int
+) -> Rollout | None:
+  """Samples completions of a step's prompts and scores them.
+
+  Returns:
+    None if the step failed, which `run` has counted; see `max_exception_count`.
+  """
+  config = run.config
+  with run.tolerate_failure(step, config.max_exception_count):
+    with run.stage("sample"):
+      completions = source.generator(
+        run.policy_params(state),
+        source.prompts_of_step(config, step),
+        config.samples_per_prompt,
+        run.step_key(step),
+      )
+    texts, prompts = completions.texts, completions.prompt_of_each
+    with run.stage("score"):
+      scores = np.array(source.train_reward(prompts, texts), np.float64)
+      heldout = None
+      if source.heldout_reward and due(
+        step, config.validation_interval, config.steps
+      ):
+        heldout = np.asarray(source.heldout_reward(prompts, texts))
+    chars = np.array([len(text) for text in texts])
+    # The released code's help says λ · length, its code takes the logarithm.
+    scores -= config.length_penalty * np.log(np.maximum(chars, 1))
+    scores[(chars == 0) | ~np.isfinite(scores)] = -np.inf
+    if not np.isfinite(scores).any():
+      raise ValueError("every completion was empty or had no finite score")
+    shape = len(completions.prompts), config.samples_per_prompt
+    return Rollout(completions, scores.reshape(shape), heldout)
+  return None

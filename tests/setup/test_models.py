@@ -1,0 +1,150 @@
+"""New models by their sizes, and what tells one model from another."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxalign.algorithms.sft.config import SFTConfig
+from jaxalign.config import InitConfig
+from jaxalign.config.sections import PrecisionConfig
+from jaxalign.models.hf import folder
+from jaxalign.models.model import Model
+from jaxalign.models.neox import NeoXConfig
+from jaxalign.parallel import mesh as meshes
+from jaxalign.setup import models
+
+
+@pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt_neo"])
+def test_a_new_model_of_every_architecture(kind, word_tokenizer, tmp_path):
+  word_tokenizer("abc").save(tmp_path)
+  init = InitConfig(
+    tokenizer=str(tmp_path),
+    model_type=kind,
+    hidden_size=16,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+  )
+  config = SFTConfig(policy="init", init=init)
+  loaded = models.open_policy(config, meshes.make_mesh(), "lm").load()
+  assert loaded.model.config.layers == 3
+  assert loaded.params["embedding"]["embedding"].shape == (6, 16)
+
+
+NAME = "gpt_neox.layers.0.attention.dense.weight"
+
+
+@pytest.fixture
+def policy(word_tokenizer, tmp_path):
+  """The folder of a small model, in one file."""
+  model = Model.build(NeoXConfig(6, 16, 2, 2, 24))
+  params = model.init(jax.random.key(0))
+  tokenizer = word_tokenizer("abc")
+  folder.save(model, params, tmp_path / "policy", also=tokenizer.save)
+  return tmp_path / "policy"
+
+
+def opened(policy, **changes):
+  config = SFTConfig(policy=str(policy), **changes)
+  return models.open_policy(config, meshes.make_mesh(), "lm")
+
+
+def flip(tensors):
+  """The lowest bit of one value."""
+  tensors[NAME].view(np.uint32).flat[7] ^= 1
+
+
+def swap(tensors):
+  tensors[NAME][0, :2] = tensors[NAME][0, 1::-1].copy()
+
+
+def swap_layers(tensors):
+  other = NAME.replace(".0.", ".1.")
+  tensors[NAME], tensors[other] = tensors[other], tensors[NAME]
+
+
+def round_off(tensors):
+  tensors[NAME] = tensors[NAME].astype(jnp.bfloat16)
+
+
+@pytest.mark.parametrize("change", [flip, swap, swap_layers, round_off])
+def test_a_digest_sees_every_bit_and_its_place(change, policy):
+  before = opened(policy).digest()
+  file = policy / "model.safetensors"
+  tensors = {name: x.copy() for name, x in load_file(file).items()}
+  save_file(tensors, file, metadata={"format": "pt"})
+  again = opened(policy).digest()
+  change(tensors)
+  save_file(tensors, file, metadata={"format": "pt"})
+  after = opened(policy).digest()
+  assert after["config"] == again["config"] == before["config"]
+  assert after["parameters"] != again["parameters"]
+
+
+def test_a_digest_sees_every_file(policy, tmp_path):
+  """A tensor of the second of two files."""
+  loaded = opened(policy).load()
+  place = tmp_path / "sharded"
+  folder.save(
+    loaded.model,
+    loaded.params,
+    place,
+    shard_bytes=4000,
+    also=loaded.tokenizer.save,
+  )
+  files = sorted(place.glob("*.safetensors"))
+  assert len(files) > 1
+  found = {opened(place).digest()["parameters"]}
+  for file in files:
+    tensors = {name: x.copy() for name, x in load_file(file).items()}
+    next(iter(tensors.values())).view(np.uint32).flat[0] ^= 1
+    save_file(tensors, file, metadata={"format": "pt"})
+    found.add(opened(place).digest()["parameters"])
+  assert len(found) == len(files) + 1
+
+
+def test_a_digest_sees_the_config_but_not_how_memory_is_saved(policy):
+  before = opened(policy).digest()
+  assert opened(policy).digest() == before
+  assert opened(policy, remat=True).digest() == before
+  half = PrecisionConfig(compute="bfloat16")
+  other = opened(policy, precision=half).digest()
+  assert other["config"] != before["config"]
+  assert other["parameters"] == before["parameters"]
+  # Another config.json with the same weights.
+  path = policy / "config.json"
+  values = json.loads(path.read_text())
+  path.write_text(json.dumps(values | {"layer_norm_eps": 1e-3}))
+  other = opened(policy).digest()
+  assert other["config"] != before["config"]
+  assert other["parameters"] == before["parameters"]
+
+
+def test_a_digest_sees_the_type_of_the_parameters(policy):
+  """They are rounded as they are read."""
+  half = PrecisionConfig(params="bfloat16")
+  other = opened(policy, precision=half).digest()
+  assert other["parameters"] != opened(policy).digest()["parameters"]
+
+
+def test_a_digest_of_a_new_model_is_its_seed_and_config(
+  word_tokenizer, tmp_path
+):
+  word_tokenizer("abc").save(tmp_path)
+
+  def digest(seed=0, hidden_size=16):
+    init = InitConfig(
+      tokenizer=str(tmp_path),
+      hidden_size=hidden_size,
+      num_hidden_layers=1,
+      num_attention_heads=2,
+    )
+    config = SFTConfig(policy="init", init=init, seed=seed)
+    return models.open_policy(config, meshes.make_mesh(), "lm").digest()
+
+  assert digest() == digest()
+  assert digest(seed=1)["parameters"] != digest()["parameters"]
+  assert digest(hidden_size=32)["config"] != digest()["config"]

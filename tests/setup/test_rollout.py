@@ -1,0 +1,59 @@
+"""Which prompts are trained on and which are kept aside."""
+
+import json
+
+import pytest
+
+from jaxalign.algorithms.superhf.config import SuperHFConfig
+from jaxalign.config.online import EvaluationConfig
+from jaxalign.errors import UserError
+from jaxalign.models.model import Model
+from jaxalign.models.neox import NeoXConfig
+from jaxalign.parallel import mesh as meshes
+from jaxalign.setup.rollout import RolloutSpec, split_prompts
+from jaxalign.training.rollout import RolloutSource
+
+
+@pytest.fixture
+def split(word_tokenizer, tmp_path):
+  """(prompts, kept aside) -> both parts; copies of a prompt are allowed."""
+
+  def run(prompts, aside, interval=1):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    config = SuperHFConfig(
+      prompts=str(path),
+      deduplicate=False,
+      holdout=-1,
+      evaluation=EvaluationConfig(interval=interval, num_prompts=aside),
+    )
+    train, kept_aside, _ = split_prompts(config, word_tokenizer("abcdef"), 1024)
+    return train, kept_aside
+
+  return run
+
+
+PROMPTS = [f"What is {letter}?" for letter in "abcdef"] * 3
+
+
+def test_a_copy_of_a_prompt_kept_aside_is_not_trained_on(split):
+  train, aside = split(PROMPTS, 2)
+  assert len(aside) == 2
+  assert not set(train) & set(aside)
+  assert set(train) | set(aside) == set(split(PROMPTS, 0)[0])
+
+
+def test_nothing_left_to_train_on(split):
+  with pytest.raises(UserError, match="no prompt but the 1 that are"):
+    split(["What is a?"] * 3, 1)
+
+
+def test_without_an_interval_nothing_is_kept_aside_or_evaluated(split):
+  train, aside = split(PROMPTS, 2, interval=0)
+  assert len(train) == len(PROMPTS)
+  assert aside == ()
+  model = Model.build(NeoXConfig(8, 8, 1, 1, 8, max_positions=8))
+  config = SuperHFConfig(evaluation=EvaluationConfig(interval=0))
+  spec = RolloutSpec(config, model, meshes.make_mesh(), train, aside, 8, (), ())
+  source = RolloutSource.__new__(RolloutSource)  # not looked at
+  assert spec.evaluators(source) == []
