@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import sys
 
 import hypothesis
 import pytest
@@ -10,7 +11,10 @@ import pytest
 # optimisation pays, and programs are kept for other files and later runs.
 # Read by JAX when it is imported; processes that tests start inherit them.
 ROOT = pathlib.Path(__file__).parents[1]
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+if sys.version_info < (3, 12):
+  # Newer JAX, which comes with 3.12, then rounds gradients' programs otherwise,
+  # and tests of exact zeros fail.
+  os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "test-programs")
 )
