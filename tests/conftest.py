@@ -2,19 +2,15 @@
 
 import os
 import pathlib
-import sys
 
 import hypothesis
 import pytest
 
-# Compiling is most of the suite's time. What a test compiles is tiny, so no
-# optimisation pays, and programs are kept for other files and later runs.
+# Compiling is most of the suite's time, so programs are kept for other files and
+# later runs. They are optimised: without that the same computation is rounded
+# differently with a gradient, and tests of exact zeros fail.
 # Read by JAX when it is imported; processes that tests start inherit them.
 ROOT = pathlib.Path(__file__).parents[1]
-if sys.version_info < (3, 12):
-  # Newer JAX, which comes with 3.12, then rounds gradients' programs otherwise,
-  # and tests of exact zeros fail.
-  os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "test-programs")
 )
