@@ -1,6 +1,7 @@
 """The configs that learn from a data set: texts, scores or preferences."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 
 from jaxalign.config.rules import Rule, Section, field
@@ -33,6 +34,10 @@ class SupervisedConfig(TrainingConfig):
   validation_interval: int = field(
     0, "interval in updates; 0 = only at the end", ">= 0", also=("eval_steps",)
   )
+
+  def steps_over(self, rows: int) -> int:
+    """The run's steps: `steps`, or `epochs` passes over so many rows."""
+    return self.steps or math.ceil(self.epochs * rows / self.batch_size)
 
   def rules(self) -> Iterator[Rule]:
     """What holds for learning from a data set."""

@@ -20,7 +20,6 @@ C = TypeVar("C", bound=PreferenceConfig)
 
 def cached_reference(
   spec: RunSpec[C],
-  config: PreferenceConfig,
   folder: pathlib.Path,
   batches: Callable[[], Iterable[PyTree]],
 ) -> tuple[Loaded, ReferenceCache | None]:
@@ -28,7 +27,6 @@ def cached_reference(
 
   Args:
     spec: of the run.
-    config: the spec's own.
     folder: the run's; what is computed is written there.
     batches: gives numpy batches of every text of the run.
 
@@ -38,6 +36,7 @@ def cached_reference(
   Raises:
     UserError: the file that the config names does not fit the run.
   """
+  config = spec.config
   if config.reference == "auto":
     return spec.policy.load(), None
   path = folder / reference_cache.NAME

@@ -123,6 +123,19 @@ class Run(Generic[C]):
     """All parameters of the policy, adapters and base joined."""
     return policy_of(lora.join(state.params, self.frozen))
 
+  @property
+  def reference_params(self) -> Params:
+    """Parameters of the live reference, an argument of compiled functions."""
+    return self.reference[1] if self.reference else {}
+
+  def live_reference(self, params: Params) -> tuple[Model, Params] | None:
+    """The reference with its parameters as a trace has them; None = not live.
+
+    Args:
+      params: `reference_params`, handed through the trace.
+    """
+    return (self.reference[0], params) if self.reference else None
+
   def put(self, batch: PyTree) -> PyTree:
     """Numpy rows `[M, B, ...]` on the mesh, B split over its row axes."""
     return meshes.put_rows(batch, self.mesh)
@@ -135,7 +148,7 @@ class Run(Generic[C]):
       with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
         return update(*args)
 
-    reference = self.reference[1] if self.reference else {}
+    reference = self.reference_params
     if self.shardings is None:
       compiled = jax.jit(update)
     else:

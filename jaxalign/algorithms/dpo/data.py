@@ -1,7 +1,6 @@
 """Comparisons as the batches of DPO."""
 
 import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -83,14 +82,11 @@ def load_data(
   """
   length = min(config.max_length, context)
   pairs = _load_pairs(config, tokenizer, length)
-  steps = config.steps or math.ceil(
-    config.epochs * len(pairs) / config.batch_size
-  )
   held = []
   if config.validation_data:
     held = _load_pairs(config, tokenizer, length, validation=True)
     held = sorted(held[: config.validation_rows or None], key=_longest)
-  config = dataclasses.replace(config, steps=steps)
+  config = dataclasses.replace(config, steps=config.steps_over(len(pairs)))
   return PairData(config, pairs, held, length, tokenizer.pad_id, hidden_size)
 
 

@@ -28,7 +28,7 @@ def make_update(run: Run, config: PairLossConfig) -> Update:
     key: Array,
   ) -> tuple[TrainState, Metrics]:
     pairs = jnp.maximum(is_pair(batch).sum(), 1)
-    live = (run.reference[0], reference) if run.reference else None
+    live = run.live_reference(reference)
 
     def loss(params: Params, micro: PairBatch, key: Array):
       del key  # no dropout: a ratio of two noisy values is no reward

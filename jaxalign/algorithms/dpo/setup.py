@@ -52,7 +52,7 @@ def describe(config: DPOConfig) -> DPOSpec:
 def run(spec: DPOSpec, folder: pathlib.Path) -> int:
   """Trains; returns the exit status."""
   data = spec.data
-  policy, cache = cached_reference(spec, spec.config, folder, data.all_batches)
+  policy, cache = cached_reference(spec, folder, data.all_batches)
   data = dataclasses.replace(data, reference=cache)
   with open_run(spec, policy, folder) as run:
     if data.validation_pairs:

@@ -48,7 +48,7 @@ class PairMetrics:
     @jax.jit
     def sums(params: Params, reference: Params, batch: PairBatch):
       pairs = jax.tree.map(lambda x: x[0], batch)
-      live = (run.reference[0], reference) if run.reference else None
+      live = run.live_reference(reference)
       found = pair_losses(run.config, run.model, params, live, pairs)
       return {k: v.sum() for k, v in found.items()}, is_pair(pairs).sum()
 
@@ -63,7 +63,7 @@ class PairMetrics:
   def __call__(self, params: Params, step: int) -> Metrics:
     """`eval_loss/total` and the like, as in training."""
     del step
-    reference = self._run.reference[1] if self._run.reference else {}
+    reference = self._run.reference_params
     parts = [
       self._sums(params, reference, self._run.put(batch))
       for batch in self._batches

@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import math
 import typing
 from collections.abc import Iterator, Sequence
 
@@ -151,14 +150,11 @@ def load_data(
   rows = _load_rows(config, tokenizer, length)
   if advice := advise_weights(config, rows):
     _log.warning("%s", advice)
-  steps = config.steps or math.ceil(
-    config.epochs * len(rows) / config.batch_size
-  )
   held = []
   if config.validation_data:
     held = _load_rows(config, tokenizer, length, validation=True)
     held = sorted(held[: config.validation_rows or None], key=_length)
-  config = dataclasses.replace(config, steps=steps)
+  config = dataclasses.replace(config, steps=config.steps_over(len(rows)))
   return LabelledData(config, rows, held, tokenizer, length)
 
 

@@ -39,7 +39,7 @@ class LabelledMetrics:
 
     @jax.jit
     def mismatched(params: Params, reference: Params, text: TextBatch):
-      live = (run.reference[0], reference) if run.reference else None
+      live = run.live_reference(reference)
       text = jax.tree.map(lambda x: x[0], text)
       return mismatched_logratios(run.model, params, live, text)
 
@@ -50,7 +50,7 @@ class LabelledMetrics:
 
     @jax.jit
     def sums(params: Params, reference: Params, batch: LabelledBatch, kl):
-      live = (run.reference[0], reference) if run.reference else None
+      live = run.live_reference(reference)
       micro = batch.text, batch.desirable
       text, desirable = jax.tree.map(lambda x: x[0], micro)
       return sum_metrics(run, params, live, kl, text, desirable)
@@ -69,7 +69,7 @@ class LabelledMetrics:
     """`eval_loss/total` and the like, and `eval_kl`, z₀ in nats."""
     del step
     run, batches = self._run, self._batches
-    reference = run.reference[1] if run.reference else {}
+    reference = run.reference_params
     put = [run.put(batch) for batch in batches]
     metrics, kl = {}, run.put(np.float32(0))
     if batches[0].mismatched is not None:

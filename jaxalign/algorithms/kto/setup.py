@@ -50,7 +50,7 @@ def describe(config: KTOConfig) -> KTOSpec:
 def run(spec: KTOSpec, folder: pathlib.Path) -> int:
   """Trains; returns the exit status."""
   data = spec.data
-  policy, cache = cached_reference(spec, spec.config, folder, data.all_batches)
+  policy, cache = cached_reference(spec, folder, data.all_batches)
   data = dataclasses.replace(data, reference=cache)
   with open_run(spec, policy, folder) as run:
     if data.validation_rows:

@@ -47,7 +47,7 @@ def make_update(run: Run[KTOConfig]) -> Update:
     key: Array,
   ) -> tuple[TrainState, Metrics]:
     rows = jnp.maximum(is_row(batch.text).sum(), 1)
-    live = (run.reference[0], reference) if run.reference else None
+    live = run.live_reference(reference)
     baseline, baseline_metric = 0.0, {}
     if batch.mismatched is not None:
       params = lora.join(state.params, frozen)

@@ -1,7 +1,6 @@
 """Demonstrations as the batches of SFT."""
 
 import dataclasses
-import math
 
 from jaxalign.algorithms.sft.config import SFTConfig
 from jaxalign.core.types import TextBatch
@@ -58,9 +57,6 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, context: int) -> SFTData:
   if config.packing:
     plan = packing.plan_packing([len(text) for text in texts], length)
     rows = [[texts[i] for i in members] for members in plan]
-  steps = config.steps or math.ceil(
-    config.epochs * len(rows) / config.batch_size
-  )
   validation = []
   if config.validation_data:
     found = _load_rows(config, tokenizer, length, validation=True)
@@ -72,7 +68,7 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, context: int) -> SFTData:
       # Empty rows fill the last part, so that a mesh can split it.
       part += [[]] * (size - len(part))
       validation.append(packing.pack(part, width, tokenizer.pad_id))
-  config = dataclasses.replace(config, steps=steps)
+  config = dataclasses.replace(config, steps=config.steps_over(len(rows)))
   return SFTData(config, rows, length, tokenizer.pad_id, validation)
 
 
