@@ -6,9 +6,9 @@ import pathlib
 import hypothesis
 import pytest
 
-# Compiling is most of the suite's time, so programs are kept for other files and
-# later runs. They are optimised: without that the same computation is rounded
-# differently with a gradient, and tests of exact zeros fail.
+# Compiling is most of the suite's time, so programs are kept for other files
+# and later runs. They are optimised: without that, a gradient rounds the same
+# computation differently, and tests of exact zeros fail.
 # Read by JAX when it is imported; processes that tests start inherit them.
 ROOT = pathlib.Path(__file__).parents[1]
 os.environ.setdefault(
