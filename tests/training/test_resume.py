@@ -20,7 +20,7 @@ import jax, jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jaxalign.runtime import checkpoint, manifest, metrics, profile, signals
 from jaxalign.runtime import console, workdir
-from jaxalign.training.run import Recorder
+from jaxalign.training.recorder import Recorder
 
 folder, (what, at) = pathlib.Path(sys.argv[1]), sys.argv[2].split()
 
@@ -43,9 +43,9 @@ done, extra = 0, {"files": None, "counters": {}}
 if found:
   state, extra, done = found.state, found.extra, found.step
 log = metrics.MetricsLog(folder, offsets=extra["files"], step=done)
-with signals.catch_signals() as stop, console.Console(12, "toy") as screen:
+with signals.catch_signals() as stop, console.Console(12, "toy") as shown:
   recorder = Recorder(
-    log=log, screen=screen, saver=saver, stop=stop, done=done, steps=12,
+    log=log, console=shown, saver=saver, stop=stop, done=done, total=12,
     profiler=profile.Profiler(run.profile), counters=dict(extra["counters"]))
   for step in recorder.steps():
     if int(at) == step + 1:
@@ -92,7 +92,8 @@ def rows(folder):
 @pytest.mark.slow
 def test_killed_and_resumed_is_bit_identical(tmp_path):
   whole, cut = tmp_path / "whole", tmp_path / "cut"
-  assert run(whole).returncode == 0
+  first = run(whole)
+  assert first.returncode == 0, first.stderr
   for where in ("step 7", "save 8", "seal 12"):
     assert run(cut, where).returncode == -signal.SIGKILL
   last = run(cut)
