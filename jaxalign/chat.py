@@ -113,7 +113,9 @@ def run(argv: Sequence[str]) -> None:
     else:
       messages.append({"role": "user", "content": question})
       prompt = fit(tokenizer, messages, loaded.model.config.max_positions)
+      # The judge reads the same turns in the format of its own tokenizer.
       judged_prompt = judge_tokenizer.render_chat(messages, reply=True)
+    # A key for each turn: the same question may get another answer.
     turn_key = key if once else jax.random.fold_in(key, turn)
     if reward_model is None:
       completion = ""
@@ -189,6 +191,7 @@ def fit(tokenizer: "Tokenizer", messages: Messages, context: int) -> str:
     (ids,) = tokenizer.encode_prompts([prompt])
     if 4 * len(ids) <= 3 * context or len(messages) <= first + 1:
       return prompt
+    # A question goes together with its answer.
     del messages[first : first + 2]
 
 

@@ -132,6 +132,7 @@ def take_fields(
   Raises:
     UserError: a field without a value.
   """
+  # Taken out first, because argparse would have to know every field.
   left, others, fields = list(words), [], []
   while left:
     word = left.pop(0)
@@ -173,6 +174,7 @@ def exit_status(
       f"{error.filename or 'a file'}: the disk (or the quota) is full; free "
       "some space and start the same command again"
     )
+  # One line, although the message may quote several.
   print("error:", " ".join(message.splitlines()), file=sys.stderr)
   return 2
 
@@ -202,6 +204,7 @@ def load_config(flag: str) -> tuple[object, str]:
     raise UserError(
       f"--config is missing; give --config FILE.py or FILE.py:PRESET{hint}"
     )
+  # The file and its preset.
   match = re.fullmatch(r"(.+?\.py)(?::(.*))?", flag)
   if not match:
     raise UserError(
@@ -209,6 +212,7 @@ def load_config(flag: str) -> tuple[object, str]:
       "try --config configs/superhf.py"
     )
   path, preset = pathlib.Path(match[1]), match[2]
+  # Running the file, then asking its function for the preset.
   get_config = load_config_file(path).get_config
   takes = list(inspect.signature(get_config).parameters.values())
   if preset is not None and not takes:
@@ -231,6 +235,7 @@ def load_config(flag: str) -> tuple[object, str]:
 
 def config_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """The Python files below a folder that define `get_config`, in order."""
+  # Found by their text: importing a file would run it.
   return [
     path
     for path in sorted(folder.rglob("*.py"))

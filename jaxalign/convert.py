@@ -95,8 +95,10 @@ def convert(
   Raises:
     UserError: no such source, or it cannot be read or written.
   """
+  # Before anything is read, which may take minutes.
   write.check_target(pathlib.Path(target))
   run_folder, step = find_run(source)
+  # What the model card says of the run.
   config: JsonObject = {}
   last_metrics: JsonObject = {}
   if run_folder is not None:
@@ -113,6 +115,7 @@ def convert(
     loaded = restore(run_folder, config, step)
   tokenizer = loaded.tokenizer
 
+  # The tokenizer and the card go in before the folder gets its name.
   def write_others(new: pathlib.Path) -> None:
     if tokenizer is not None:
       tokenizer.save(new)
@@ -238,6 +241,7 @@ def check(target: Path) -> str:
   ours = np.asarray(jaxalign.logits(loaded, tokens, mask))
   theirs = _transformers_logits(target, tokens, mask, head == "lm")
 
+  # Padding is not compared; scores become a column, as transformers has it.
   if head == "lm":
     ours, theirs = ours[mask], theirs[mask]
   elif ours.ndim == 1:

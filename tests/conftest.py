@@ -1,16 +1,27 @@
 """Fixtures that tests of several rooms share, and how programs compile."""
 
+import importlib.metadata
 import os
 import pathlib
+import platform
 
 import hypothesis
 import pytest
 
-# Compiling is most of the suite's time, so programs are kept for other files
-# and later runs. They are optimised: without that, a gradient rounds the same
-# computation differently, and tests of exact zeros fail.
-# Read by JAX when it is imported; processes that tests start inherit them.
+# Compiling is most of the suite's time. With the oldest JAX the code of a program
+# is therefore made in the cheapest way: no optimisation, one kernel an operation.
+# Without fused multiply-add a sum rounds the same in every program, which tests
+# of exact zeros need. The newest JAX, which lacks these flags, compiles as for
+# users. Programs are kept for other files and later runs. JAX reads all this when
+# it is imported; processes that tests start inherit it.
 ROOT = pathlib.Path(__file__).parents[1]
+jaxlib = importlib.metadata.version("jaxlib")
+if jaxlib.startswith("0.10.") and platform.machine() == "x86_64":
+  os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false "
+    "--xla_cpu_max_isa=AVX",
+  )
 os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "test-programs")
 )

@@ -13,6 +13,7 @@ from typing import Any
 from jaxalign.config import TrainingConfig, nearest, read
 from jaxalign.errors import UserError
 
+# Module paths, not modules: only the method that runs is imported.
 METHODS = {
   "superhf": "jaxalign.algorithms.superhf",
   "ppo": "jaxalign.algorithms.ppo",
@@ -49,6 +50,7 @@ def read_config(
       f"config must be a mapping, got {type(mapping).__name__}; "
       "let get_config() return an ml_collections.ConfigDict"
     )
+  # The method chooses the dataclass that checks all other fields.
   name = dict(flags).get("algorithm", dict(mapping.items()).get("algorithm"))
   if not isinstance(name, str) or name not in METHODS:
     near = nearest(str(name), METHODS)

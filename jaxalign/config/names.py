@@ -4,6 +4,7 @@ import re
 
 from jaxalign.config.rules import Rule
 
+# A model `a*0.5`, a weighed one `a[...]`, and in its brackets `alice=0.7`.
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 _MODEL = re.compile(rf"(.+?)\s*\*\s*({_NUMBER})")
 _WEIGHED = re.compile(r"(.+?)\s*\[([^\[\]]*)\]")

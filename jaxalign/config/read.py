@@ -90,6 +90,7 @@ def read(
           f"{where}.{rest} is not a field, because {where} is a single value; "
           f"set {where} itself"
         )
+      # Text in place of a section is refused by the call below.
       if not rest:
         value = text if section else parse_text(kinds[name], text)
     if section:
@@ -101,6 +102,7 @@ def read(
   config = cls(**values)
   for rule in config.rules():
     if not rule.holds:
+      # A rule's text begins with the path of its field.
       got = operator.attrgetter(rule.must.partition(" ")[0])(config)
       raise UserError(f"{path}.{rule.must}, got {got!r}; {rule.remedy}")
   return config
@@ -114,6 +116,7 @@ def read_value(cls: type, name: str, kind: Any, value: Any, where: str) -> Any:
   try:
     typed = convert(kind, value)
   except (TypeError, OverflowError) as error:
+    # A value may hold a part of the name: keep=best_held_out.
     meant = run_together(cls, where, value)
     like = f"write it like the default {field.default!r}"
     raise UserError(
@@ -126,6 +129,7 @@ def read_value(cls: type, name: str, kind: Any, value: Any, where: str) -> Any:
       f"{where} must be one of {', '.join(choices)}, got {value!r}; "
       f"did you mean {near[0]!r}?"
     )
+  # The rule is for each number of a list.
   for number in typed if isinstance(typed, tuple) else (typed,):
     if isinstance(number, int | float) and not in_range(rule, number):
       must = f"in {rule}" if rule.startswith(("[", "(")) else rule or "finite"
@@ -175,6 +179,7 @@ def current_names(
   renamed, names = {}, aliases(cls)
   for old, value in section.items():
     name = names.get(old, old)
+    # Given by both names, or by two earlier ones.
     if name in renamed or (name != old and name in section):
       old = next(other for other in section if names.get(other) == name)
       raise UserError(

@@ -64,6 +64,7 @@ class Row:
 
 def in_range(rule: str, value: int | float) -> bool:
   """Whether `value` is finite and satisfies `>= 1`, `> 0` or `[0, 1)`."""
+  # NaN differs from itself.
   if value != value or abs(value) == math.inf:
     return False
   if rule.startswith(">="):

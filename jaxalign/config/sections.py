@@ -207,6 +207,7 @@ class InitConfig(Section):
 class TrainingConfig(Section):
   """What every training run has."""
 
+  # What is trained, how and for how long.
   algorithm: str = field("superhf", "what to run", choices=("superhf",))
   seed: int = field(0, "of samples, data order and dropout", "[0, 4294967296)")
   steps: int = field(200, "length of the run", ">= 1")
@@ -215,6 +216,7 @@ class TrainingConfig(Section):
     "model to train: a hub id, a folder, lab, or init (see config.init)",
     also=("model", "model_name", "language_model_name", "model_name_or_path"),
   )
+  # Sections.
   optimizer: OptimizerConfig = OptimizerConfig()  # updates and their rate
   lora: AdapterConfig = field(AdapterConfig(), "adapters", also=("peft",))
   init: InitConfig = InitConfig()  # policy="init": a new model
@@ -234,6 +236,7 @@ class TrainingConfig(Section):
     ">= 0",
     also=("gradient_accumulation_steps",),
   )
+  # The rows of an update.
   batch_size: int = field(
     8,
     "rows in one optimizer update, over all devices",

@@ -37,6 +37,7 @@ class SupervisedConfig(TrainingConfig):
 
   def steps_over(self, rows: int) -> int:
     """The run's steps: `steps`, or `epochs` passes over so many rows."""
+    # Rounded up: the last step may take rows of the next epoch.
     return self.steps or math.ceil(self.epochs * rows / self.batch_size)
 
   def rules(self) -> Iterator[Rule]:

@@ -36,7 +36,11 @@ class BestOfN:
   name: str = "best_of_n"
 
   def __call__(self, params: Params, step: int) -> Metrics:
-    """Mean rewards of the best of 1, 2, 4 ... N, and word overlap."""
+    """Mean rewards of the best of 1, 2, 4 ... N, and word overlap.
+
+    A prompt with a completion that has no finite reward is left out of all
+    means; `eval_score/unscored` counts these prompts.
+    """
     del step
     found = self.generator(params, list(self.prompts), self.n, self.key)
     asked = found.prompt_of_each
@@ -45,8 +49,11 @@ class BestOfN:
     if self.heldout_reward is not None:
       heldout = self.heldout_reward(asked, found.texts)
       values["eval_test_score"] = np.reshape(heldout, (-1, self.n))
-    metrics: Metrics = {}
-    for name, worth in values.items():
+    usable = np.all([np.isfinite(x).all(axis=1) for x in values.values()], 0)
+    metrics: Metrics = {"eval_score/unscored": int((~usable).sum())}
+    scores = scores[usable]
+    for name, worth in values.items() if len(scores) else ():
+      worth = worth[usable]
       metrics[f"{name}/mean"] = float(worth.mean())
       for size in best_of.sizes(self.n):
         mean = best_of.expected(scores, worth, size)

@@ -61,17 +61,20 @@ def make_judge(
   def judge(
     step: int, rollout: Rollout, stopping: Callable[[], bool]
   ) -> Choice | None:
-    if name == "people":
-      # The lead asks; None, for a run that has to stop, travels as -2.
-      choice = np.full(len(rollout.completions.prompts), -2)
-      if hosts.is_lead():
-        found = by_people(folder, step, rollout, stopping)
-        choice = choice if found is None else found
-      choice = hosts.broadcast(choice)
-      return None if (choice == -2).all() else choice
-    if function is None:
+    if name == "reward_model":
       return by_score(rollout, missing_eos_penalty)
-    return by_function(name, function, rollout)
+    # All processes see the same scores; functions and people answer the lead.
+    unanswered = np.full(len(rollout.completions.prompts), -2)
+
+    def ask() -> Choice:
+      if function is not None:
+        return by_function(name, function, rollout)
+      found = by_people(folder, step, rollout, stopping)
+      return unanswered if found is None else found
+
+    # Processes share arrays, so -2 stands for None.
+    choice = hosts.from_lead(ask, unanswered)
+    return None if (choice == -2).all() else choice
 
   return judge
 
@@ -131,6 +134,7 @@ def by_people(
   Returns:
     The choices, or None where the run was asked to stop before all were there.
   """
+  # Asking, unless an earlier start of this step has asked.
   prompts, texts = rollout.completions.prompts, rollout.completions.texts
   usable = comparable(rollout)
   names = [f"{step + 1}-{i + 1}" for i in range(len(prompts))]
@@ -150,6 +154,7 @@ def by_people(
           f"now, so its label would be wrong; remove {name} from {QUEUE} and "
           f"{LABELS}"
         )
+  # Waiting, with one line of output.
   waiting = False
   while missing := rows.keys() - (labels := _labels(folder)).keys():
     if stopping():
@@ -161,6 +166,7 @@ def by_people(
         f"{folder / LABELS}"
       )
     time.sleep(POLL_S)
+  # Pairs that were not asked about have no better completion.
   return np.array([labels.get(name, -1) for name in names])
 
 

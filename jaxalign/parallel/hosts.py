@@ -5,6 +5,7 @@ for each other; only `is_lead` may be called anywhere. With one process they
 return at once and touch no device.
 """
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import jax
@@ -12,6 +13,8 @@ import numpy as np
 from jax._src import distributed  # the only barrier with a time limit
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
+
+from jaxalign.errors import UserError
 
 T = TypeVar("T")
 
@@ -39,6 +42,33 @@ def broadcast(x: T) -> T:
     return rows[0] if isinstance(leaf, np.ndarray) else rows[0].item()
 
   return jax.tree.map(lead_value, x, gather(x))
+
+
+def from_lead(make: Callable[[], T], like: T) -> T:
+  """What `make` gives on the lead, the only process that calls it.
+
+  Args:
+    make: asks a person, calls a user's function, reads a changing file.
+    like: a value of the same types, shapes and dtypes.
+
+  Raises:
+    Exception: on the lead what `make` raised; on the others, instead of waiting
+      for ever, a `UserError` where the lead has one, else a `RuntimeError`.
+  """
+  made, error = like, None
+  if is_lead():
+    try:
+      made = make()
+    except Exception as raised:
+      error = raised
+  # The failure is shared first: no process then waits for a value.
+  failed, mistake = broadcast((error is not None, isinstance(error, UserError)))
+  if error is not None:
+    raise error
+  if failed:
+    kind = UserError if mistake else RuntimeError
+    raise kind("the lead process failed; its log says why")
+  return broadcast(made)
 
 
 def agree(flag: bool) -> bool:

@@ -119,6 +119,7 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
   """
 
   def place(path, leaf):
+    # Dict keys and fields of dataclasses have a name, list indices do not.
     names = [str(getattr(p, "key", getattr(p, "name", ""))) for p in path]
     return NamedSharding(mesh, _spec(names, leaf.shape, mesh))
 

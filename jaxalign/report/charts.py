@@ -69,6 +69,7 @@ def draw(title: str, unit: str, series: Mapping[str, Points]) -> Chart | None:
   finite = [v for c in columns.values() for v in c if math.isfinite(v)]
   if not finite:
     return None
+  # A block is drawn at its last step.
   count = min(len(steps), _POINTS)
   ends = [round((i + 1) * len(steps) / count) - 1 for i in range(count)]
   steps = [steps[end] for end in ends]
@@ -95,6 +96,7 @@ def draw(title: str, unit: str, series: Mapping[str, Points]) -> Chart | None:
       (x(s), v) for s, v in zip(steps, column, strict=True) if not math.isnan(v)
     ]
     path, faint = _path([(px, y(v)) for px, v in known]), ""
+    # A long curve is smoothed over some 4 % of it; its values stay, faint.
     if len(known) >= _SMOOTH_FROM:
       reach = max(1, len(known) // 50)
       smooth = []
@@ -131,6 +133,7 @@ def nice_ticks(
   Returns:
     Rising multiples of 1, 2 or 5 times a power of ten.
   """
+  # 1, 2, 5 or 10 times a power of ten; 0.999 forgives rounding.
   raw = (high - low) / 5.5
   power = 10.0 ** math.floor(math.log10(raw))
   gap = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * 0.999)
@@ -143,6 +146,7 @@ def nice_ticks(
 def label(value: float) -> str:
   """A tick's text: 12000 -> "12k", 0.25 -> "0.25", 3e-06 -> "3e-6"."""
   size = abs(value)
+  # Below 10,000 a number is written out.
   for unit, sign in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
     if size >= max(unit, 1e4):
       return f"{value / unit:.4g}{sign}"

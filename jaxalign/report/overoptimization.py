@@ -86,6 +86,7 @@ def find_turn(seen: Sequence[Validation]) -> Turn | None:
     return None
   train, train_error = _windows(np.array([v.train for v in seen]), w)
   held_out, held_out_error = _windows(np.array([v.held_out for v in seen]), w)
+  # Windows that overlap the last one are no candidates.
   best = int(np.argmax(held_out[:-w]))
   if train[-1] - train[best] <= _ROSE * train_error:
     return None

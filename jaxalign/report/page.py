@@ -130,6 +130,7 @@ def write_report(folder: str | os.PathLike) -> pathlib.Path:
   tiles = summary(series)
   turn = overoptimization.find_turn(overoptimization.validations(rows))
   panels, others = draw_charts(series)
+  # Foreign text is escaped; a misspelt name in the template is an error.
   loader = jinja2.Environment(
     loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
     autoescape=True,
@@ -192,6 +193,7 @@ def remarks(
   by_name = {tile.metric: tile for tile in tiles}
   sentences = []
   train, test = by_name.get("score/mean"), by_name.get("test_score/mean")
+  # The test with standard errors, or else first against last quarters.
   if turn:
     sentences.append(overoptimization.message(turn))
   elif train and test and train.good and test.good is False:

@@ -44,9 +44,11 @@ def pick_samples(path: pathlib.Path) -> list[JsonObject]:
       rows = sorted(rows, key=_score, reverse=True)
       kept = [row for row in rows if row.get("kept")]
       rejected = [row for row in rows if not row.get("kept")]
+      # The best and the worst of the rejected; a single one is shown once.
       ends = [*rejected[: _SIDE - 1], *rejected[1:][-1:]]
       shown.append(
         {
+          # The end of a prompt, because the completion goes on from there.
           "prompt": prompt[-_CHARACTERS:],
           "kept": _completions(kept[:_SIDE]),
           "rejected": _completions(ends),

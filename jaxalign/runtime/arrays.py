@@ -100,6 +100,7 @@ def read(
   stored = {name: s for name, s in wanted.items() if s.size}
   with jax.transfer_guard("allow"):
     if stored:  # Orbax cannot restore nothing
+      # Partial, so that a reader of `params` leaves the optimizer on disk.
       args = ocp.args.PyTreeRestore(
         item=stored,
         restore_args=ocp.checkpoint_utils.construct_restore_args(stored),

@@ -99,10 +99,12 @@ class Checkpointer:
     arrays.quiet()
     self.folder = pathlib.Path(folder).absolute()
     self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
+    # Drafts of a killed save are named here and deleted by Orbax below.
     if hosts.is_lead():
       for draft in self.folder.glob("*.orbax-checkpoint-tmp*"):
         place = self.folder / draft.stem
         _log.warning("%s is passed over: the save did not finish", place)
+    # The scores so far, so that the best checkpoint also outlives a restart.
     bodies = [manifest.read(place) for place in _places(self.folder)]
     self._scores = {body["step"]: body["score"] for body in bodies if body}
     self._manager = ocp.CheckpointManager(
@@ -169,6 +171,7 @@ class Checkpointer:
         if old >= step or old in self._given_up:
           self._manager.delete(old)
       self._given_up.clear()
+      # Read by `_seal` and `_Retention` while Orbax saves.
       self._body, self._scores[step] = body, score
       # The guard of the training step is about transfers nobody asked for.
       with jax.transfer_guard("allow"):
@@ -196,15 +199,18 @@ class Checkpointer:
     step = hosts.broadcast(
       _newest_whole(self.folder) if hosts.is_lead() else -1
     )
+    # Later checkpoints are deleted by the next save, not before.
     self._given_up = {old for old in self._manager.all_steps() if old > step}
     if step < 0:
       return None
     place = self.folder / f"{step:08d}"
     body = manifest.read(place)
     assert body is not None, f"{place} was whole and no longer is"
+    # Names, shapes and dtypes are compared before an array is read.
     wanted = arrays.named(abstract_state)
     arrays.check(place, body["arrays"], wanted)
     found = arrays.read(place / "arrays", wanted)
+    # `wanted` is in the order of the tree's leaves.
     treedef = jax.tree.structure(abstract_state)
     state = jax.tree.unflatten(treedef, [found[name] for name in wanted])
     self._last_save = time.monotonic()
@@ -241,6 +247,7 @@ class Checkpointer:
   def _seal(self) -> None:
     """Orbax calls it, on the lead, when all is written, before the commit."""
     assert self._body is not None
+    # The folder still has a temporary name, which begins with the step.
     (place,) = self.folder.glob(f"{self._body['step']:08d}*")
     manifest.seal(place, self._body)
 
@@ -280,6 +287,7 @@ def load(
   place = pathlib.Path(folder).absolute() / f"{found:08d}"
   body = manifest.read(place)
   assert body is not None, f"{place} was whole and no longer is"
+  # The manifest says what there is, so no model is needed.
   dot = f"{prefix}." if prefix else ""
   wanted = {
     name: jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype))

@@ -123,6 +123,7 @@ class Console:
       self._output.file.flush()  # a log that is piped should not lag behind
 
   def _panel(self) -> panel.Panel:
+    # Progress, pace and speeds.
     grid = table.Table.grid(padding=(0, 2))
     grid.add_column(style="bold")
     grid.add_column(justify="right")
@@ -131,11 +132,13 @@ class Console:
     grid.add_row("step", f"{self._step}/{self._steps}", bar)
     speeds = "  ".join([self._pace, *self._speeds.values()])
     grid.add_row("speed", "", text.Text(speeds))
+    # Headline metrics; their course needs characters beyond ASCII.
     unicode = "utf" in self._output.encoding
     for name, history in self._history.items():
       if history:
         spark = sparkline(history, _WIDTH) if unicode else ""
         grid.add_row(HEADLINES[name], short(history[-1]), spark)
+    # The best and the worst sample in turn.
     sample = text.Text()
     if self._samples:
       name, row = "best", self._samples[-1]

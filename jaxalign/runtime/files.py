@@ -102,6 +102,7 @@ def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
   """
   if not hosts.is_lead():
     return
+  # On disk under another name first; the renaming is the commit.
   draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
   try:
     with open(draft, "wb") as file:

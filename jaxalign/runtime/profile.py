@@ -31,6 +31,7 @@ class Profiler:
 
     The trace ends with the last of the steps, or with the first that raises.
     """
+    # A resumed run may begin in the middle of these steps.
     if step in self._steps and not self._tracing:
       jax.profiler.start_trace(self._folder)
       self._tracing = True

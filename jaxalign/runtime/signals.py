@@ -49,6 +49,7 @@ def catch_signals() -> Iterator[Stop]:
         os.write(1, _SHOW_CURSOR)
       os._exit(128 + number)
     stop.signal = number
+    # Not print, whose buffer may be in use when the signal comes.
     os.write(2, b"\nstopping after this step; once more to stop at once\n")
 
   with contextlib.ExitStack() as undo:

@@ -40,6 +40,7 @@ class EventFile:
     with self._explained():
       self._writer = writers.EventsWriter(os.fspath(folder / "events"), suffix)
       if done:
+        # A START at this step hides it and all later ones in older files.
         event = events.Event(wall_time=time.time(), step=done + 1)
         event.session_log.status = events.SessionLog.START
         self._writer.write_event(event)

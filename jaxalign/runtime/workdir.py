@@ -78,9 +78,11 @@ def open_workdir(
   with _refusing(path):
     path.mkdir(parents=True, exist_ok=True)
     lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+  # Until the config is accepted, an error gives the lock back.
   with contextlib.ExitStack() as on_error:
     on_error.callback(os.close, lock)
     _take_lock(path, lock)
+    # As it will be read back: JSON has no tuples.
     wanted: JsonObject = json.loads(json.dumps(config))
     if _read_config(path, wanted, may_change, config_class) != wanted:
       files.write_json(path / "config.json", wanted)
@@ -109,6 +111,7 @@ def check_workdir(
       raise PermissionError(there)
   if there != path:
     return
+  # The lock is tried and let go: it says whether a process is at work.
   if (path / _LOCK).exists():
     lock = os.open(path / _LOCK, os.O_RDWR)
     try:
@@ -162,6 +165,7 @@ def _take_lock(path: pathlib.Path, lock: int) -> None:
       f"{path} is in use by {owner or 'another process'}; "
       "wait for it, stop it, or give another --workdir"
     ) from error
+  # Who holds it, for the message to the next process.
   os.ftruncate(lock, 0)
   os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
@@ -179,6 +183,7 @@ def _read_config(
       field that differs.
   """
   place = path / "config.json"
+  # No config: the folder is a new run's if it holds only hidden files.
   if not place.exists():
     strangers = sorted(
       p.name for p in path.iterdir() if not p.name.startswith(".")
@@ -192,6 +197,7 @@ def _read_config(
   found = _read_object(place)
   if config_class is not None:
     found = rename_aliases(config_class, found)
+  # A config: all fields have to agree but those that may change.
   old, new = files.flatten(found), files.flatten(wanted)
   rules = tuple(may_change)
   differing = [

@@ -38,7 +38,7 @@ def begin(
   params: Params,
   tokens: Int[Array, "P T"],
   mask: Bool[Array, "P T"],
-  prompt_ids: Int[Array, " P"],
+  prompt_numbers: Int[Array, " P"],
   settings: SamplingParams,
   key: Array,
   prefix: Prefix | None = None,
@@ -71,7 +71,7 @@ def begin(
     past=tuple(kv.unstack() for kv in (*past, kept)),
     start=repeat(start),
     limit=repeat(limit),
-    keys=row_keys(key, prompt_ids, sample_ids),
+    keys=row_keys(key, prompt_numbers, sample_ids),
   )
   state = first_state(
     model.config, repeat(context), repeat(~mask.any(axis=1)), settings, capacity
@@ -103,7 +103,7 @@ def sample(
   params: Params,
   tokens: Int[Array, "P T"],
   mask: Bool[Array, "P T"],
-  prompt_ids: Int[Array, " P"],
+  prompt_numbers: Int[Array, " P"],
   settings: SamplingParams,
   key: Array,
   prefix: Prefix | None = None,
@@ -123,7 +123,7 @@ def sample(
     params: its parameters, in any float dtype.
     tokens: prompts, padded on either side.
     mask: True = a real token; a row without any gives empty samples.
-    prompt_ids: numbers the prompts for the random keys.
+    prompt_numbers: numbers the prompts for the random keys.
     settings: see `sampling.settings.make`.
     key: the run's key folded with the step.
     prefix: tokens read before every prompt, and which of them are real.
@@ -143,7 +143,7 @@ def sample(
     params,
     tokens,
     mask,
-    prompt_ids,
+    prompt_numbers,
     settings,
     key,
     prefix,

@@ -70,7 +70,7 @@ class Generator:
         self.settings,
         key,
         samples_per_prompt=samples,
-        prompt_ids=range(start, min(start + size, len(ids))),
+        prompt_numbers=range(start, min(start + size, len(ids))),
       )
       for start in range(0, len(ids), size)
     ]

@@ -46,7 +46,7 @@ class Sampler:
     key: jax.Array,
     *,
     samples_per_prompt: int = 1,
-    prompt_ids: Sequence[int] | None = None,
+    prompt_numbers: Sequence[int] | None = None,
     prefix: Sequence[int] = (),
     first_sample: int = 0,
   ) -> Samples:
@@ -58,7 +58,7 @@ class Sampler:
       settings: see `sampling.settings.make`.
       key: the run's key folded with the step.
       samples_per_prompt: S.
-      prompt_ids: numbers the prompts for the random keys; by default their
+      prompt_numbers: numbers the prompts for the random keys; by default their
         places in the list.
       prefix: few-shot tokens before every prompt; read once.
       first_sample: number of the first sample.
@@ -70,7 +70,7 @@ class Sampler:
     Raises:
       UserError: a prompt is empty or does not fit into the context.
     """
-    inputs = self.prepare(prompts, prompt_ids, prefix)
+    inputs = self.prepare(prompts, prompt_numbers, prefix)
     wanted = int(settings.max_new_tokens)
     # Explicit transfers: the training loop forbids implicit ones.
     samples = self._jitted.sample(
@@ -121,7 +121,7 @@ class Sampler:
   def prepare(
     self,
     prompts: Sequence[Sequence[int]],
-    prompt_ids: Sequence[int] | None,
+    prompt_numbers: Sequence[int] | None,
     prefix: Sequence[int],
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray, NumpyPrefix | None]:
     """Pads prompts to their bucket: tokens, mask, ids, prefix."""
@@ -133,7 +133,7 @@ class Sampler:
     # Few programs: the number of prompts is rounded up too. Filler rows have no
     # token, so they are finished before they start.
     rows = _next_power_of_two(len(prompts))
-    ids = np.arange(len(prompts)) if prompt_ids is None else prompt_ids
+    ids = np.arange(len(prompts)) if prompt_numbers is None else prompt_numbers
     filler = [()] * (rows - len(prompts))
     tokens, mask = pad_rows([*prompts, *filler], width, side="left")
     ids = np.pad(np.asarray(ids, np.int32), (0, rows - len(prompts)))

@@ -124,11 +124,11 @@ def ends_with_stop(
 
 
 def row_keys(
-  key: Array, prompt_ids: Int[Array, " P"], sample_ids: Int[Array, " S"]
+  key: Array, prompt_numbers: Int[Array, " P"], sample_ids: Int[Array, " S"]
 ) -> Array:
   """A random key for each row, from its prompt's and its own number alone."""
   fold = jax.random.fold_in
   # Key -> prompt -> sample: the row's place in the batch does not matter.
-  per_prompt = jax.vmap(lambda p: fold(key, p))(prompt_ids)
+  per_prompt = jax.vmap(lambda p: fold(key, p))(prompt_numbers)
   both = jax.vmap(jax.vmap(fold, (None, 0)), (0, None))
   return both(per_prompt, sample_ids).reshape(-1)

@@ -71,12 +71,14 @@ class ModelSpec:
 
   def read(self) -> Params:
     """Reads the parameters onto the mesh, which takes the time."""
+    # Files have the shapes of the stored model, whose heads may differ.
     stored = self.stored or self.model
     if self.pretrained is None:
       drawn = stored.init(jax.random.key(self.seed))
       params = meshes.put(drawn, self.mesh)
     else:
       params = self.pretrained.read(meshes.shardings(stored.shapes, self.mesh))
+    # Heads of groups: folded into one, or made out of one.
     if self.group_weights:
       return groups.fold(stored, params, self.group_weights)[1]
     if self.model.config.groups != stored.config.groups:
@@ -88,7 +90,7 @@ class ModelSpec:
     """The model with its parameters."""
     return Loaded(self.model, self.read(), self.tokenizer)
 
-  def digest(self) -> dict[str, str]:
+  def fingerprint(self) -> dict[str, str]:
     """What tells this model from others: its config and its weight files."""
     # Remat changes no value.
     config = repr(dataclasses.replace(self.model.config, remat=False))
@@ -130,6 +132,7 @@ def open_policy(
     UserError: anything that keeps it from being loaded.
   """
   compute = compute_dtype(config.precision.compute)
+  # A new model: the config takes the place of a folder's config.json.
   if config.policy == "init":
     tokenizer = load_tokenizer(config.init.tokenizer)
     model = hf.from_config(
@@ -139,6 +142,7 @@ def open_policy(
       remat=config.remat,
     )
     return ModelSpec(model, tokenizer, mesh, None, config.seed)
+  # A pretrained model, with adapters if a rank is given.
   lora = None
   if config.lora.rank:
     lora = LoraConfig(
@@ -167,7 +171,11 @@ def open_policy(
 
 
 def open_reward_model(
-  name: str, mesh: Mesh, dtype: str, field: str
+  name: str,
+  mesh: Mesh,
+  dtype: str,
+  field: str,
+  lab: str = "reward-train",
 ) -> ModelSpec:
   """A frozen reward model; where it has groups, their weighted sum.
 
@@ -176,13 +184,13 @@ def open_reward_model(
     mesh: where the parameters go.
     dtype: "float32", "bfloat16" or "auto", of parameters and arithmetic.
     field: what named it, for messages: a config field or a flag.
+    lab: which of the models that ship `lab` means.
 
   Raises:
     UserError: it cannot be loaded, has no score head or not these groups.
   """
   place, given = parse_groups(name)
-  default = "reward-test" if "test" in field else "reward-train"
-  source = hub.resolve(locate(place, default))
+  source = hub.resolve(locate(place, lab))
   pretrained = hf.open_pretrained(source, dtype=compute_dtype(dtype))
   model = pretrained.model
   if model.config.head == "lm":
@@ -193,6 +201,7 @@ def open_reward_model(
   tokenizer = check_vocabulary(
     load_tokenizer(source), model.config.vocab_size, str(source)
   )
+  # Groups: the folder has a head for each, the run reads their sum.
   weights = groups.weights_of(model.config.groups, given, f"{field}: {place}")
   if not weights:
     return ModelSpec(model, tokenizer, mesh, pretrained)
@@ -230,12 +239,14 @@ def _config_json(init: InitConfig, tokenizer: Tokenizer) -> JsonObject:
     if name != "tokenizer" and value != 0
   }
   values.setdefault("intermediate_size", 4 * init.hidden_size)
+  # False equals 0, so an untied output was left out above.
   values |= {
     "tie_word_embeddings": init.tie_word_embeddings,
     "vocab_size": tokenizer.vocab_size,
     "pad_token_id": tokenizer.pad_id,
     "eos_token_id": tokenizer.eos_id or 0,
   }
+  # GPT-Neo alternates global and local attention, layer by layer.
   if init.model_type == "gpt_neo":
     kinds = ["global", "local"] * init.num_hidden_layers
     values["attention_types"] = [

@@ -39,6 +39,7 @@ def cached_reference(
   config = spec.config
   if config.reference == "auto":
     return spec.policy.load(), None
+  # A file that exists: one that the config names, or the run's own.
   path = folder / reference_cache.NAME
   if config.reference_logps:
     path = pathlib.Path(config.reference_logps).expanduser()
@@ -46,6 +47,7 @@ def cached_reference(
       raise UserError(
         f"config.reference_logps: {path}: no such file; check the path"
       )
+  # Checked before the policy's parameters are read.
   if path.is_file():
     cache = reference_cache.read(path)
     check_cache(config, path, cache, spec.policy, batches())
@@ -57,7 +59,7 @@ def cached_reference(
     start = time.perf_counter()
     model, params = reference_of(policy.model, policy.params)
     cache = reference_cache.precompute(
-      model, params, batches(), spec.mesh, spec.policy.digest()
+      model, params, batches(), spec.mesh, spec.policy.fingerprint()
     )
     reference_cache.write(path, cache)
   seconds = time.perf_counter() - start
@@ -80,6 +82,7 @@ def check_cache(
   remedy = "restore these, or start again in another --workdir"
   if config.reference_logps:
     remedy = "leave out config.reference_logps to compute them again"
+  # The texts: KTO's mismatched pairs also depend on how rows are drawn.
   missing, count = cache.count_missing(batches)
   if missing:
     pairs = ", seed, batch_size or steps" if config.algorithm == "kto" else ""
@@ -87,7 +90,8 @@ def check_cache(
       f"{path} lacks {missing} of this run's {count} texts: it was made with "
       f"other data, another tokenizer, max_length or train_eos{pairs}; {remedy}"
     )
-  wanted = policy.digest()
+  # The model that computed the log-probs.
+  wanted = policy.fingerprint()
   other = [name for name in wanted if cache.model.get(name) != wanted[name]]
   if other:
     raise UserError(

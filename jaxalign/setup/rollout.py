@@ -68,6 +68,7 @@ class RolloutSpec:
     assert tokenizer is not None
     sampling = config.sampling
     mesh = self.mesh if self.mesh.size > 1 else None
+    # Prompts have a program for each bucket, completions have one length.
     sampler = Sampler(
       self.model,
       prompt_buckets=sampling.length_buckets,
@@ -143,16 +144,20 @@ def describe_rollout(config: OnlineConfig, policy: ModelSpec) -> RolloutSpec:
   """
 
   def open_all(
-    names: tuple[tuple[str, float], ...], field: str
+    names: tuple[tuple[str, float], ...], field: str, lab: str
   ) -> tuple[ModelSpec, ...]:
     dtype = config.scoring.dtype
     return tuple(
-      open_reward_model(name, policy.mesh, dtype, f"config.{field}")
+      open_reward_model(name, policy.mesh, dtype, f"config.{field}", lab)
       for name, _ in names
     )
 
-  reward_models = open_all(config.reward_models, "reward_model")
-  heldout = open_all(config.test_reward_models, "test_reward_model")
+  # Reward models: the train reward, then the held-out one.
+  reward_models = open_all(config.reward_models, "reward_model", "reward-train")
+  heldout = open_all(
+    config.test_reward_models, "test_reward_model", "reward-test"
+  )
+  # Prompts, which leave room for a completion in the policy's context.
   context = policy.model.config.max_positions
   train, aside, length = split_prompts(config, policy.tokenizer, context)
   return RolloutSpec(
@@ -213,6 +218,7 @@ def split_prompts(
       f"config.sampling.max_new_tokens must be below the policy's context of "
       f"{context} tokens, got {new}; lower it"
     )
+  # Loading; a holdout of -1 leaves each set the number that is its own.
   found = load_prompts(
     config.prompts,
     max_chars=config.max_prompt_chars,
@@ -225,12 +231,14 @@ def split_prompts(
     max_bad_share=config.max_bad_share,
   )
   texts = tuple(config.system_prompt + row.prompt for row in found.rows)
+  # The first ones are for evaluations; the seed has shuffled them all.
   aside = config.evaluation.num_prompts if config.evaluation.interval else 0
   if len(texts) <= aside:
     raise UserError(
       f"config.evaluation.num_prompts keeps {aside} prompts aside, but "
       f"config.prompts gives {len(texts)}; lower it or give more prompts"
     )
+  # What a prompt may have at most, and which of the two limits that is.
   limit = min(context - new, config.max_length - 1)
   why = f"the policy's context of {context} less max_new_tokens={new}"
   if limit < context - new:

@@ -202,6 +202,7 @@ def open_run(
     def init(params: Params) -> TrainState:
       return optim.init_state(params, optimizer, o.ema, extra_state)
 
+    # Shapes alone, so that a stored state is read straight onto its shardings.
     shapes = jax.eval_shape(init, trained)
     shardings = meshes.shardings(shapes, mesh)
     restored = saver.restore_latest(
@@ -221,6 +222,7 @@ def open_run(
       state, done = restored.state, restored.step
       files, counters = restored.extra["files"], restored.extra["counters"]
 
+    # Logs, signals, profiler and screen, closed in the reverse order.
     with (
       contextlib.closing(
         metrics.MetricsLog(
@@ -244,6 +246,7 @@ def open_run(
         config.steps, f"{config.algorithm} {run.path.name}"
       ) as screen,
     ):
+      # What the method is handed.
       recorder = Recorder(
         log=log,
         console=screen,
@@ -293,6 +296,7 @@ def finish(
   stop = run.recorder.stop
   if hosts.agree(stop.requested):
     return stop.exit_status
+  # From the log, because a resumed run has seen only its own part.
   last: JsonObject = {}  # the last value of every metric
   for row in metrics.iterate_jsonl(folder / metrics.METRICS):
     last |= row
@@ -312,6 +316,7 @@ def finish(
       also=also,
     )
     page.write_report(folder)
+  # The mark comes last: without it the same command writes all this again.
   workdir.mark_finished(
     folder,
     {

@@ -45,11 +45,6 @@ def _meteor_parts() -> tuple[Callable[..., float], _CachedStemmer, object]:
   return meteor_score, _CachedStemmer(), wordnet if installed else _NoSynonyms()
 
 
-def has_wordnet() -> bool:
-  """Whether METEOR can match synonyms; without them scores are a bit lower."""
-  return not isinstance(_meteor_parts()[2], _NoSynonyms)
-
-
 def meteor(reference: str, hypothesis: str) -> float:
   """METEOR of two texts in [0, 1], on words split at blanks.
 
@@ -135,13 +130,6 @@ def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
   # Words as in `jaccard`: split at blanks, punctuation included.
   words = text.lower().split()
   return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
-
-
-def distinct_n(completions: Sequence[str], n: int = 2) -> float | None:
-  """Distinct n-grams / all n-grams over a set (Li 2016); None without any."""
-  # Pooled over the set, so equal completions lower the value too.
-  grams = [gram for text in completions for gram in _ngrams(text, n)]
-  return len(set(grams)) / len(grams) if grams else None
 
 
 def repetition(text: str, n: int = 2) -> float:

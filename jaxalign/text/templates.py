@@ -69,18 +69,7 @@ def split_first(text: str) -> tuple[str, str] | None:
 
   The completion keeps its leading space, so the two parts add up to `text`.
   """
-  return _split_at(text, text.find(ASSISTANT))
-
-
-def split_last(text: str) -> tuple[str, str] | None:
-  r"""Splits after the last `\n\nAssistant:`; None where there is none.
-
-  For preference dialogues: the two differ only in the last completion.
-  """
-  return _split_at(text, text.rfind(ASSISTANT))
-
-
-def _split_at(text: str, at: int) -> tuple[str, str] | None:
+  at = text.find(ASSISTANT)
   cut = at + len(ASSISTANT)
   return (text[:cut], text[cut:]) if at >= 0 else None
 

@@ -63,6 +63,8 @@ def completion_logps(
   """
   p = forward(model, params, text)
   logps = target_logprobs(p.hidden, p.targets, p.mask, p.unembed)
+  # N texts in B rows: where a pair shares a row, two masks read the same
+  # log-probs.
   mask = text.completion_mask
   rows = jnp.tile(logps, (len(mask) // len(logps), 1))
   return jnp.where(mask, rows, 0).sum(axis=1)

@@ -79,6 +79,9 @@ class Recorder:
     self._validations = overoptimization.validations(past)
     self._warned_of_turn = False
     self._best_known = False
+    self._stopped = False
+    # Steps of the newest checkpoint; a restored run begins with that many.
+    self._saved = self.done
     self._seconds: dict[str, float] = {}
     self._last = time.perf_counter()
     self._pending: tuple[int, Metrics, Rows] | None = None
@@ -90,7 +93,7 @@ class Recorder:
       self._seconds = {}
       with self.profiler.step(step):
         yield step
-      if hosts.agree(self.stop.requested):
+      if self._stopped:
         return
 
   def stage(self, name: str) -> contextlib.AbstractContextManager:
@@ -99,6 +102,7 @@ class Recorder:
 
   def report(self, step: int, values: Metrics, rows: Rows = ()) -> None:
     """Takes a step's metrics; reads them once the next step is dispatched."""
+    # The step before: its metrics are read while this one may still run.
     self._flush()
     now = time.perf_counter()
     seconds = self._seconds | {"time/step_s": now - self._last}
@@ -107,10 +111,28 @@ class Recorder:
 
   def save(self, step: int, state: TrainState) -> None:
     """Saves the state if that is due, at the end, and before a stop."""
+    # A save that failed in the background ends the run here, not at the end.
     self.saver.check()
-    last, stopping = step + 1 == self.total, hosts.agree(self.stop.requested)
-    if not (last or stopping or self.saver.due(step + 1)):
-      return
+    # Asked once a step: a request that comes after this is the next step's, so
+    # that no run ends with a state that was not saved.
+    self._stopped = hosts.agree(self.stop.requested)
+    last = step + 1 == self.total
+    if last or self._stopped or self.saver.due(step + 1):
+      self._save(step, state)
+
+  def abandon(self, step: int, state: TrainState) -> None:
+    """Ends the run in the middle of a step, for a stop that cannot wait.
+
+    Args:
+      step: that is not done; it is repeated by a later start.
+      state: after the step before, which is saved.
+    """
+    self._stopped = True
+    # Otherwise that state was saved already, or the run began with it.
+    if step > self._saved:
+      self._save(step - 1, state)
+
+  def _save(self, step: int, state: TrainState) -> None:
     # The files must hold this step's lines before their lengths are saved.
     values = self._flush()
     if self.best_metric and not self._best_known:
@@ -126,6 +148,7 @@ class Recorder:
     extra = {"files": self.log.offsets(), "counters": self.counters}
     score = values.get(self.best_metric)
     self.saver.save(step + 1, state, extra, score=score)
+    self._saved = step + 1
 
   def _flush(self) -> Metrics:
     """Writes what is pending, if anything is; returns its values."""
@@ -133,6 +156,7 @@ class Recorder:
       return {}
     step, values, rows = self._pending
     self._pending = None
+    # To the host all at once, then rates out of counts and times.
     values = {
       name: value.item() if hasattr(value, "item") else value
       for name, value in jax.device_get(values).items()
@@ -145,6 +169,7 @@ class Recorder:
     self._best_known |= self.best_metric in values
     if written:
       self.log.write(step + 1, values)
+    # Samples of every step are written, whatever the interval of metrics.
     self.log.write_samples(rows)
     if hosts.is_lead():
       self.console.update(step + 1, values, rows)

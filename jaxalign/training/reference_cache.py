@@ -50,6 +50,7 @@ class ReferenceCache:
     def attach_to(leaf: PyTree) -> PyTree:  # a TextBatch, or another leaf
       if not isinstance(leaf, TextBatch):
         return leaf
+      # Filler has an empty digest, and 0 in place of a log-prob.
       logps = [self.logps[d] if d else 0.0 for d in digests(leaf)]
       shape = len(leaf.tokens), -1
       return dataclasses.replace(
@@ -88,6 +89,7 @@ def precompute(
   known: dict[bytes, float] = {}
   for text in (text for batch in batches for text in texts_of(batch)):
     names = digests(text)
+    # A batch is run whole if one of its texts is new.
     if any(digest and digest not in known for digest in names):
       found: Float[np.ndarray, "M N"]
       found = jax.device_get(logps_of(params, put_rows(text, mesh)))
@@ -126,6 +128,7 @@ def digests(text: TextBatch) -> list[bytes]:
   for ids, counted, here in zip(
     tokens, mask, real.reshape(-1, width), strict=True
   ):
+    # Only the text's own tokens, in one byte order on all machines.
     data = ids[here].astype("<i4").tobytes() + counted[here].tobytes()
     digest = hashlib.blake2b(data, digest_size=SIZE).digest()
     found.append(digest if here.any() else b"")
@@ -157,6 +160,7 @@ def read(path: pathlib.Path) -> ReferenceCache:
   """
   try:
     raw = path.read_bytes()
+    # An .npz file is a zip archive; np.load would take other formats too.
     if not raw.startswith(b"PK"):
       raise ValueError("it is no .npz file")
     with np.load(io.BytesIO(raw), allow_pickle=False) as found:

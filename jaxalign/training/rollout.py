@@ -133,6 +133,7 @@ def collect(
         step, config.validation_interval, config.steps
       ):
         heldout = np.asarray(source.heldout_reward(prompts, texts))
+    # The length penalty, then what must not be trained on.
     chars = np.array([len(text) for text in texts])
     # The released code's help says λ · length, its code takes the logarithm.
     scores -= config.length_penalty * np.log(np.maximum(chars, 1))

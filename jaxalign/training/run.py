@@ -33,6 +33,8 @@ Update = Callable[
 # The same for one run, compiled: (state, numpy batch, key) -> (state, metrics).
 Step = Callable[[TrainState, PyTree, Array], tuple[TrainState, Metrics]]
 
+UPDATES = 2**31 - 2  # folded into the run's key; no step has this number
+
 _log = logging.getLogger(__name__)
 
 
@@ -83,7 +85,7 @@ class Run(Generic[C]):
     schedule: step -> learning rate.
     shardings: of the state; None = one device, nothing is donated (tests).
     evaluators: called where they are due.
-    key: of the run; a step uses `step_key`.
+    key: of the run; see `step_key` and `update_key`.
   """
 
   config: C
@@ -106,6 +108,10 @@ class Run(Generic[C]):
   def step_key(self, step: int) -> Array:
     """The key of a step, derived from its number alone."""
     return keys.fold(self.key, step)
+
+  def update_key(self, step: int) -> Array:
+    """Another one, for the updates of a step that `step_key` samples in."""
+    return keys.fold(keys.fold(self.key, UPDATES), step)
 
   def steps(self) -> Iterator[int]:
     """The steps still to do; ends early when the run is asked to stop."""
@@ -143,11 +149,13 @@ class Run(Generic[C]):
   def jit(self, update: Update) -> Step:
     """Compiles an update; with shardings, keeps them and donates the state."""
 
+    # `constrain_rows` inside an update goes by the mesh in force.
     @functools.wraps(update)
     def on_mesh(*args):
       with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
         return update(*args)
 
+    # The reference is an argument: a constant would be compiled in.
     reference = self.reference_params
     if self.shardings is None:
       compiled = jax.jit(update)
@@ -219,10 +227,12 @@ class Run(Generic[C]):
     """
     state = optim.advance(state)
     for evaluator in self.evaluators:
+      # An interval of 0 stands for the last step alone.
       if due(step, evaluator.every or self.config.steps, self.config.steps):
         with self.stage("evaluate"):
           params = policy_of(lora.join(state.eval_params, self.frozen))
           metrics = metrics | evaluator(params, step)
+    # Reported before it is saved: a save covers this step's lines.
     self.recorder.report(step, metrics | self.recorder.counters, rows)
     self.recorder.save(step, state)
     return state

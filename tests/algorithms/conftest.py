@@ -70,6 +70,9 @@ class Log(recorder.Recorder):
   def save(self, step, state):
     self.states.append(state)
 
+  def abandon(self, step, state):
+    self.states.append(state)
+
 
 def run_of(config, model, params, reference=None, extra_state=None):
   """A run whose reports and states are kept in `run.recorder`, a `Log`."""

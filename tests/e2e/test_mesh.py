@@ -34,9 +34,10 @@ NOT_COMPARED = ("time/", "throughput/", "memory/")
 def on_meshes(sizes, folder, command):
   """Runs a command on meshes `replica,fsdp,tensor`, a folder for each."""
   command = [word for word in command if not word.startswith("--workdir")]
+  flags = os.environ.get("XLA_FLAGS", "")
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
   }
   done = subprocess.run(
     [sys.executable, "-c", RUN, sizes, str(folder), *command],

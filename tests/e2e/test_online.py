@@ -125,6 +125,11 @@ def test_people_judge(online, read, tmp_path, monkeypatch):
       PPO | {"batch_size": 3},
       "config.batch_size must divide the 4 completions of a step, got 3",
     ),
+    (
+      "ppo.py",
+      PPO | {"kl.place": "loss"},
+      "config.kl.estimator must not be k1 while kl.place='loss'",
+    ),
     ("ppo.py", PPO | {"value_model": "reward"}, "config.value_model: "),
     (
       "dpo.py:online",

@@ -23,7 +23,7 @@ def test_metrics_are_documented(root, sources):
   page = (root / "docs" / "metrics.md").read_text()
   rooms = (
     "jaxalign/algorithms/",
-    "jaxalign/setup/",
+    "jaxalign/evals/",
     "jaxalign/training/rollout",
     "jaxalign/report/overoptimization",
   )

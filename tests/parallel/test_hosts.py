@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from jaxalign.errors import UserError
 from jaxalign.parallel import hosts
 
 
@@ -21,6 +22,13 @@ def test_one_process_agrees_with_itself():
   assert found["n"].tolist() == [3]
   assert np.array_equal(found["rows"], [[0, 1, 2, 3]])
   hosts.barrier("here", 0.001)
+  assert hosts.from_lead(lambda: 5, 0) == 5
+  with pytest.raises(UserError, match="as it was said"):
+    hosts.from_lead(mistaken, 0)
+
+
+def mistaken():
+  raise UserError("as it was said")
 
 
 TWO = """
@@ -30,6 +38,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 address, rank = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(address, num_processes=2, process_id=rank)
 jax.config.update("jax_transfer_guard", "disallow")
+from jaxalign.errors import UserError
 from jaxalign.parallel import hosts
 
 assert jax.process_count() == 2
@@ -52,6 +61,22 @@ assert hosts.gather(rank).tolist() == [0, 1]
 
 assert hosts.agree(rank == 1) is True
 assert hosts.agree(False) is False
+
+# Only the lead is asked; its failure ends the others too.
+def ask():
+  assert rank == 0
+  return np.array([3, 4])
+
+assert hosts.from_lead(ask, np.zeros(2, np.int64)).tolist() == [3, 4]
+for kind, wanted in ((UserError, UserError), (OSError, RuntimeError)):
+  def fail():
+    raise kind("no answer")
+  try:
+    hosts.from_lead(fail, 0)
+  except kind if rank == 0 else wanted as error:
+    assert ("no answer" if rank == 0 else "the lead process") in str(error)
+  else:
+    raise AssertionError("nothing failed")
 
 for _ in range(2):
   hosts.barrier("step", 60)

@@ -25,8 +25,8 @@ from jaxalign.algorithms.ppo.config import (
   RolloutConfig,
   ShapingConfig,
 )
+from jaxalign.algorithms.ppo.data import PPOBatch
 from jaxalign.algorithms.ppo.experience import first_extra_state
-from jaxalign.algorithms.ppo.rollout import PPOBatch
 from jaxalign.core import advantages, losses, optim
 from jaxalign.core.types import PairBatch, TextBatch
 from jaxalign.data import batches

@@ -44,7 +44,7 @@ class Script(Sampler):
     object.__setattr__(self, "calls", [])
 
   def __call__(self, params, prompts, settings, key, **options):
-    ids = options["prompt_ids"]
+    ids = options["prompt_numbers"]
     self.calls.append((list(ids), options["samples_per_prompt"]))
     each = options["samples_per_prompt"]
     texts = [t for i in ids for t in self.texts[i * each : (i + 1) * each]]

@@ -38,9 +38,10 @@ CODE = """
 
 
 def test_a_mesh_draws_the_same_samples():
+  flags = os.environ.get("XLA_FLAGS", "")
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=4",
   }
   run = subprocess.run(
     [sys.executable, "-c", textwrap.dedent(CODE)],

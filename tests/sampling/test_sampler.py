@@ -94,10 +94,10 @@ def test_a_sample_does_not_depend_on_its_batch(sampler, params):
     drawn,
     KEY,
     samples_per_prompt=4,
-    prompt_ids=[2, 1, 0],
+    prompt_numbers=[2, 1, 0],
   )
   alone = sampler(
-    params, PROMPTS[1:2], drawn, KEY, samples_per_prompt=2, prompt_ids=[1]
+    params, PROMPTS[1:2], drawn, KEY, samples_per_prompt=2, prompt_numbers=[1]
   )
   later = sampler(
     params,
@@ -105,7 +105,7 @@ def test_a_sample_does_not_depend_on_its_batch(sampler, params):
     drawn,
     KEY,
     samples_per_prompt=2,
-    prompt_ids=[1],
+    prompt_numbers=[1],
     first_sample=2,
   )
   tokens = every.tokens.reshape(3, 4, 10)
@@ -124,7 +124,7 @@ def test_noise_differs_by_key_and_prompt_id(sampler, params):
 
   def run(key, ids):
     return sampler(
-      params, PROMPTS[:1], drawn, key, prompt_ids=ids
+      params, PROMPTS[:1], drawn, key, prompt_numbers=ids
     ).tokens.tolist()
 
   first = run(KEY, [0])

@@ -72,14 +72,14 @@ def round_off(tensors):
 
 @pytest.mark.parametrize("change", [flip, swap, swap_layers, round_off])
 def test_a_digest_sees_every_bit_and_its_place(change, policy):
-  before = opened(policy).digest()
+  before = opened(policy).fingerprint()
   file = policy / "model.safetensors"
   tensors = {name: x.copy() for name, x in load_file(file).items()}
   save_file(tensors, file, metadata={"format": "pt"})
-  again = opened(policy).digest()
+  again = opened(policy).fingerprint()
   change(tensors)
   save_file(tensors, file, metadata={"format": "pt"})
-  after = opened(policy).digest()
+  after = opened(policy).fingerprint()
   assert after["config"] == again["config"] == before["config"]
   assert after["parameters"] != again["parameters"]
 
@@ -97,28 +97,28 @@ def test_a_digest_sees_every_file(policy, tmp_path):
   )
   files = sorted(place.glob("*.safetensors"))
   assert len(files) > 1
-  found = {opened(place).digest()["parameters"]}
+  found = {opened(place).fingerprint()["parameters"]}
   for file in files:
     tensors = {name: x.copy() for name, x in load_file(file).items()}
     next(iter(tensors.values())).view(np.uint32).flat[0] ^= 1
     save_file(tensors, file, metadata={"format": "pt"})
-    found.add(opened(place).digest()["parameters"])
+    found.add(opened(place).fingerprint()["parameters"])
   assert len(found) == len(files) + 1
 
 
 def test_a_digest_sees_the_config_but_not_how_memory_is_saved(policy):
-  before = opened(policy).digest()
-  assert opened(policy).digest() == before
-  assert opened(policy, remat=True).digest() == before
+  before = opened(policy).fingerprint()
+  assert opened(policy).fingerprint() == before
+  assert opened(policy, remat=True).fingerprint() == before
   half = PrecisionConfig(compute="bfloat16")
-  other = opened(policy, precision=half).digest()
+  other = opened(policy, precision=half).fingerprint()
   assert other["config"] != before["config"]
   assert other["parameters"] == before["parameters"]
   # Another config.json with the same weights.
   path = policy / "config.json"
   values = json.loads(path.read_text())
   path.write_text(json.dumps(values | {"layer_norm_eps": 1e-3}))
-  other = opened(policy).digest()
+  other = opened(policy).fingerprint()
   assert other["config"] != before["config"]
   assert other["parameters"] == before["parameters"]
 
@@ -126,8 +126,8 @@ def test_a_digest_sees_the_config_but_not_how_memory_is_saved(policy):
 def test_a_digest_sees_the_type_of_the_parameters(policy):
   """They are rounded as they are read."""
   half = PrecisionConfig(params="bfloat16")
-  other = opened(policy, precision=half).digest()
-  assert other["parameters"] != opened(policy).digest()["parameters"]
+  other = opened(policy, precision=half).fingerprint()
+  assert other["parameters"] != opened(policy).fingerprint()["parameters"]
 
 
 def test_a_digest_of_a_new_model_is_its_seed_and_config(
@@ -143,7 +143,7 @@ def test_a_digest_of_a_new_model_is_its_seed_and_config(
       num_attention_heads=2,
     )
     config = SFTConfig(policy="init", init=init, seed=seed)
-    return models.open_policy(config, meshes.make_mesh(), "lm").digest()
+    return models.open_policy(config, meshes.make_mesh(), "lm").fingerprint()
 
   assert digest() == digest()
   assert digest(seed=1)["parameters"] != digest()["parameters"]

@@ -54,19 +54,15 @@ def test_join_keeps_the_seam_of_other_prompts(prompt, completion, joined):
   assert t.join(prompt, completion) == joined
 
 
-def test_first_and_last_delimiter():
+def test_first_delimiter():
   text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
   assert t.split_first(text) == (
     "\n\nHuman: a\n\nAssistant:",
     " b\n\nHuman: c\n\nAssistant: d",
   )
-  assert t.split_last(text) == (
-    "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:",
-    " d",
-  )
   assert t.first_question(text) == "\n\nHuman: a\n\nAssistant:"
   assert t.split_first("no dialogue") is None
-  assert t.split_last("Assistant: too few newlines") is None
+  assert t.split_first("Assistant: too few newlines") is None
   assert t.first_question("a story\n\nAssistant: b") is None
 
 
@@ -129,7 +125,7 @@ def test_messages_round_trip(system, turns):
 def test_join_and_split_round_trip(question, answer):
   prompt = t.build_prompt(question)
   joined = t.join(prompt, answer)
-  assert t.split_first(joined) == t.split_last(joined) == (prompt, " " + answer)
+  assert t.split_first(joined) == (prompt, " " + answer)
 
 
 def test_hh_dialogues_survive_the_round_trip(shared_data):

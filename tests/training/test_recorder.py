@@ -1,5 +1,6 @@
 """When a step's numbers are read, what a save covers, when checks are due."""
 
+import dataclasses
 import pathlib
 import signal
 
@@ -80,6 +81,8 @@ def record(
   best_metric="n",
   past=(),
   rewards=None,
+  asked_after_save=None,
+  abandoned=None,
 ):
   """Drives a recorder through its steps; returns what it called."""
   calls, stop = Calls(), Stop()
@@ -98,13 +101,18 @@ def record(
   )
   for step in recorder.steps():
     calls.append(("step", step))
+    state = TrainState({}, None, jnp.int32(step), jnp.int32(0))
+    if step == abandoned:
+      recorder.abandon(step, state)
+      continue
     if step == stop_after:
       stop.signal = signal.SIGTERM
     extra = {"eval_score/mean": 0.0} if step in more else {}
     extra |= rewards(step) if rewards else {}
     recorder.report(step, {"n": np.float32(step)} | extra, [{"of": step}])
-    done = jnp.int32(step + 1)
-    recorder.save(step, TrainState({}, None, done, jnp.int32(0)))
+    recorder.save(step, dataclasses.replace(state, step=state.step + 1))
+    if step == asked_after_save:
+      stop.signal = signal.SIGTERM
   return calls
 
 
@@ -145,6 +153,26 @@ def test_a_request_to_stop_ends_the_run_with_a_save():
   calls = record(9, stop_after=1)
   assert [c[1] for c in calls if c[0] == "step"] == [0, 1]
   assert [c[1] for c in calls if c[0] == "save"] == [2]
+
+
+def test_a_request_that_comes_after_the_save_is_the_next_steps():
+  """No run ends with a step that is in no checkpoint."""
+  calls = record(9, asked_after_save=1)
+  assert [c[1] for c in calls if c[0] == "step"] == [0, 1, 2]
+  assert [c[1] for c in calls if c[0] == "save"] == [3]
+
+
+def test_a_step_that_is_abandoned_leaves_the_one_before_saved():
+  """With its line; once, where it was saved already."""
+  calls = record(9, done=3, abandoned=5)
+  assert [c[:2] for c in calls if c[0] in ("write", "save")] == [
+    ("write", 4),
+    ("write", 5),
+    ("save", 5),
+  ]
+  for abandoned, saves in ((5, (5,)), (3, ())):
+    calls = record(9, done=3, abandoned=abandoned, saves=saves)
+    assert [c[1] for c in calls if c[0] == "save"] == list(saves)
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ def make_update(run: Run, config: PairLossConfig) -> Update:
     batch: PairBatch,
     key: Array,
   ) -> tuple[TrainState, Metrics]:
+    # Counted over all micro-batches: their losses add up to one mean.
     pairs = jnp.maximum(is_pair(batch).sum(), 1)
     live = run.live_reference(reference)
 
@@ -65,11 +66,13 @@ def pair_losses(
   logps = completion_logps(model, params, batch)
   ratio = logps - reference_logps(reference, batch)
   lengths = jnp.maximum(batch.completion_mask.sum(axis=1), 1)
+  # Normalising changes what is compared, not the rewards below.
   scaled = ratio / lengths if config.length_normalised else ratio
   better, worse = jnp.split(scaled, 2)
   loss = losses.dpo_loss(
     config.loss, better - worse, config.beta, config.label_smoothing
   )
+  # Implicit rewards β log π/π₀ (eq. 5), and the NLL of the SFT term.
   chosen, rejected = jnp.split(config.beta * ratio, 2)
   chosen_logp, rejected_logp = jnp.split(logps, 2)
   nll = -jnp.split(logps / lengths, 2)[0]

@@ -45,6 +45,7 @@ class PairMetrics:
     self.every = run.config.validation_interval
     self._run, self._batches = run, batches
 
+    # Sums of each batch, divided once: the last one may hold filler.
     @jax.jit
     def sums(params: Params, reference: Params, batch: PairBatch):
       pairs = jax.tree.map(lambda x: x[0], batch)

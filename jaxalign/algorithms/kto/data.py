@@ -75,6 +75,7 @@ class LabelledData:
   def validation(self) -> list[LabelledBatch]:
     """The held-out rows `[1, B, T]`."""
     rows, size = self.validation_rows, self.config.micro_rows
+    # Over all held-out rows, because their z₀ is that of all of them.
     others = self._mismatch(rows)
     return [
       self._pack(rows[at : at + size], others[at : at + size])
@@ -83,6 +84,7 @@ class LabelledData:
 
   def all_batches(self) -> Iterator[LabelledBatch]:
     """Every text that a step or a validation may hold."""
+    # Sorted by length, so that a batch holds little padding.
     rows, size = sorted(self.rows, key=_length), self.config.micro_rows
     for at in range(0, len(rows), size):
       yield self._pack(rows[at : at + size], [])
@@ -115,6 +117,7 @@ class LabelledData:
     Both kinds of text have one width: every pair of widths would compile a
     program of its own.
     """
+    # Filler is an empty row of the group -1, which no prompt has.
     micro = self.config.micro_rows
     fill = -len(rows) % micro
     micros = (len(rows) + fill) // micro
@@ -150,10 +153,12 @@ def load_data(
   rows = _load_rows(config, tokenizer, length)
   if advice := advise_weights(config, rows):
     _log.warning("%s", advice)
+  # The first rows of the source, then sorted: batches hold little padding.
   held = []
   if config.validation_data:
     held = _load_rows(config, tokenizer, length, validation=True)
     held = sorted(held[: config.validation_rows or None], key=_length)
+  # Only the rows that are left say how many steps an epoch has.
   config = dataclasses.replace(config, steps=config.steps_over(len(rows)))
   return LabelledData(config, rows, held, tokenizer, length)
 
@@ -174,6 +179,7 @@ def _load_rows(
   )
   found = formats.load_completions(source, need="label", **options)
   print(f"{source}: {found}")
+  # Left out: texts of too many characters, prompts that leave no room.
   kept = [row for row in found.rows if fits(config, row.prompt, row.completion)]
   encoded = _encode(
     config,
@@ -184,6 +190,7 @@ def _load_rows(
   )
   counts = len(found.rows), len(kept), len(encoded.rows)
   check_rows_left(config, source, length, counts)
+  # Prompts are numbered in the order in which they first appear.
   numbers: dict[str, int] = {}
   return [
     Labelled(
@@ -229,6 +236,7 @@ def advise_weights(config: KTOConfig, rows: Sequence[Labelled]) -> str:
   if low <= share <= high:
     return ""
   # The heavier weight is brought down to the lighter side's.
+  # `unit` is the weight at which both sides weigh the same.
   if share > high:
     name, unit = "desirable_weight", config.undesirable_weight * bad / good
     between = unit * low, unit * high

@@ -37,6 +37,7 @@ class LabelledMetrics:
     self.every = run.config.validation_interval
     self._run, self._batches = run, batches
 
+    # Separate programs: z₀ of all batches comes before any row's loss.
     @jax.jit
     def mismatched(params: Params, reference: Params, text: TextBatch):
       live = run.live_reference(reference)
@@ -71,6 +72,7 @@ class LabelledMetrics:
     run, batches = self._run, self._batches
     reference = run.reference_params
     put = [run.put(batch) for batch in batches]
+    # z₀ first: over the mismatched pairs of all batches, 0 if there are none.
     metrics, kl = {}, run.put(np.float32(0))
     if batches[0].mismatched is not None:
       kl = self._baseline(
@@ -78,6 +80,7 @@ class LabelledMetrics:
       )
       metrics["eval_kl"] = kl
     parts = [self._sums(params, reference, b, kl) for b in put]
+    # The completions of one prompt may be spread over batches.
     rewards = jax.device_get([rewards for _, rewards in parts])
     return (
       metrics
@@ -109,6 +112,7 @@ def agreement(
     `eval_rewards/accuracies`, and `eval_prompts`, how many prompts have
     completions of both labels; nothing where none has.
   """
+  # Sorting rows by prompt, then cutting where the prompt changes.
   order = np.argsort(group, kind="stable")
   ends = np.flatnonzero(np.diff(group[order])) + 1
   right = []

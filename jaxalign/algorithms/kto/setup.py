@@ -50,6 +50,7 @@ def describe(config: KTOConfig) -> KTOSpec:
 def run(spec: KTOSpec, folder: pathlib.Path) -> int:
   """Trains; returns the exit status."""
   data = spec.data
+  # The reference first: it is the policy before any update.
   policy, cache = cached_reference(spec, folder, data.all_batches)
   data = dataclasses.replace(data, reference=cache)
   with open_run(spec, policy, folder) as run:

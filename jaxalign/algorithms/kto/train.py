@@ -46,8 +46,10 @@ def make_update(run: Run[KTOConfig]) -> Update:
     batch: LabelledBatch,
     key: Array,
   ) -> tuple[TrainState, Metrics]:
+    # Of all micro-batches, so that their losses add up to the mean.
     rows = jnp.maximum(is_row(batch.text).sum(), 1)
     live = run.live_reference(reference)
+    # z₀ by the parameters as they are, before any loss is computed.
     baseline, baseline_metric = 0.0, {}
     if batch.mismatched is not None:
       params = lora.join(state.params, frozen)
@@ -90,6 +92,7 @@ def kl_baseline(
   totals: Float[Array, " N"], counts: Int[Array, " N"]
 ) -> Float[Array, ""]:
   """z₀ from the sums and numbers of N parts, see `mismatched_logratios`."""
+  # A KL is never negative, though its estimate may be.
   total, count = totals.sum(), counts.sum()
   return jax.lax.stop_gradient(jnp.maximum(total / jnp.maximum(count, 1), 0))
 
@@ -118,6 +121,7 @@ def sum_metrics(
     config.desirable_weight,
     config.undesirable_weight,
   )
+  # Sums for each label; a filler row counts in neither.
   rewards = config.beta * ratio
   real = is_row(text)
   good, bad = real & desirable, real & ~desirable

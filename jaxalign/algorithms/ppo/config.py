@@ -108,6 +108,7 @@ class PPOConfig(OnlineConfig):
   whiten_advantages: bool = field(
     True, "mean 0, variance 1 over all tokens of a step (gae)"
   )
+  # gamma, lam, vf_coef, epochs and the clips of 0.2 are as in TRL 0.4.1.
   gamma: float = field(1.0, "discount a token", "[0, 1]")
   lam: float = field(0.95, "lambda of GAE", "[0, 1]")
 
@@ -189,6 +190,7 @@ class PPOConfig(OnlineConfig):
   @property
   def reshaped_sampling(self) -> tuple[str, ...]:
     """Sampling settings that draw from another distribution than the policy."""
+    # max_new_tokens is not among them: it cuts, but draws from the policy.
     s = self.sampling
     changes = {
       "temperature": s.temperature != 1,
@@ -220,6 +222,12 @@ class PPOConfig(OnlineConfig):
       self.kl.target == 0 or self.kl.coefficient > 0,
       "kl.target must be 0 while kl.coefficient=0",
       "a coefficient of 0 stays 0 whatever it is multiplied by",
+    )
+    # E[∇ log π] = 0: such a KL pulls in no direction, it only adds noise.
+    yield Rule(
+      self.kl.place == "reward" or self.kl.estimator != "k1",
+      "kl.estimator must not be k1 while kl.place='loss'",
+      "the gradient of k1 is 0 on average; k3 is usual (GRPO), full is exact",
     )
     # A bound of 1 or less would act even where the policy has not moved.
     bound = self.dual_clip

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxalign.algorithms.ppo.config import PPOConfig, ShapingConfig
+from jaxalign.algorithms.ppo.data import Experience, PPOBatch
 from jaxalign.algorithms.ppo.loss import (
-  kl_per_token,
+  exact_kl,
   policy_and_value,
   reference_predictions,
 )
-from jaxalign.algorithms.ppo.rollout import Experience, PPOBatch
-from jaxalign.core import advantages, rewards
+from jaxalign.core import advantages, losses, rewards
 from jaxalign.core.logprobs import logprobs_and_entropy
 from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models import lora
@@ -50,19 +50,23 @@ def make_experience(
   config = run.config
   params = lora.join(state.params, frozen)
 
+  # Policy, value and reference passes, C of B rows, one after another.
   def passes(text: TextBatch):
     return score_with_reference(run, value_model, params, reference, text)
 
   seen = jax.lax.map(passes, batch.text)
   mask = batch.text.target_mask
+  # Rewards from scores and KL, then advantages from rewards.
   shaped, extra_state, metrics = shape_rewards(
     config, batch, seen["kl"], state.extra_state
   )
   advantage, returns = estimate_advantages(config, shaped, seen["value"], mask)
+  # What was drawn from another distribution is weighted by π/μ.
   weight = importance_weight(
     config.sampling_correction, seen["logp"] - batch.sampling_logps
   )
   tokens = jnp.maximum(mask.sum(), 1)
+  # Sampler and trainer compute these apart: they differ by rounding alone.
   gap = jnp.abs(seen["logp"] - batch.model_logps)
   metrics |= {
     "kl/mean": seen["k1"].sum() / tokens,
@@ -79,7 +83,9 @@ def make_experience(
     advantage,
     returns,
   )
-  return experience, extra_state, metrics | explained_variance(experience, mask)
+  if config.advantage == "gae":
+    metrics |= explained_variance(experience, mask)
+  return experience, extra_state, metrics
 
 
 def score_with_reference(
@@ -99,12 +105,18 @@ def score_with_reference(
     p0.hidden, p0.targets, p0.mask, p0.unembed
   )
   log_ratio = logp - reference_logp
+  estimator = run.config.kl.estimator
+  if estimator == "full":
+    kl = exact_kl(p, p0)
+  else:
+    kl = losses.kl_estimate(estimator, log_ratio)
   return {
     "logp": logp,
     "reference": reference_logp,
     "entropy": entropy,
     "value": value,
-    "kl": kl_per_token(run.config.kl.estimator, log_ratio, p, p0),
+    "kl": kl,
+    # For `kl/mean`, whatever estimator the penalty uses.
     "k1": log_ratio,
   }
 
@@ -130,18 +142,22 @@ def shape_rewards(
   def mean(x: Float[Array, "C B"]) -> Float[Array, ""]:
     return jnp.where(usable, x, 0).sum() / count
 
+  # Scores: penalised, then centred, divided and clipped.
   score = jnp.where(usable, batch.score, 0)
   score -= shaping.missing_eos_penalty * ~batch.ended
   score, moments = scale_scores(shaping, score, usable, extra_state["scores"])
+  # The KL of each token, weighted by this step's coefficient.
   if config.kl.clip:
     kl = jnp.maximum(kl, 0)
   coefficient = extra_state["kl_coef"]
   penalty = coefficient * kl
+  # The score at the last token; with kl.place='reward' less each token's KL.
   shaped = rewards.at_end(score, mask)
   if config.kl.place == "reward":
     shaped -= penalty
   if shaping.whiten:
     shaped = advantages.whiten(shaped, mask, shift=False)
+  # An adaptive coefficient changes for the next step only.
   kl_of_each, next_coefficient = kl.sum(axis=-1), coefficient
   if config.kl.target:
     next_coefficient = rewards.adapt(
@@ -170,6 +186,7 @@ def scale_scores(
 
   `running` goes by all scores so far, `reference` by those of the first step.
   """
+  # This step's scores count as well, so the first step is scaled too.
   moments = before.add(score, usable)
   if shaping.scaling == "reference":
     first = before.count == 0
@@ -198,6 +215,7 @@ def estimate_advantages(
     mask: True = a token of a completion; rows go prompt by prompt.
   """
   if config.advantage == "gae":
+    # GAE runs along each row, whichever pass the row is in.
     rows = -1, mask.shape[-1]
     found, returns = advantages.gae(
       shaped.reshape(rows),
@@ -217,6 +235,7 @@ def estimate_advantages(
   baseline = advantages.rloo if config.advantage == "rloo" else advantages.grpo
   found = baseline(totals, usable).reshape(*mask.shape[:2], 1)
   found = jnp.where(mask, found, 0)
+  # Without a value model nothing reads the returns.
   return found, jnp.zeros_like(found)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxalign.algorithms.ppo.config import PPOConfig
-from jaxalign.algorithms.ppo.rollout import Experience
+from jaxalign.algorithms.ppo.data import Experience
 from jaxalign.core import losses
 from jaxalign.core.logprobs import logprobs_and_entropy, reverse_kl
 from jaxalign.core.types import Metrics, Params, TextBatch
@@ -37,8 +37,10 @@ def policy_and_value(
     params: of the policy, those of the value model under `value`.
     text: one micro-batch.
   """
+  # No dropout key, so the ratio is exactly 1 before the first update.
   p = forward(model, policy_of(params), text)
   logp, entropy = logprobs_and_entropy(p.hidden, p.targets, p.mask, p.unembed)
+  # Values from a model of their own, from a head on the policy, or none.
   value = jnp.zeros_like(logp)
   if value_model is not None:
     states = forward(value_model, params[VALUE], text).hidden
@@ -62,15 +64,10 @@ def reference_predictions(
   return p._replace(hidden=jax.lax.stop_gradient(p.hidden))
 
 
-def kl_per_token(
-  estimator: str,
-  log_ratio: Float[Array, "B T"],
-  policy: Predictions,
-  reference: Predictions,
+def exact_kl(
+  policy: Predictions, reference: Predictions
 ) -> Float[Array, "B T"]:
-  """KL(policy ‖ reference) at each token; `full` is exact, and costs more."""
-  if estimator != "full":
-    return losses.kl_estimate(estimator, log_ratio)
+  """KL(policy ‖ reference) at each token, over the whole vocabulary."""
   return reverse_kl(
     policy.hidden,
     reference.hidden,
@@ -99,10 +96,12 @@ def make_loss(
   config = run.config
 
   def loss(params: Params, part: Experience, tokens: Array):
+    # The same forward pass that the experience was computed with.
     p, logp, entropy, value = policy_and_value(
       run.model, value_model, lora.join(params, frozen), part.text
     )
 
+    # A part of the minibatch's mean; those of all micro-batches add up to it.
     def mean(x: Float[Array, "B T"] | Bool[Array, "B T"]) -> Float[Array, ""]:
       return jnp.where(p.mask, x, 0).sum() / tokens
 
@@ -124,6 +123,7 @@ def make_loss(
       error = losses.clipped_value_loss(
         value, part.value, part.returns, config.value_clip
       )
+      # The clip decides wherever the clipped loss is the larger one.
       unclipped = losses.clipped_value_loss(value, part.value, part.returns)
       found["loss/value_avg"] = mean(error)
       found["val/clipfrac_avg"] = mean(error > unclipped)
@@ -133,13 +133,15 @@ def make_loss(
     if config.entropy_coef:
       total -= config.entropy_coef * mean(entropy)
     if config.kl.place == "loss":
-      estimator = config.kl.estimator
-      p0 = p  # looked at by `full` alone
-      if estimator == "full":
-        p0 = reference_predictions(run, reference, part.text)
-      kl = kl_per_token(estimator, logp - part.reference, p, p0)
+      # Over the whole vocabulary the reference has to run again; an estimate
+      # takes its log-probs of the drawn tokens, which are known.
+      if config.kl.estimator == "full":
+        kl = exact_kl(p, reference_predictions(run, reference, part.text))
+      else:
+        kl = losses.kl_estimate(config.kl.estimator, logp - part.reference)
       total += kl_coefficient * mean(kl)
 
+    # Metrics: how far the policy has moved, and where the clip stops it.
     ratio = jnp.exp(log_ratio)
     falls = (part.advantage < 0) & (ratio < 1 - config.clip_low)
     rises = (part.advantage > 0) & (ratio > 1 + config.clip_high)
@@ -147,6 +149,7 @@ def make_loss(
       "loss/total": total,
       "val/ratio": mean(ratio),
       "policy/clipfrac_avg": mean(falls | rises),
+      # Two estimates of KL(old ‖ new), from tokens that the old policy drew.
       "policy/approxkl_avg": mean(0.5 * log_ratio**2),
       "policy/policykl": -mean(log_ratio),
     }

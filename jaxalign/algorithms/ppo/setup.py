@@ -46,10 +46,12 @@ def describe(config: PPOConfig) -> RunSpec[PPOConfig]:
   check_rows(config, mesh)
   policy = open_policy(config, mesh)
   rollout = describe_rollout(config, policy)
+  # A value model that is named is opened here, like the other models.
   value_model = None
   own = ("shared", "separate")
   if config.advantage == "gae" and config.value_model not in own:
     value_model = open_value_model(config, policy)
+  # A row is a prompt and its drawn tokens, which are not cut again.
   length = rollout.prompt_length + config.sampling.max_new_tokens
   return RunSpec(
     config,
@@ -84,6 +86,7 @@ def open_value_model(config: PPOConfig, policy: ModelSpec) -> ModelSpec:
       f"config.value_model: {name} has other tokens than the policy; give a "
       "reward model trained from the policy, or separate for a copy of it"
     )
+  # It is trained next to the policy, so it computes like the policy.
   dtype = compute_dtype(config.precision.compute)
   model = spec.model.replace(dtype=dtype, remat=config.remat)
   return dataclasses.replace(
@@ -105,11 +108,13 @@ def load_value_model(
     return None, {}
   if spec.value_model is not None:
     return spec.value_model.model, spec.value_model.read()
+  # A new head starts at 0, and so do all values.
   width = policy.model.config.hidden_size
   kernel = np.zeros((width, 1), np.float32)
   if config.value_model == "shared":
     head = {"kernel": kernel, "bias": np.zeros(1, np.float32)}
     return None, meshes.put({"value_head": head}, mesh)
+  # A copy of the policy before its adapters, trained in full.
   model = policy.model.without_lora().replace(head="score_last")
   base = lora.strip(policy.params)
   trunk = {name: base[name] for name in model.shapes if name != "score_head"}
@@ -123,7 +128,9 @@ def run(spec: RunSpec[PPOConfig], folder: pathlib.Path) -> int:
   assert spec.rollout is not None
   policy = spec.policy.load()
   value_model, values = load_value_model(spec, policy)
+  # Whole tokens: a text that is rewarded is trained token for token.
   source = spec.rollout.load(policy, whole_tokens=True)
+  # One tree of parameters, so that one optimizer updates both.
   if values:
     both = policy.params | {heads.VALUE: values}
     policy = dataclasses.replace(policy, params=both)

@@ -30,13 +30,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from jaxalign.algorithms.ppo.config import PPOConfig
-from jaxalign.algorithms.ppo.experience import make_experience
-from jaxalign.algorithms.ppo.loss import Loss, make_loss
-from jaxalign.algorithms.ppo.rollout import (
+from jaxalign.algorithms.ppo.data import (
   Experience,
   PPOBatch,
   encode_rollout,
 )
+from jaxalign.algorithms.ppo.experience import make_experience
+from jaxalign.algorithms.ppo.loss import Loss, make_loss
 from jaxalign.core import gradients, keys
 from jaxalign.core.types import Metrics, Params, TrainState
 from jaxalign.models.model import Model
@@ -58,20 +58,20 @@ def train(
     value_model: a separate value model with a score head; None = a head on
       the policy's states, or none at all.
   """
-  config, state, last = run.config, run.state, None
+  config, state = run.config, run.state
   pad_id = source.generator.tokenizer.pad_id
   learn = run.jit(make_learn(run, value_model))
   for step in run.steps():
     metrics, rows = {}, ()
     rollout = collect(run, source, state, step)
-    if last:
-      check_kl(step, *(float(x) for x in jax.device_get(last)))
     if rollout is not None:
       kept, batch = encode_rollout(config, pad_id, rollout)
       with run.stage("learn"):
-        state, found = learn(state, batch, run.step_key(step))
-        jax.block_until_ready(found)
-      last = found["kl/mean"], found["sampling/logp_diff_max"]
+        state, found = learn(state, batch, run.update_key(step))
+        # The stage lasts until the device has its results.
+        found = jax.device_get(found)
+      kl, gap = found["kl/mean"], found["sampling/logp_diff_max"]
+      check_kl(step, float(kl), float(gap))
       metrics = rollout.metrics(kept) | found
       rows = rollout.rows(step, kept)
     state = run.end_step(step, state, metrics, rows)
@@ -92,10 +92,12 @@ def make_learn(run: Run[PPOConfig], value_model: Model | None) -> Update:
     batch: PPOBatch,
     key: Array,
   ) -> tuple[TrainState, Metrics]:
+    # What is known before the first update.
     experience, extra_state, metrics = make_experience(
       run, value_model, state, frozen, reference, batch
     )
     state = dataclasses.replace(state, extra_state=extra_state)
+    # This step's coefficient; the state has the next one already.
     coefficient = metrics["objective/kl_coef"]
     loss = make_loss(run, value_model, frozen, reference, coefficient)
     state, found = ppo_epochs(run, loss, state, experience, key)
@@ -122,9 +124,11 @@ def ppo_epochs(
   """
   config = run.config
   rows = config.rollout.rows
+  # [C, B, ...] -> [rows, ...]: a minibatch may take any of the rows.
   flat = jax.tree.map(lambda x: x.reshape(rows, *x.shape[2:]), experience)
 
   def update(state: TrainState, batch: Experience):
+    # Of the whole minibatch, so that cutting it into passes changes nothing.
     tokens = jnp.maximum(batch.text.target_mask.sum(), 1)
 
     def micro_loss(params: Params, micro: Experience, key: Array):
@@ -134,6 +138,7 @@ def ppo_epochs(
     total, found, grads = gradients.accumulate(
       micro_loss, state.params, batch, key
     )
+    # Measured before this update, which is dropped if the policy is too far.
     moved = found["policy/policykl"] > 1.5 * config.target_kl
     if config.ratio_threshold:
       far = found["val/ratio"] > config.ratio_threshold
@@ -150,9 +155,11 @@ def ppo_epochs(
       lambda x: x[picked].reshape(-1, config.micro_rows, *x.shape[1:]), flat
     )
     batch = meshes.constrain_rows(batch, 1)
+    # Without a bound every update runs, so no branch is compiled.
     if not config.target_kl:
       state, _, found = update(state, batch)
       return (state, stopped), found
+    # Once stopped, no pass is computed, and zeros stand for its metrics.
     shapes = jax.eval_shape(update, state, batch)[2]
     nothing = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
     state, stopped, found = jax.lax.cond(
@@ -167,6 +174,7 @@ def ppo_epochs(
   order = minibatch_order(config, rows, key)
   rate = run.schedule(state.step)
   (state, _), found = jax.lax.scan(minibatch, start, order)
+  # Means over the updates that ran: the others have added zeros.
   updates = found.pop("updates").sum()
   return state, {name: x.sum() / updates for name, x in found.items()} | {
     "lr": rate,
@@ -184,6 +192,7 @@ def minibatch_order(
     for epoch in range(1, config.epochs)
   ]
   epochs = jnp.stack([jnp.arange(rows), *shuffled])
+  # No update spans two epochs, because batch_size divides the rows.
   return epochs.reshape(-1, config.batch_size)
 
 
@@ -191,7 +200,7 @@ def check_kl(step: int, kl: float, gap: float) -> None:
   """Warns of an estimated KL far below 0, which is a fault.
 
   Args:
-    step: counted from 0; the figures are of the one before.
+    step: counted from 0.
     kl: estimated, nats a token.
     gap: largest difference of sampler and trainer, nats.
   """
@@ -203,7 +212,7 @@ def check_kl(step: int, kl: float, gap: float) -> None:
       "(sampling/logp_diff_max is %.2g; above 0.1 is a fault), or the policy "
       "goes where only the reference is likely: raise kl.coefficient or lower "
       "optimizer.learning_rate",
-      step,
+      step + 1,
       kl,
       gap,
     )

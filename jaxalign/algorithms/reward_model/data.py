@@ -91,6 +91,8 @@ class ScoredRows:
     index = np.take_along_axis(index.reshape(shape), order, axis=1)
     real = np.take_along_axis(real.reshape(shape), order, axis=1)
     index = index.reshape(-1).tolist()
+    # The two widths, and how many rows of each micro-batch fit the smaller.
+    # In quarters only: each number of rows is a program of its own.
     width = min(length, batches.bucket_length(int(count.max())))
     half = batches.bucket_length(width // 2)
     quarter = count.shape[1] // 4
@@ -138,6 +140,7 @@ class ScoredData:
   def batch(self, step: int) -> ScoredBatch:
     """Numpy rows `[M, B, T]` of a step, a pure function of seed and step."""
     config = self.config
+    # An epoch has whole batches only; a few rows are left out of each.
     epoch, at = divmod(step, len(self.rows.ids) // config.batch_size)
     micros = config.batch_size // config.micro_rows
     return self.rows.pack(self.order(epoch)[at], self.length, micros)
@@ -167,6 +170,7 @@ def load_data(
   Raises:
     UserError: a bad source, too few rows, or groups that do not fit.
   """
+  # Groups: those of the model, the config and the data have to agree.
   if groups and not config.group_column:
     raise UserError(
       f"config.policy: {config.policy} has a score head for each of "
@@ -178,6 +182,7 @@ def load_data(
       f"config.groups={','.join(config.groups)} differs from the heads that "
       f"{config.policy} has, {listed(groups)}; leave it empty"
     )
+  # Rows to train on, and the head that each of them is scored by.
   length, end = min(config.max_length, context), head == "score_eos"
   rows = load_rows(config, tokenizer, length, end)
   size, count = config.batch_size, len(rows.ids)
@@ -188,6 +193,7 @@ def load_data(
     )
   groups = groups or config.groups or _find_groups(config, rows)
   _assign_heads(rows, groups, "data", config.data)
+  # Held-out rows, sorted by length so that a batch holds little padding.
   validation = []
   if config.validation_data:
     found = load_rows(config, tokenizer, length, end, validation=True)
@@ -227,6 +233,7 @@ def _assign_heads(
   """
   if not groups:
     return
+  # The groups in order, also those without rows, then unknown ones.
   counts = dict.fromkeys(groups, 0) | collections.Counter(rows.judge)
   unknown = tuple(sorted(set(counts) - set(groups)))
   if unknown:
@@ -283,6 +290,7 @@ def load_rows(
     "part": "all" if validation else config.half,
     "group": config.group_column,
   }
+  # Comparisons give two completions each, scored rows give one.
   if config.loss == "pairwise":
     found = formats.load_preferences(source, **options)
     scored = _compared(config, found.rows)
@@ -324,6 +332,7 @@ def _compared(
   scored = []
   for number, row in enumerate(kept):
     judge = row.group if config.group_column else ""
+    # Only the better row's margin is read.
     margin = row.margin if config.margin else 0.0
     scored += [
       _Scored(row.prompt, row.chosen, 1.0, margin, number, judge),
@@ -360,11 +369,13 @@ def grouped_order(
   """
   size, count = config.batch_size, len(rows.ids)
   most = 2 if config.loss == "pairwise" else config.answers_per_prompt
+  # Each row's place in the random order of this epoch.
   rank = np.argsort(batches.permutation(config.seed, epoch, count))
 
   # Groups of at most `most` completions, in random order.
   group = np.array(rows.group)
   order = np.lexsort((rank, group))
+  # The rows of a prompt lie side by side; every `most` of them are a group.
   start = np.r_[True, group[order][1:] != group[order][:-1]]
   first = np.maximum.accumulate(np.where(start, np.arange(count), 0))
   opens = (np.arange(count) - first) % most == 0
@@ -383,5 +394,6 @@ def grouped_order(
       flat += sorted(window, key=longest)
       window, held = [], 0
   flat += sorted(window, key=longest)
+  # Whole batches, in random order: the sorting put short ones first.
   whole = np.concatenate(flat)[: count // size * size].reshape(-1, size)
   return whole[batches.permutation(config.seed + 1, epoch, len(whole))]

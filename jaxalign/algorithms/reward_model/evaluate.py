@@ -47,6 +47,7 @@ class Agreement:
     def column(name: str) -> np.ndarray:
       return np.concatenate([getattr(b, name)[0] for b in self._batches])
 
+    # Filler rows are left out of every column.
     real = column("real")
     found = np.concatenate(jax.device_get(scores))[real]
     columns = [column(name)[real] for name in ("reward", "group", "chars")]
@@ -81,21 +82,25 @@ def agreement(
     number; `mean_reward`, the mean score.
   """
   rng = np.random.default_rng(0)
+  # Groups one after another, the rows of each in random order.
   order = np.lexsort((rng.random(len(group)), group))
   ends = np.flatnonzero(np.diff(group[order])) + 1
   better, worse, weight = [], [], []
   for rows in np.split(order, ends):
     rows = rows[:MOST]
+    # Every pair of rows once; equal rewards are no pair.
     first, second = rows[np.stack(np.triu_indices(len(rows), 1))]
     lead = reward[first] - reward[second]
     better.append(np.where(lead > 0, first, second)[lead != 0])
     worse.append(np.where(lead > 0, second, first)[lead != 0])
+    # The pairs of a group weigh 1 together.
     count = len(better[-1])
     weight.append(np.full(count, 1 / max(count, 1)))
   better, worse, weight = map(np.concatenate, (better, worse, weight))
   right = scores[better] > scores[worse]
   longer = chars[better] > chars[worse]
 
+  # Weighted means over some of the pairs; NaN where there are none.
   def mean(x, among=True):
     share = np.where(among, weight, 0)
     return float(x @ share / share.sum()) if share.any() else float("nan")
@@ -131,6 +136,7 @@ def agreement_by_group(
     `accuracy_mean/NAME`, which is below the first by what it loses where
     people are averaged.
   """
+  # All rows, then those of each group.
   own, mean = scores[np.arange(len(head)), head], scores.mean(axis=1)
   found = agreement(own, *columns)
   found["accuracy_mean"] = agreement(mean, *columns)["accuracy"]

@@ -49,6 +49,7 @@ def describe(config: RewardModelConfig) -> RewardModelSpec:
   if config.dropout:
     dropping = policy.model.replace(dropout=config.dropout)
     policy = dataclasses.replace(policy, model=dropping)
+  # The data come before the heads: they may name the groups.
   data = load_data(
     config, policy.tokenizer, model.max_positions, model.head, model.groups
   )

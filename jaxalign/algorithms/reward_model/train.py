@@ -42,6 +42,7 @@ def pair_loss(
   With `soft`, the rewards are another model's logits, and its σ(rᵢ − rⱼ) is
   the pair's label in place of 1: a near tie then teaches little.
   """
+  # [B, B]: row i is better than row j, in one group, and neither is filler.
   pairs = batch.reward[:, None] > batch.reward[None, :]
   pairs &= batch.group[:, None] == batch.group[None, :]
   pairs &= batch.real[:, None] & batch.real[None, :]
@@ -66,6 +67,7 @@ def score_rows(
   if not batch.short:
     return module.scores(*texts, key)
   keys = (None, None) if key is None else jax.random.split(key)
+  # The first rows hold nothing but padding from column `half` on.
   near = [x[: batch.short, : batch.half] for x in texts]
   far = [x[batch.short :] for x in texts]
   return jnp.concatenate(
@@ -98,11 +100,13 @@ def make_update(run: Run[RewardModelConfig]) -> Update:
     key: Array,
   ) -> tuple[TrainState, Metrics]:
     del reference
+    # Of the whole batch, because the losses of its passes add up.
     pair_count, rows = count_pairs(batch)
 
     def loss(params: Params, micro: ScoredBatch, key: Array):
       whole = lora.join(params, frozen)
       scores = own_score(score_rows(run.model, whole, micro, key), micro)
+      # Both losses are measured, also one that is not trained on.
       nll, pairs = pair_loss(scores, micro, config.soft_labels)
       gap = scores[:, None] - scores[None, :]
       square = jnp.where(micro.real, (scores - micro.reward) ** 2, 0)
@@ -113,6 +117,7 @@ def make_update(run: Run[RewardModelConfig]) -> Update:
         total += nll.sum() / pair_count
       if regress:
         total += config.distill_weight * square.sum() / rows
+      # Metrics: sums over pairs or rows, divided by the batch's counts.
       better = jnp.where(pairs, scores[:, None], 0).sum()
       worse = jnp.where(pairs, scores[None, :], 0).sum()
       return total, {
@@ -136,5 +141,6 @@ def count_pairs(
   batch: ScoredBatch,
 ) -> tuple[Int[Array, ""], Int[Array, ""]]:
   """Pairs and rows of the whole batch, at least 1 each."""
+  # Which rows form pairs depends on their rewards, not on their scores.
   pairs = jax.vmap(lambda b: pair_loss(jnp.zeros_like(b.reward), b)[1])(batch)
   return jnp.maximum(pairs.sum(), 1), jnp.maximum(batch.real.sum(), 1)

@@ -33,6 +33,7 @@ class SFTData:
     config, count = self.config, len(self.rows)
     chosen = batches.rows_of_step(config.seed, step, config.batch_size, count)
     rows = [self.rows[i] for i in chosen]
+    # Packed rows are nearly full, so they all have the full width.
     width = self.length
     if not config.packing:
       width = packing.row_width(rows, self.length)
@@ -54,9 +55,11 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, context: int) -> SFTData:
   length = min(config.max_length, context)
   texts = _load_rows(config, tokenizer, length)
   rows = [[text] for text in texts]
+  # Packed once for the run; every epoch shuffles the same rows.
   if config.packing:
     plan = packing.plan_packing([len(text) for text in texts], length)
     rows = [[texts[i] for i in members] for members in plan]
+  # Held-out rows: one text each, sorted so that they hold little padding.
   validation = []
   if config.validation_data:
     found = _load_rows(config, tokenizer, length, validation=True)

@@ -37,6 +37,7 @@ def sum_nll(
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
   """Σ −log p / `tokens`, and how many tokens count in a batch `[B, T]`."""
   p = forward(model, params, text, key)
+  # As weights that are known beforehand, so no logits need to be kept.
   loss = weighted_nll(p.hidden, p.targets, p.mask / tokens, p.unembed)
   return loss, p.mask.sum()
 
@@ -52,6 +53,7 @@ def make_update(run: Run[SFTConfig]) -> Update:
     key: Array,
   ) -> tuple[TrainState, Metrics]:
     del reference
+    # Of all micro-batches, so that their losses add up to the mean.
     tokens = jnp.maximum(batch.target_mask.sum(), 1)
 
     def loss(params: Params, micro: TextBatch, key: Array):
@@ -80,6 +82,7 @@ class Perplexity:
     self.every = run.config.validation_interval
     self._run, self._batches = run, batches
 
+    # Sums of each batch, divided once: batches hold unlike numbers of tokens.
     @jax.jit
     def sums(params: Params, batch: TextBatch):
       return sum_nll(run.model, params, jax.tree.map(lambda x: x[0], batch))

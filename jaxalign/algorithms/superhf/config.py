@@ -123,6 +123,7 @@ class SuperHFConfig(OnlineConfig):
   """Sample, score, keep the best, fine-tune, repeat."""
 
   superbatch: SuperbatchConfig = SuperbatchConfig()
+  # What the loss has besides the NLL; 0 turns each term off.
   kl_coefficient: float = field(
     0.0,
     "weight of KL(reference || policy), nats, summed over an update's texts; 0 "
@@ -133,6 +134,7 @@ class SuperHFConfig(OnlineConfig):
   inverse_loss_penalty: float = field(
     0.0, "C of the added term C / loss; 0 = off", ">= 0"
   )
+  # The texts of an update.
   train_eos: bool = field(
     True, "train the end of text after completions that were not cut"
   )

@@ -35,11 +35,13 @@ def update_shape(config: SuperHFConfig, mesh: Mesh) -> tuple[int, int]:
   Both are rounded up to a multiple of the parts that the mesh splits rows
   into; filler rows count in nothing.
   """
+  # A superbatch that keeps few texts needs no update full of filler.
   size = min(
     config.batch_size, config.superbatch.kept_rows or config.batch_size
   )
   parts = meshes.row_count(mesh)
   micro = min(config.micro_rows, size)
+  # -(-a // b) rounds up: a whole number of parts, then of micro-batches.
   micro = -(-micro // parts) * parts
   return -(-size // micro) * micro, micro
 
@@ -69,6 +71,7 @@ def kept_batches(
     tokenizer, rollout.completions, kept, limit, config.train_eos
   )
   samples, batches = rollout.completions.samples, []
+  # One batch an update; empty rows fill the last one.
   for start in range(0, len(texts), size):
     part, indices = texts[start : start + size], kept[start : start + size]
     rows = [[text] for text in part] + [[]] * (size - len(part))
@@ -78,6 +81,7 @@ def kept_batches(
     known = np.zeros((size, width), bool)
     for row, (text, i) in enumerate(zip(part, indices, strict=True)):
       drawn = samples.tokens[i][: samples.lengths[i]]
+      # Past the first token that differs, the contexts differ as well.
       same = _common_start(text.ids[text.prompt_length :], drawn)
       span = slice(text.prompt_length, text.prompt_length + same)
       logps[row, span] = samples.model_logps[i][:same]
@@ -85,6 +89,7 @@ def kept_batches(
     batches.append(
       KeptBatch(
         pack(rows, width, 0, size // micro),
+        # Column t is of token t + 1, as in the text's targets.
         logps[:, 1:].reshape(-1, micro, width - 1),
         known[:, 1:].reshape(-1, micro, width - 1),
       )

@@ -24,7 +24,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxalign.algorithms.superhf.config import SuperbatchConfig, SuperHFConfig
 from jaxalign.algorithms.superhf.data import KeptBatch, kept_batches
-from jaxalign.core import filters, gradients, keys, losses, masked
+from jaxalign.core import filters, gradients, keys, losses
 from jaxalign.core.logprobs import logprobs_and_kl, target_logprobs
 from jaxalign.core.types import Metrics, Params, TrainState
 from jaxalign.models import lora
@@ -40,18 +40,21 @@ def train(run: Run[SuperHFConfig], source: RolloutSource) -> TrainState:
   context = run.model.config.max_positions
   update = run.jit(make_update(run))
   for step in run.steps():
+    # Sampling and scoring.
     metrics, rows = {}, ()
     rollout = collect(run, source, state, step)
     if rollout is not None:  # None: the step failed, was counted, is skipped
+      # Filtering: the best completions, as texts to train on.
       progress = step / max(config.steps - 1, 1)
       kept = keep_best(rollout.scores, config.superbatch, progress)
       batches = kept_batches(
         config, run.mesh, tokenizer, context, rollout, kept
       )
+      # Fine-tuning: some updates, all at the rate of this superbatch.
       with run.stage("update"):
         measured = []
         for i, batch in enumerate(batches):
-          key = keys.fold(run.step_key(step), i)
+          key = keys.fold(run.update_key(step), i)
           state, found = update(state, batch, key)
           measured.append(found)
         # The next samples need these parameters anyway; waiting here costs
@@ -75,9 +78,11 @@ def keep_best(
     superbatch: see `mode`, `keep` and `percentile`.
     progress: of the run, in [0, 1]; a percentile grows with it.
   """
+  # Mixed prompts compete with each other, as one group.
   groups = scores if superbatch.filters_per_prompt else scores.reshape(1, -1)
   if not superbatch.percentile:
     return filters.top_k_per_group(groups, superbatch.keep)
+  # A single number is both ends; two are joined by a straight line.
   start, end = superbatch.percentile[0], superbatch.percentile[-1]
   share = (1 - progress) * start + progress * end
   return filters.from_percentile_per_group(groups, share)
@@ -98,12 +103,14 @@ def make_update(run: Run[SuperHFConfig]) -> Update:
     batch: KeptBatch,
     key: Array,
   ) -> tuple[TrainState, Metrics]:
+    # Of all micro-batches: the sum of their losses is then a mean over tokens.
     tokens = jnp.maximum(batch.text.target_mask.sum(), 1)
 
     def loss(params: Params, micro: KeptBatch, key: Array):
       metrics: Metrics = {}
       policy = lora.join(params, frozen)
       p = forward(run.model, policy, micro.text, key)
+      # One pass for the NLL, one more of the reference for the exact KL.
       if run.reference is None:
         logp = target_logprobs(p.hidden, p.targets, p.mask, p.unembed)
         kl = jnp.zeros_like(logp)
@@ -123,8 +130,10 @@ def make_update(run: Run[SuperHFConfig]) -> Update:
         gap = jnp.abs(logp - micro.sampled_logps)
         known = p.mask & micro.sampled
         metrics["logp_diff_max"] = jnp.where(known, gap, 0).max()
+      # The NLL is a mean over all tokens. The KL is one over a text's tokens,
+      # summed over texts, as in the released code.
       nll = -logp.sum() / tokens
-      kl = masked.row_means(kl, p.mask).sum()
+      kl = losses.row_means(kl, p.mask).sum()
       total = nll + config.kl_weight * kl
       # C / loss is of the whole batch: with C > 0 there is one micro-batch.
       if config.inverse_loss_penalty:
@@ -149,10 +158,12 @@ def mean_metrics(found: list[Metrics]) -> Metrics:
     "loss/total": sum(m["loss/total"] for m in found) / count,
     "loss/nll": sum(m["loss/nll"] for m in found) / count,
     "grad_norm": sum(m["grad_norm"] for m in found) / count,
+    # One rate for all updates; skipped ones are counted over the whole run.
     "lr": last["lr"],
     "skipped_updates": last["skipped_updates"],
   }
   if "kl_sum" in last:
+    # By tokens, because the last update may hold fewer than the others.
     tokens = sum(m["num_tokens"] for m in found)
     metrics["kl/mean"] = sum(m["kl_sum"] for m in found) / tokens
   # Later updates of a superbatch no longer have the sampler's parameters.

@@ -15,11 +15,11 @@ from jaxalign.algorithms.ppo.config import (
   RolloutConfig,
   ShapingConfig,
 )
+from jaxalign.algorithms.ppo.data import PPOBatch
 from jaxalign.algorithms.ppo.experience import (
   first_extra_state,
   shape_rewards,
 )
-from jaxalign.algorithms.ppo.rollout import PPOBatch
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.models.heads import VALUE
 from jaxalign.models.layers import LoraConfig

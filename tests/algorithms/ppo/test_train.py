@@ -101,6 +101,6 @@ def test_a_negative_kl_names_its_causes(caplog):
     ppo.check_kl(7, -0.2, 0.5)
     ppo.check_kl(8, -0.01, 0.0)
   (said,) = caplog.messages
-  assert said.startswith("step 7: the estimated KL")
+  assert said.startswith("step 8: the estimated KL")
   for cause in ("sampling_correction", "sampling/logp_diff_max is 0.5"):
     assert cause in said

@@ -31,6 +31,7 @@ def sampled_pairs(
     worse: of the others, in the same order.
   """
   length = min(config.max_length, context)
+  # All texts in one call: the better ones, then the worse ones.
   texts = encode_completions(
     tokenizer,
     completions,

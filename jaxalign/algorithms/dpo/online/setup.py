@@ -36,6 +36,7 @@ def describe(config: OnlineDPOConfig) -> OnlineDPOSpec:
   """
   mesh = make_mesh(config.mesh)
   check_rows(config, mesh)
+  # The user's file runs before any model is opened: mistakes show early.
   function = open_judge(config.judge)
   policy = open_policy(config, mesh)
   micros = config.batch_size // config.micro_rows

@@ -27,16 +27,20 @@ def train(
   config, state = run.config, run.state
   update = run.jit(make_update(run, config))
   for step in run.steps():
+    # Sampling: two completions of each prompt.
     metrics, rows, pairs = {}, (), None
     rollout = collect(run, source, state, step)
     if rollout is not None:
+      # Judging; a step without a single preference counts as failed.
       allowed = config.max_exception_count
       with run.tolerate_failure(step, allowed), run.stage("judge"):
         choice = judge(step, rollout, run.stopping)
         if choice is None:  # people were still to answer
+          run.recorder.abandon(step, state)
           return state
         pairs = order_pairs(choice)
     if rollout is not None and pairs is not None:
+      # Learning from the pairs.
       better, worse = pairs
       batch = sampled_pairs(
         config,
@@ -48,7 +52,7 @@ def train(
         worse,
       )
       with run.stage("update"):
-        state, metrics = update(state, batch, run.step_key(step))
+        state, metrics = update(state, batch, run.update_key(step))
         jax.block_until_ready(metrics)
       scores = rollout.scores.reshape(-1)
       metrics |= {

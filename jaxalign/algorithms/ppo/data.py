@@ -62,13 +62,17 @@ def encode_rollout(
   each, scores = completions.samples_per_prompt, rollout.scores.reshape(-1)
   counts = np.array(completions.num_tokens)
   usable = np.isfinite(scores) & (counts > 0)
+  # The drawn ids themselves, because encoding a text again may change them.
+  # An unusable completion keeps its row, so that rows go prompt by prompt.
   texts = []
   for i, count in enumerate(np.where(usable, counts, 0)):
     prompt = completions.prompt_ids[i // each]
     ids = (*prompt, *samples.tokens[i][:count].tolist())
     mask = (False,) * len(prompt) + (True,) * int(count)
     texts.append(Encoded(ids, len(prompt), mask, True))
+  # One bucketed width for the step, so that few programs are compiled.
   width = bucket_length(max(len(text) for text in texts))
+  # The sampler's log-probs, in the columns of their tokens.
   model_logps = np.zeros((len(texts), width), np.float32)
   sampling_logps = np.zeros((len(texts), width), np.float32)
   for i, text in enumerate(texts):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from jaxalign.algorithms.ppo.config import PPOConfig, RolloutConfig
-from jaxalign.algorithms.ppo.rollout import encode_rollout
+from jaxalign.algorithms.ppo.data import encode_rollout
 from jaxalign.core.types import Completions, Samples
 from jaxalign.training.rollout import Rollout
 
