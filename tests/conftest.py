@@ -8,12 +8,12 @@ import platform
 import hypothesis
 import pytest
 
-# Compiling is most of the suite's time. With the oldest JAX the code of a program
-# is therefore made in the cheapest way: no optimisation, one kernel an operation.
+# Compiling is most of the suite's time. With the oldest JAX a program's code is
+# therefore made in the cheapest way: no optimisation, one kernel an operation.
 # Without fused multiply-add a sum rounds the same in every program, which tests
-# of exact zeros need. The newest JAX, which lacks these flags, compiles as for
-# users. Programs are kept for other files and later runs. JAX reads all this when
-# it is imported; processes that tests start inherit it.
+# of exact zeros need. The newest JAX, which lacks these flags, compiles as it
+# does for users. Programs are kept for other files and later runs. JAX reads
+# these variables when it is imported; processes that tests start inherit them.
 ROOT = pathlib.Path(__file__).parents[1]
 jaxlib = importlib.metadata.version("jaxlib")
 if jaxlib.startswith("0.10.") and platform.machine() == "x86_64":

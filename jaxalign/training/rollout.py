@@ -27,7 +27,7 @@ class Rollout:
   heldout_scores: Float[np.ndarray, " B"] | None  # None = not measured
 
   def metrics(self, kept: Int[np.ndarray, " K"]) -> Metrics:
-    """Rewards, lengths, diversity; unusable completions count in no mean.
+    """Rewards of usable completions; lengths and diversity of all.
 
     Args:
       kept: flat indices of the completions that are trained on.
@@ -52,8 +52,10 @@ class Rollout:
       ),
     }
     if self.heldout_scores is not None:
-      found["test_score/mean"] = self.heldout_scores[usable].mean()
-      found["test_score/kept_mean"] = self.heldout_scores[kept].mean()
+      heldout = np.where(usable, self.heldout_scores, np.nan)
+      heldout[np.isinf(heldout)] = np.nan
+      found["test_score/mean"] = np.nanmean(heldout)
+      found["test_score/kept_mean"] = np.nanmean(heldout[kept])
     # None where there are too few texts to compare.
     overlap = similarity.mean_overlap(self.completions.prompt_of_each, texts)
     if overlap is not None:
@@ -67,13 +69,20 @@ class Rollout:
     """Every completion as a line of samples.jsonl; `kept` as for `metrics`."""
     flat, chosen = self.scores.reshape(-1), set(kept.tolist())
     heldout = self.heldout_scores
+    if heldout is None:
+      heldout = np.full(len(flat), np.nan)
+    # JSON has neither NaN nor infinity: a score that is not finite is null.
+    shown = [
+      [float(x) if np.isfinite(x) else None for x in each]
+      for each in (flat, heldout)
+    ]
     return [
       {
         "step": step + 1,
         "prompt": prompt,
         "completion": text,
-        "score": float(flat[i]) if np.isfinite(flat[i]) else None,
-        "test_score": None if heldout is None else float(heldout[i]),
+        "score": shown[0][i],
+        "test_score": shown[1][i],
         "kept": i in chosen,
       }
       for i, (prompt, text) in enumerate(

@@ -188,8 +188,9 @@ def load_data(
   size, count = config.batch_size, len(rows.ids)
   if count < size:
     raise UserError(
-      f"config.data: {config.data} gives {count} completions, fewer "
-      f"than config.batch_size={size}; lower it or give more data"
+      f"config.data: {config.data} gives {count} completions within "
+      f"config.max_example_chars={config.max_example_chars}, fewer than "
+      f"config.batch_size={size}; lower it or give more data"
     )
   groups = groups or config.groups or _find_groups(config, rows)
   _assign_heads(rows, groups, "data", config.data)

@@ -152,6 +152,19 @@ def test_metrics_by_hand(toy):
   assert int(state.step) == 1
 
 
+def test_a_held_out_score_that_is_not_finite_counts_in_no_mean(toy):
+  """2 and 6 are left of all, 2 of the two that are kept."""
+  heldout = np.array([np.nan, 2.0, 6.0, np.inf])
+  scores = np.array([[3.0, 1.0], [0.0, -np.inf]])
+  found = Rollout(toy.completions(["a", "b"], list("cdef")), scores, heldout)
+  kept = np.array([0, 1])
+  assert found.metrics(kept)["test_score/mean"] == 4.0
+  assert found.metrics(kept)["test_score/kept_mean"] == 2.0
+  rows = found.rows(0, kept)
+  assert [row["test_score"] for row in rows] == [None, 2.0, 6.0, None]
+  assert [row["score"] for row in rows] == [3.0, 1.0, 0.0, None]
+
+
 def test_empty_and_unscored_completions_are_never_kept(toy):
   """ "" has the best score, NaN comes next; of the rest 1 and 3 are best.
 
