@@ -1,5 +1,6 @@
 """Fixtures that tests of several rooms share, and how programs compile."""
 
+import gc
 import importlib.metadata
 import os
 import pathlib
@@ -26,6 +27,10 @@ os.environ.setdefault(
   "JAX_COMPILATION_CACHE_DIR", str(ROOT / ".cache" / "test-programs")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+
+# A suite keeps many objects alive, which the collector would look through again
+# and again.
+gc.set_threshold(100_000, 50, 50)
 
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 

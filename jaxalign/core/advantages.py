@@ -78,6 +78,7 @@ def grpo(
   """
   count = mask.sum(axis=1, keepdims=True)
   mean = jnp.where(mask, rewards, 0).sum(axis=1, keepdims=True)
+  # Unusable completions are 0 here, so they add no variance.
   centred = jnp.where(mask, rewards - mean / jnp.maximum(count, 1), 0)
   variance = (centred**2).sum(axis=1, keepdims=True)
   variance /= jnp.maximum(count - 1, 1)

@@ -63,6 +63,7 @@ def _counted(apply, size, closed, mask, *arrays):
     out = apply(closed, *chunk)
     return carry, jax.tree.map(lambda x: jnp.where(counted, x, 0), out)
 
+  # Zeros of the results' types, for the positions that do not count.
   chunk = [x[0, :size] for x in arrays]
   shapes = jax.eval_shape(apply, closed, *chunk)
   zeros = jax.tree.map(lambda s: jnp.zeros(mask.shape, s.dtype), shapes)
@@ -174,6 +175,7 @@ def _weighted_nll_backward(apply, size, saved, d):
   del apply, size
   # The forward pass computed the gradients already; only scale them.
   scaled = jax.tree.map(lambda x: x * d.astype(x.dtype), saved)
+  # Targets and weights get no gradient.
   return *scaled, None, None
 
 
@@ -182,6 +184,7 @@ _weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
 
 def _chunk_nll(logits: Array, targets: Array, w: Array) -> tuple[Array, Array]:
   """Σ −w log p(target) of a chunk `[C, V]`, and d/d logits of it."""
+  # The softmax, shared by the loss and its gradient.
   top = logits.max(axis=-1, keepdims=True)
   e = jnp.exp(logits - top)
   total = e.sum(axis=-1, keepdims=True)
@@ -223,6 +226,7 @@ def _over_chunks(body, size, weights, arrays, carry, placed):
   # Whole chunks, then quarters for the rest, at most two: three tokens too
   # many should not cost as much as five hundred.
   count, tail = (weights != 0).sum(axis=1).max(), _tail(size)
+  # A rest of half a chunk or more goes as a whole one.
   whole = (count + size // 2) // size
   rest = jnp.maximum(count - whole * size, 0)
   state = carry, placed
@@ -240,6 +244,7 @@ def _over_chunks(body, size, weights, arrays, carry, placed):
 
 def _row_parts(rows: int) -> int:
   """How many devices the rows are sharded over; 1 without a mesh in force."""
+  # The row axes of `parallel.mesh`, a layer above this one.
   shape = jax.sharding.get_abstract_mesh().shape
   parts = shape.get("replica", 1) * shape.get("fsdp", 1)
   return parts if rows % parts == 0 else 1

@@ -65,6 +65,7 @@ def dpo_loss(
     return (smoothing * lost - (1 - smoothing) * won) / (1 - 2 * smoothing)
   if kind == "hinge":
     return jax.nn.relu(1 - beta * lead)
+  # ipo: a square, so a lead beyond 1 / 2β is pulled back.
   return (lead - 1 / (2 * beta)) ** 2
 
 

@@ -126,6 +126,7 @@ def apply_gradients(
   """
   # Computing the update.
   norm = optax.tree.norm(gradients)
+  # The norm sums over all leaves, so it shows a NaN in any of them.
   good = jnp.isfinite(loss) & jnp.isfinite(norm)
   updates, opt_state = optimizer.update(
     gradients, state.opt_state, state.params
@@ -158,6 +159,7 @@ def apply_gradients(
 
 @jax.jit
 def _next(step: Int[Array, ""]) -> Int[Array, ""]:
+  # Jitted, because adding 1 outside would be an implicit transfer.
   return step + 1
 
 
@@ -173,6 +175,7 @@ def init_state(
   extra_state: PyTree = None,  # a method's own
 ) -> TrainState:
   """A state before the first step."""
+  # `ema` is a copy, because a step cannot donate one buffer twice.
   return TrainState(
     params=params,
     opt_state=optimizer.init(params),

@@ -29,6 +29,7 @@ def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, " n"]:
     A permutation of 0..n-1, read-only because calls share it.
   """
   # Sorting random keys: equal ones (2⁻⁶⁴ a pair) keep their order.
+  # Philox takes two 64-bit words, so a negative seed wraps around.
   key = np.array([seed % 2**64, epoch], dtype=np.uint64)
   bits = np.random.Philox(key=key).random_raw(n)
   order = np.argsort(bits, kind="stable").astype(np.int64)
@@ -96,6 +97,7 @@ def bucket_length(n: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> int:
   """
   step = min(max(buckets), 1024)
   fitting = [bucket for bucket in buckets if bucket >= n]
+  # -(-n // step) rounds up.
   return min(fitting, default=-(-n // step) * step)
 
 

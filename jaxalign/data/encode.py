@@ -77,11 +77,13 @@ def encode_rows(
     raise UserError(
       f"train_eos needs an eos token, {tokenizer.name} has none; turn it off"
     )
+  # The prompts by themselves, as the sampler reads them.
   if prompt_ids is None:
     distinct = list(dict.fromkeys(prompts))  # one often has many completions
     prompt_ids = dict(
       zip(distinct, tokenizer.encode_prompts(distinct), strict=True)
     )
+  # The whole texts, which are cut and masked one by one.
   texts = [
     templates.join(*both) for both in zip(prompts, completions, strict=True)
   ]
@@ -97,8 +99,10 @@ def encode_rows(
         f"holds {max_length} with at least one for the completion; filter "
         f"prompts by length or skip them: {prompt[:60]!r}"
       )
+    # A token straddles the seam.
     if ids[: len(start)] != start:
       ids = start + tokenizer.encode(texts[index][len(prompt) :])
+    # A text that is cut gets no eos id: it did not end there.
     eos = tokenizer.eos_id if train_eos[index] else None
     end = [] if eos is None else [eos]
     complete = len(ids) + len(end) <= max_length
@@ -128,6 +132,7 @@ def encode_completions(
     train_eos: append the eos id, if there is one, to completions that ended
       and were not cut.
   """
+  # Row p S + s is sample s of prompt p.
   each = completions.samples_per_prompt
   ends = train_eos and tokenizer.eos_id is not None
   known = zip(completions.prompts, completions.prompt_ids, strict=True)

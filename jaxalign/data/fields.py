@@ -67,6 +67,7 @@ def messages_of(value: object, column: str) -> list[templates.Message]:
     if not isinstance(turn["content"], str):
       raise BadRow(f"has a message without text in {column}")
     check_text(turn["content"], column)
+  # Other keys, such as names, are left out.
   return [{"role": t["role"], "content": t["content"]} for t in value]
 
 
@@ -228,6 +229,7 @@ def _preference_of_webgpt(row: Row) -> tuple[str, str, str]:
   lead = (number_of(row, "score_0") or 0) - (number_of(row, "score_1") or 0)
   if lead < 0:
     first, second = second, first
+  # Equal completions mark a tie, which `formats` drops.
   return f"Question: {question} Answer:", first, second if lead else first
 
 
@@ -295,6 +297,7 @@ def group_of(row: Row, column: str) -> str:
   value = row[column]
   if isinstance(value, float) and value.is_integer():
     value = int(value)  # pandas writes a column with gaps as floats
+  # Only NaN differs from itself; pandas writes it into gaps.
   if value is None or value != value or not str(value).strip():
     raise BadRow(f"has no {column}, which has to say who judged it")
   if isinstance(value, bool) or not isinstance(value, str | int):

@@ -225,6 +225,7 @@ def _load(
     reasons = [_useless(row) for row in made]
     dropped.update(filter(None, reasons))
     rows += [r for r, why in zip(made, reasons, strict=True) if not why]
+    # Rows that are dropped are valid, so they count as good.
     good = len(table.rows) + len(table.bad) - len(problems)
     sources.check_bad(table.name, tuple(problems), good, max_bad_share)
     bad.extend(problems)

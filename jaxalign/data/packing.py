@@ -71,6 +71,7 @@ def pack(
   loss_mask = np.zeros(shape, dtype=bool)
   for b, texts in enumerate(rows):
     start = 0
+    # Segment 0 is padding, so the texts of a row count from 1.
     for segment, text in enumerate(texts, start=1):
       here = slice(start, start + len(text))
       tokens[b, here] = text.ids

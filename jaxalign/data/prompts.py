@@ -213,6 +213,7 @@ def _questions(
   name, mark = (known.name, known.answer_mark) if known else ("", "")
 
   def build(row: sources.Row) -> list[PromptRow]:
+    # A known set has SuperHF's name; other rows may name theirs.
     group = name or str(row.get("prompt_set") or row.get("group") or "")
     return [PromptRow(question_of(row, tokenizer, mark), group)]
 

@@ -80,6 +80,7 @@ def part_names(source: str) -> list[str]:
   Raises:
     UserError: there is none.
   """
+  # The name of a file may hold commas.
   whole = [source] if pathlib.Path(source).exists() else source.split(",")
   names = [part.strip() for part in whole if part.strip()]
   if not names:
@@ -111,6 +112,7 @@ def check_bad(
 
 def is_local(name: str) -> bool:
   """Whether a source is written as a path; it need not exist."""
+  # The last line also takes folder:subset, where the folder exists.
   return (
     name == "lab"
     or name.startswith((".", "/", "~"))
@@ -246,6 +248,7 @@ def _read_json(path: pathlib.Path) -> Iterator[Entry]:
   if head[:1] != b"[" and not _parse_line(head.partition(b"\n")[0])[1]:
     yield from _read_lines(path)
     return
+  # Otherwise the whole file is one list.
   rows, problem = _parse(data)
   if problem:
     raise UserError(
@@ -267,6 +270,7 @@ def _read_csv(path: pathlib.Path) -> Iterator[Entry]:
   csv.field_size_limit(sys.maxsize)  # dialogues pass the default 128 KiB
   # The csv module reads text; it finds line breaks inside quotes itself.
   opened = gzip.open if path.suffix == ".gz" else open
+  # utf-8-sig drops the byte order mark that spreadsheets write.
   with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
     lines = csv.reader(file)
     header = next(lines, [])

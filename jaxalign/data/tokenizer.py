@@ -50,6 +50,7 @@ class Tokenizer:
     """Ids of each text without special tokens added."""
     if not texts:
       return []
+    # Not verbose: no warning that a text is longer than the context.
     return self.inner(list(texts), add_special_tokens=False, verbose=False)[
       "input_ids"
     ]
@@ -154,6 +155,7 @@ class Tokenizer:
     # The eos token goes after the cut, so a text that is cut ends in it too.
     tail = [self.eos_id] if eos and self.eos_id is not None else []
     # transformers cuts the longer segment of a pair first.
+    # Types are asked for, as many tokenizers leave them out.
     found = self.inner(
       *texts,
       truncation=True,
@@ -161,6 +163,7 @@ class Tokenizer:
       return_token_type_ids=True,
       verbose=False,
     )
+    # The eos token continues the last segment.
     rows = zip(found["input_ids"], found["token_type_ids"], strict=True)
     return [(ids + tail, types + types[-1:] * len(tail)) for ids, types in rows]
 
@@ -202,6 +205,7 @@ def load_tokenizer(source: str | pathlib.Path) -> Tokenizer:
   """
   name = str(source)
   folder = pathlib.Path(name).expanduser()
+  # Paths and hub ids are told apart as in `hub.resolve`.
   local = folder.exists() or name.startswith((".", "/", "~"))
   if local and not folder.is_dir():
     raise UserError(f"tokenizer folder {name} does not exist; check the path")

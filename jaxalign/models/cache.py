@@ -84,11 +84,13 @@ def _logits(q: Array, k: Array, mask: Array) -> Float[Array, "B K R T C"]:
     preferred_element_type=jnp.float32,
   )
   x = x.reshape(rows, *x.shape[2:])
+  # [B, T, C] to [B, 1, 1, T, C]: all heads have the same mask.
   return jnp.where(mask[:, None, None], x, NEGATIVE)
 
 
 def _mix(weights: Array, v: Array) -> Float[Array, "B T K R H"]:
   rows, groups = weights.shape[0], v.shape[0]
   shape = (groups, rows // groups, *weights.shape[1:])
+  # The letters are those of `_logits`.
   out = jnp.einsum("gskrtc,gkch->gstkrh", weights.reshape(shape), v)
   return out.reshape(rows, *out.shape[2:])

@@ -99,11 +99,13 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     mask = _attended(segment_ids, prompt_segment_ids)
     rope = self.rope(positions)
 
+    # One block, on its slice of each array in `xs`.
     def layer(x, xs):
       params, window, past_kv, key = xs
       kept = []
 
       def attention(q, k, v, scale):
+        # [B, T, K, H] to [B, K, T, H], as a cache keeps them.
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         own = (k, v, mask & _within(near, window))
         shared = _past_parts(past, past_kv, positions, window)
@@ -119,14 +121,17 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     graph, params = layer_params(self.blocks, self.config.dtype)
     keys = head_key = None
     if dropout_key is not None:
+      # One key per block, the last for the output matrix's adapter.
       keys = jax.random.split(dropout_key, self.config.layers + 1)
       keys, head_key = keys[:-1], keys[-1]
+    # All with a leading layer axis; None has no leaves and stays None.
     xs = (params, self._windows(), [(p.k, p.v) for p in past], keys)
     body = jax.checkpoint(layer) if self.config.remat else layer
     x, kept = jax.lax.scan(body, self.embed(tokens, positions), xs)
     hidden = self._states(x, head_key)
     if not keep:
       return hidden, None
+    # The scan has stacked the layers: [L, B, K, T, H].
     [(k, v)] = kept
     return hidden, KV(k, v, positions, segment_ids > 0)
 
@@ -159,6 +164,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     own_positions = own.positions.at[:, column].set(positions[:, 0])
     own_mask = own.mask.at[:, column].set(True)
     near = positions[:, :, None] - own_positions[:, None, :]
+    # One graph serves all layers, which differ in their parameters alone.
     graph, _ = nnx.split(self.blocks)
     cache = []  # filled layer by layer
 
@@ -260,6 +266,7 @@ def _past_parts(past, past_kv, positions, window):
   """The shared groups as parts of `attend`; each row gets its group's mask."""
   parts = []
   for shared, (k, v) in zip(past, past_kv, strict=True):
+    # Keys stay one per group; the mask is needed for each row.
     repeat = positions.shape[0] // shared.mask.shape[0]
     mask = jnp.repeat(shared.mask, repeat, axis=0)[:, None, :]
     if window is not None:

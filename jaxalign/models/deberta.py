@@ -181,6 +181,7 @@ class DebertaBlock(nnx.Module):
     attended = self._attention(x, mask, relative, queries, keys[:3])
     attended = self.attention_output(attended, keys[3])
     attended = dropout(attended, rate, keys[4])
+    # Each sum is normalised after it, not before as in the causal models.
     x = self.attention_norm(x[:, :queries] + attended)
     act = ACTIVATIONS[self.config.activation]
     out = self.output(act(self.intermediate(x, keys[5])), keys[6])
@@ -189,6 +190,7 @@ class DebertaBlock(nnx.Module):
   def _attention(self, x, mask, relative, queries, keys):
     config = self.config
     kinds = config.pos_att_type if config.relative else ()
+    # A score sums 1 + kinds products, hence 1 / sqrt((1 + kinds) H).
     # As released: the kinds count here even if `relative` is off.
     scale = (config.head_dim * (1 + len(config.pos_att_type))) ** -0.5
     q = self._heads(self.query_proj(x[:, :queries], keys[0])) * scale
@@ -208,15 +210,18 @@ class DebertaBlock(nnx.Module):
     # The key's content with the query's relative position.
     if "p2c" in kinds:
       project = self.query_proj if config.share_att_key else self.pos_query_proj
+      # k carries no scale, so the positions are scaled.
       if queries == 1:  # one distance per key: nothing to shear
         rows = self._positions(project, relative, -np.arange(length)) * scale
         scores += _product("bjnh,jnh->nbj", k, rows)[:, :, None]
       else:
+        # Keys are the rows: entry c is the distance c - length + 1.
         distances = np.arange(queries + length) - length + 1
         rows = self._positions(project, relative, distances) * scale
         seen = shear(_product("bjnh,cnh->nbjc", k, rows), queries)
         scores += jnp.swapaxes(seen, -1, -2)
 
+    # Heads come first: the mask [B, 1, T] lines up with [N, B, Q, T].
     scores = jnp.where(mask[:, None, :], scores, NEGATIVE)
     weights = jax.nn.softmax(scores, axis=-1).astype(x.dtype)
     out = jnp.einsum("nbij,bjnh->binh", weights, v)
@@ -245,6 +250,7 @@ class Convolution(nnx.Module):
   def __init__(self, config: DebertaConfig, *, rngs: nnx.Rngs):
     self.config = config
     width, size = config.hidden_size, config.conv_kernel_size
+    # Width, input features of a group, output features: WIO below.
     shape = (size, width // config.conv_groups, width)
     self.kernel = nnx.Param(0.02 * jax.random.normal(rngs(), shape))
     self.bias = nnx.Param(jnp.zeros(width))
@@ -356,6 +362,7 @@ class Deberta(Scored, nnx.Module):
     # Moving each text to column 0.
     config, length = self.config, tokens.shape[1]
     start = jnp.argmax(mask, axis=1, keepdims=True)
+    # What stands before the text wraps around to the end of the row.
     columns = (jnp.arange(length) + start) % length
     tokens, mask = (
       jnp.take_along_axis(a, columns, axis=1) for a in (tokens, mask)
@@ -366,12 +373,14 @@ class Deberta(Scored, nnx.Module):
     # Embedding.
     keys = proj_key = None
     if dropout_key is not None:
+      # For the embeddings, the blocks, and the projection's adapter.
       dropout_key, layers_key, proj_key = jax.random.split(dropout_key, 3)
       keys = jax.random.split(layers_key, config.layers)
     embedded = self._embed(tokens, mask, types, dropout_key, proj_key)
     relative = self._relative()
     graph, params = layer_params(self.blocks, config.dtype)
 
+    # A block that gives the states of the first `queries` tokens.
     def layer(queries):
       def run(x, one):
         params, key = one
@@ -395,6 +404,7 @@ class Deberta(Scored, nnx.Module):
       middle = jax.tree.map(lambda p: p[first:last], (params, keys))
       x, _ = jax.lax.scan(lambda x, p: (full(x, p), None), x, middle)
     if first_only:
+      # A lone block with a convolution has already run in full.
       x = layer(1)(x, block(-1)) if last < config.layers else x[:, :1]
     return x, mask
 
@@ -416,6 +426,7 @@ class Deberta(Scored, nnx.Module):
     if not self.config.relative:
       return None
     table = self.rel_embeddings.embedding[...]
+    # Normalised once, as all blocks share the table.
     if self.config.norm_relative:
       table = self.relative_norm(table)
     return table.astype(self.config.dtype)

@@ -78,6 +78,7 @@ class GPTNeoBlock(nnx.Module):
     width, inner = config.hidden_size, config.intermediate_size
     self.ln_1 = config.norm()
     self.ln_2 = config.norm()
+    # As released: q, k and v have no bias.
     self.q_proj = linear("q_proj", width, width, bias=False)
     self.k_proj = linear("k_proj", width, width, bias=False)
     self.v_proj = linear("v_proj", width, width, bias=False)

@@ -100,6 +100,7 @@ def weights_of(
       f"{listed(tuple(given))} could weigh; leave the weights out, or give a "
       "model trained with config.group_column"
     )
+  # The weight of a misspelt name would be silently ignored.
   unknown = tuple(name for name in given if name not in names)
   if unknown:
     raise UserError(

@@ -49,6 +49,8 @@ def recomputed(fn: Callable[..., Array]) -> Callable[..., Array]:
   Computing it again costs less than writing every layer's intermediates to
   memory and reading them back.
   """
+  # The blocks are scanned, so XLA cannot merge the two computations anyway;
+  # barriers against that would only prevent fusion.
   return jax.checkpoint(fn, prevent_cse=False)
 
 
@@ -95,6 +97,7 @@ def _matmul_backward(saved, dy):
 
 def _turned(x: Float[Array, "R D"]) -> Float[Array, "D R"]:
   # XLA's CPU product with a transposed left side runs at half speed.
+  # The barrier makes the transposition an operation of its own.
   return jax.lax.platform_dependent(
     x, cpu=lambda x: jax.lax.optimization_barrier(x.T), default=lambda x: x.T
   )
@@ -119,6 +122,7 @@ class Linear(nnx.Module):
     bias: bool = True,
     lora: LoraConfig | None = None,
   ):
+    # 0.02 is Hugging Face's `initializer_range` for all models here.
     self.kernel = nnx.Param(0.02 * jax.random.normal(rngs(), (din, dout)))
     self.bias = nnx.Param(jnp.zeros(dout)) if bias else None
     self.lora = lora
@@ -129,6 +133,7 @@ class Linear(nnx.Module):
     self, x: Float[Array, "... D"], dropout_key: Array | None = None
   ) -> Float[Array, "... O"]:
     """Applies the layer; a key turns the adapter's dropout on."""
+    # `[...]` reads the array of an nnx parameter.
     y = matmul(x, self.kernel[...])
     if self.bias is not None:
       y = y + self.bias[...]
@@ -136,6 +141,7 @@ class Linear(nnx.Module):
       return y
     # The base layer sees the whole input; only the adapter's is dropped.
     x = dropout(x, self.lora.dropout, dropout_key)
+    # Two narrow products: A B itself would be as large as the kernel.
     return y + self.lora.scale * ((x @ self.lora_a[...]) @ self.lora_b[...])
 
 
@@ -165,6 +171,7 @@ class Embedding(nnx.Module):
 
 
 def _matmul_float32(x: Array, w: Array) -> Array:
+  # Factors in the compute dtype, sums in float32.
   y = jnp.matmul(
     _rows(x), w.astype(x.dtype), preferred_element_type=jnp.float32
   )
@@ -228,6 +235,7 @@ class LayerNorm(nnx.Module):
 @recomputed
 def _layer_norm(x, scale, bias, eps):
   y = x.astype(jnp.float32)
+  # Centred before squaring: E[x²] − E[x]² would cancel.
   y = y - y.mean(-1, keepdims=True)
   y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
   return (y * scale + bias).astype(x.dtype)

@@ -98,6 +98,7 @@ class LlamaBlock(nnx.Module):
     return self.o_proj(out.reshape(*x.shape[:2], -1), key)
 
   def _mlp(self, x, key):
+    # A gated linear unit, with silu the SwiGLU of Shazeer (2020).
     act = ACTIVATIONS[self.config.activation]
     return self.down_proj(
       act(self.gate_proj(x, key)) * self.up_proj(x, key), key

@@ -64,8 +64,10 @@ def linears(model: Model) -> dict[str, str]:
     for name, leaves in sorted(blocks.items())
     if "kernel" in leaves
   }
+  # DeBERTa's projection of narrow embeddings is in no block.
   if "embed_proj" in model.shapes:
     found["embed_proj"] = "embed_proj"
+  # One layer under each of its names.
   if "lm_head" in model.shapes:
     found |= dict.fromkeys(model.config.module.outputs, "lm_head")
   return found

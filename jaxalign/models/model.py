@@ -5,6 +5,7 @@ axis. They are passed along with the `Model`, never stored in it.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -42,15 +43,7 @@ class Model:
 
   def init(self, key: jax.Array) -> Params:
     """Random float32 parameters (normal 0.02, norms 1, biases 0)."""
-
-    def make(key):
-      module = self.config.module(
-        self.config, lora=self.lora, rngs=nnx.Rngs(key)
-      )
-      return nnx.to_pure_dict(nnx.state(module))
-
-    # One program, so that only the result is ever in memory.
-    return jax.jit(make)(key)
+    return _init(self.config, self.lora, key)
 
   def replace(self, **changes: object) -> "Model":
     """The same parameters under another dtype, head or remat setting."""
@@ -60,3 +53,12 @@ class Model:
   def without_lora(self) -> "Model":
     """The model whose parameters have no adapters: the reference policy."""
     return Model.build(self.config)
+
+
+# One program, so that only the result is ever in memory; compiled once.
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _init(
+  config: ModelConfig, lora: LoraConfig | None, key: jax.Array
+) -> Params:
+  module = config.module(config, lora=lora, rngs=nnx.Rngs(key))
+  return nnx.to_pure_dict(nnx.state(module))

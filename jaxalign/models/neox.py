@@ -81,6 +81,7 @@ class NeoXBlock(nnx.Module):
     self.input_layernorm = config.norm()
     self.post_attention_layernorm = config.norm()
     bias = config.attention_bias
+    # One product gives q, k and v; `_attention` takes it apart.
     self.query_key_value = linear("query_key_value", width, 3 * width, bias)
     self.dense = linear("dense", width, width, bias)
     inner = config.intermediate_size
@@ -120,6 +121,7 @@ class NeoX(CausalLM[NeoXConfig]):
   def rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
     """Rotary angles of these positions."""
     config = self.config
+    # Rounded down as in transformers; Pythia rotates a quarter of a head.
     width = int(config.head_dim * config.rotary_fraction)
     return rotary.angles(
       positions,

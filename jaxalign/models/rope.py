@@ -59,6 +59,7 @@ def angles(
     # transformers' formula; a text within the context keeps the base.
     grown = scaling.factor * length / max_positions - (scaling.factor - 1)
     bases = base * grown ** (width / (width - 2))
+    # A base per row gives frequencies [B, 1, F].
     frequencies = inverse_frequencies(width, bases[:, None, None])
   # Twice the same angles: `rotate` pairs feature i with i + E / 2, as NeoX and
   # Hugging Face's LLaMA do, not neighbours.
@@ -71,6 +72,7 @@ def inverse_frequencies(
   width: int, base: float | Float[Array, "B 1 1"]
 ) -> Float[Array, "*B F"]:
   """base^(-2i / width) for i in [0, width / 2)."""
+  # An odd width is rounded up to whole pairs, as in transformers.
   return 1.0 / base ** (jnp.arange(0, width, 2, dtype=jnp.float32) / width)
 
 
@@ -78,6 +80,7 @@ def _llama3(
   frequencies: Float[Array, " F"], scaling: Scaling
 ) -> Float[Array, " F"]:
   """Divides the frequencies with few turns in the context, keeps the others."""
+  # How often each pair turns in the context: context / wavelength.
   turns = scaling.original * frequencies / (2 * math.pi)
   # Between the two limits the frequencies are interpolated.
   kept = (turns - scaling.low) / (scaling.high - scaling.low)

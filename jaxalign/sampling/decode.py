@@ -53,6 +53,7 @@ def begin(
   module = model.bind(_cast(params, model.config.dtype))
   tokens, mask = _align_right(tokens, mask)
   past, offset, context = _read_prefix(module, tokens, mask, prefix)
+  # Positions count real tokens; those of padding are masked.
   positions = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0) + offset
   hidden, kept = module(
     tokens, positions, mask.astype(jnp.int32), past=past, keep=True
@@ -172,6 +173,7 @@ def sample(
 
 
 def _advance(module, layers, fixed, state, settings):
+  # The last token is number drawn - 1, which gives position and column.
   hidden, own = module.step(
     last_tokens(state),
     fixed.start + state.drawn - 1,
@@ -238,17 +240,20 @@ def _read_prefix(module, tokens, mask, prefix):
   history = jnp.where(mask, tokens, -1)
   if prefix is None:
     return (), 0, history
+  # Read as one row: a single group of keys for all prompts.
   shared, real = _align_right(prefix[0][None], prefix[1][None])
   positions = jnp.maximum(jnp.cumsum(real, axis=1) - 1, 0)
   _, kept = module(shared, positions, real.astype(jnp.int32), keep=True)
   front = jnp.where(real, shared, -1)
   front = jnp.broadcast_to(front, (len(tokens), front.shape[1]))
   history = jnp.concatenate([front, history], axis=1)
+  # Padding between prefix and prompt moves to the front.
   return (kept,), real.sum(), _align_right(history, history >= 0)[0]
 
 
 def _split_rows(tree, rows: int, mesh: Mesh | None):
   """Shards every array that has a leading row axis over the mesh."""
+  # Rows that do not divide evenly are left to the compiler.
   if mesh is None or rows % meshes.row_count(mesh):
     return tree
   split = meshes.rows(mesh)

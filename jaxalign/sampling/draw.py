@@ -43,6 +43,7 @@ def choose(
     Tokens, their log-probabilities under the model and under the distribution
     that was drawn from, in nats. Greedy draws have sampling log-prob 0.
   """
+  # Shared by the plain draw and the model's log-probability.
   peak = logits.max(axis=1, keepdims=True)
   weights = jnp.exp(logits - peak)
   total = weights.sum(axis=1)
@@ -78,6 +79,7 @@ def choose(
   )
   branch = jnp.where(settings.temperature == 0, 2, jnp.where(unshaped, 0, 1))
   token, sampling_logp = jax.lax.switch(branch, (plain, shaped, greedy))
+  # The model's log-probability is that of the unshaped logits.
   logit = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
   model_logp = logit - peak[:, 0] - jnp.log(total)
   return token, model_logp, sampling_logp
@@ -103,6 +105,7 @@ def shape(
 ) -> Float[Array, "B V"]:
   """Repetition penalty, no-repeat-ngram and minimum length, in that order."""
   penalty = settings.repetition_penalty
+  # Keskar et al. (2019) divide, which would raise a negative logit.
   worse = jnp.where(logits < 0, logits * penalty, logits / penalty)
   logits = jnp.where(seen, worse, logits)
   banned = jax.lax.cond(
@@ -161,6 +164,7 @@ def least_of_top_k(
   def search():
     wanted = jnp.full(rows, jnp.minimum(top_k, vocab), jnp.int32)
     every = jnp.full(rows, vocab, jnp.int32)
+    # Each token counts 1, so an amount is a number of tokens.
     return _search(weights, lambda w: 1, wanted, jnp.zeros(rows), every)
 
   return jax.lax.cond(top_k > 0, search, lambda: jnp.zeros(rows))
@@ -203,6 +207,7 @@ def least_of_top_p(
     # All tokens below this bound together hold less than 1 - top_p, so the
     # search may start from it.
     low = 0.99 * (1 - top_p) * total / weights.shape[1]
+    # Rounding adds at most half a unit per token, far less than WHOLE.
     most = jnp.full_like(goal, 2 * WHOLE)
     return _search(weights, share, goal, jnp.maximum(low, least), most)
 
@@ -245,11 +250,13 @@ def _search(
     here = last + jnp.arange(2)
     ends = jnp.take_along_axis(bounds, here, axis=1)
     reached = jnp.take_along_axis(amounts, here, axis=1)
+    # Two tokens in the interval would hold at least twice its least amount.
     inside = reached[:, 0] - reached[:, 1]
     least = amount(_float(ends[:, 0]))  # of a single token in the interval
     one_left = inside - least <= (least - 1) // 2  # without an overflow
     return ends, reached, one_left | (ends[:, 1] - ends[:, 0] <= 1)
 
+  # Each row's interval as bits, and the amounts at or above its ends.
   beyond = jnp.full(low.shape, 0x3F800001)  # the float above 1
   ends = jnp.stack([_bits(low), beyond], axis=1)
   reached = jnp.stack([most, jnp.zeros_like(most)], axis=1)
@@ -311,6 +318,7 @@ def invert(
   blocks = padded.reshape(rows, -1, BLOCK)
   sums = blocks.sum(axis=2)
   goal = uniform * sums.sum(axis=1)
+  # First the block in which the goal is passed, then the token.
   block, before = _pass(sums, goal)
   inside = jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0]
   index, _ = _pass(inside, goal - before)
@@ -328,6 +336,7 @@ def _pass(
   """
   sums = jnp.cumsum(weights, axis=1)
   columns = jnp.arange(weights.shape[1])
+  # A goal that rounding puts below 0 is passed by weights of 0 as well.
   positive = weights > 0
   passed = positive & (sums > goal[:, None])
   last = jnp.max(jnp.where(positive, columns, 0), axis=1)

@@ -120,10 +120,12 @@ class Generator:
       if turns:
         text = text[: min(turns)]
         break
+      # Trailing blanks wait as well: the end of the text is stripped.
       settled = min(len(text) - _unsettled(text), len(text.rstrip()))
       if settled > shown:
         yield text[shown:settled]
         shown = settled
+    # What was held back belongs to the text after all.
     if rest := text[shown:].rstrip():
       yield rest
 
@@ -131,6 +133,7 @@ class Generator:
 def _unsettled(text: str) -> int:
   """Length of the ending that later tokens may change or cut off."""
   whole = text.rstrip(UNFINISHED)
+  # The longest ending that a delimiter may begin with comes first.
   for size in range(max(map(len, TURNS)), 0, -1):
     ending = whole[-size:]
     if ending and any(turn.startswith(ending) for turn in TURNS):

@@ -102,6 +102,7 @@ class Sampler:
     """
     inputs = self.prepare([prompt], None, ())
     settings_ = jax.device_put(settings)
+    # Reading the prompt draws the first token.
     fixed, state = self._jitted.begin(
       params,
       *jax.device_put(inputs[:3]),
@@ -139,6 +140,7 @@ class Sampler:
     ids = np.pad(np.asarray(ids, np.int32), (0, rows - len(prompts)))
     if len(prefix) == 0:
       return tokens, mask, ids, None
+    # The prefix has a bucket of its own.
     width = min(bucket_length(len(prefix), self.prompt_buckets), context)
     front, real = pad_rows([prefix], width, side="left")
     return tokens, mask, ids, (front[0], real[0])

@@ -66,6 +66,7 @@ def make(
   table = np.full((STOP_SLOTS, STOP_WIDTH), -1, np.int32)
   for row, stop in zip(table, stops, strict=False):
     row[STOP_WIDTH - len(stop) :] = stop
+  # No token has the id -1, so an unused entry ends nothing.
   ends = np.full(EOS_SLOTS, -1, np.int32)
   ends[: len(eos_ids)] = eos_ids
   # numpy scalars: Python's are weakly typed, which would trace a new program.

@@ -76,6 +76,7 @@ def first_state(
     jnp.zeros((rows, capacity), bool),
   )
   logps = jnp.zeros((rows, capacity), jnp.float32)
+  # For both `lengths` and `finish`, where 0 is LENGTH.
   count = jnp.zeros(rows, jnp.int32)
   return State(
     jnp.zeros((), jnp.int32),
@@ -99,6 +100,7 @@ def last_tokens(state: State) -> Int[Array, " B"]:
 
 def column_of(state: State) -> Int[Array, ""]:
   """Where in `history` the next token goes."""
+  # The new tokens have the last N columns.
   capacity = state.model_logps.shape[1]
   return state.history.shape[1] - capacity + state.drawn
 
@@ -117,6 +119,7 @@ def ends_with_stop(
   # The prompt part of `history` is at least as wide as a stop sequence.
   tail = jax.lax.dynamic_slice_in_dim(history, column - width + 1, width, 1)
   used = stops >= 0
+  # An unused row of the table would match everything.
   fits = used.any(axis=1) & (used.sum(axis=1) <= drawn + 1)
   # Right-aligned: the unused entries before a shorter sequence match anything.
   equal = (tail[:, None] == stops) | ~used

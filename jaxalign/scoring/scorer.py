@@ -97,12 +97,14 @@ class Scorer:
     limit = self.limit
     texts = [(ids[:limit], types[:limit]) for ids, types in texts]
     self._check(texts)
+    # The limit comes last, so every text that was cut fits.
     lengths = [n for n in self.lengths if n < limit] + [limit]
     parts = meshes.row_count(self.mesh) if self.mesh else 1
     calls = batches(texts, lengths, self.tokens, self.rows, parts)
     # Every call is dispatched before the first result is read: the device works
     # while the host prepares the next call.
     found = [self._program(self.params, *self._put(call)) for call in calls]
+    # A text without any token is in no call and stays NaN.
     scores = np.full(len(texts), np.nan, np.float32)
     for call, values in zip(calls, jax.device_get(found), strict=True):
       scores[call.indices] = values[: len(call.indices)]

@@ -36,6 +36,7 @@ CONFIG = NeoXConfig(
 )
 
 
+@functools.cache
 def build(head="lm", adapters=None, seed=0):
   """A model and parameters that are large enough for every token to matter."""
   model = Model.build(CONFIG, adapters).replace(head=head)

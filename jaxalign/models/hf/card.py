@@ -45,6 +45,7 @@ def write(
   model = read_json(folder / "config.json")
   base_model = base_model or config.get("policy")
   datasets = datasets or _hub_ids(config.get("data"), config.get("prompts"))
+  # Class names end in ForCausalLM or ForSequenceClassification.
   scores = "lm" if str(model["architectures"][0]).endswith("LM") else "score"
   front = {
     "license": license,
@@ -127,9 +128,11 @@ def _hub_ids(
   """The hub data sets in a config's sources: "owner/name:subset" strings."""
   names: list[str] = []
   for value in values:
+    # A value is a source, a list of sources, or a section that has one.
     source = value.get("source") if isinstance(value, Mapping) else value
     parts = source.split(",") if isinstance(source, str) else source or ()
     names += [str(part).strip().partition(":")[0] for part in parts]
+  # A relative path such as data/train.json looks like an id.
   files = (".json", ".jsonl", ".gz", ".csv", ".parquet")
   return tuple(
     dict.fromkeys(n for n in names if _is_hub_id(n) and not n.endswith(files))

@@ -50,6 +50,7 @@ class Fields:
       value = self.values.get(name)
       if value is None:
         continue
+      # bool is a subclass of int: `true` must not pass as the number 1.
       accepts = (int, float) if kind is float else (kind,)
       is_bool = isinstance(value, bool)
       if not isinstance(value, accepts) or is_bool != (kind is bool):
@@ -86,8 +87,10 @@ class Fields:
   @property
   def head(self) -> str:
     """The head that the file says it holds: "lm", "score_last", ..."""
+    # Names the heads that transformers has no class for.
     if "jaxalign_head" in self.values:
       return self.get(str, "jaxalign_head")
+    # Otherwise the class that the file names tells the head.
     names = self.values.get("architectures") or [""]
     if not str(names[0]).endswith("ForSequenceClassification"):
       return "lm"
@@ -114,6 +117,7 @@ class Fields:
     if self.values.get("problem_type") != REGRESSION or self._labels == 1:
       return ()
     names = self.values.get("id2label") or {}
+    # JSON keys are strings; LABEL_0 is the name that transformers gives.
     groups = tuple(
       str(names.get(str(i), f"LABEL_{i}")) for i in range(self._labels)
     )

@@ -18,11 +18,13 @@ CLASSES = {
 HEADS = ("score_head", "pooler")
 ALIASES = ()
 IGNORED = (
+  # A buffer that older files carry.
   r"embeddings\.position_ids$",
   # v3 files carry an absolute position table that the config turns off.
   r"embeddings\.position_embeddings\.weight$",
   # The heads of pretraining.
   r"^(cls|lm_predictions|mask_predictions)\.",
+  # The head that another task would use.
   r"^(pooler|classifier)\.",
 )
 
@@ -35,6 +37,7 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> DebertaConfig:
   """
   width = fields.size("hidden_size")
   positions = fields.size("max_position_embeddings", default=512)
+  # -1 stands for the whole context here, and for no buckets below.
   distance = fields.get(int, "max_relative_positions", default=-1)
   inner = fields.size("embedding_size", default=width)
   relative = fields.get(bool, "relative_attention", default=False)
@@ -54,6 +57,7 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> DebertaConfig:
     conv_kernel_size=fields.get(int, "conv_kernel_size", default=0),
     conv_groups=fields.get(int, "conv_groups", default=1),
     conv_activation=fields.get(str, "conv_act", default="tanh"),
+    # Embeddings as wide as the hidden states need no projection.
     embedding_size=0 if inner == width else inner,
     type_vocab_size=fields.get(int, "type_vocab_size", default=0),
     position_biased_input=fields.get(
@@ -78,6 +82,7 @@ def _words(fields: Fields, name: str) -> tuple[str, ...]:
 def _check(fields: Fields, config: DebertaConfig) -> None:
   """UserError where the files ask for more than the layers can do."""
   width = config.hidden_size
+  # Field -> whether it holds, and the rule for the message.
   rules = {
     "num_attention_heads": (
       width % config.heads == 0,
@@ -141,6 +146,7 @@ def to_hf(config: DebertaConfig) -> JsonObject:
     # Of transformers' ContextPooler; nothing is dropped here.
     "pooler_dropout": 0.0,
   }
+  # Left out where there is no such layer, which readers take as off.
   if config.embedding_size:
     values["embedding_size"] = config.embedding_size
   if config.conv_kernel_size:

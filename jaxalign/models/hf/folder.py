@@ -13,6 +13,7 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
@@ -169,13 +170,16 @@ def open_pretrained(
       f"{fields.where}: quantised weights are not supported; use a float32, "
       "float16 or bfloat16 copy of the model"
     )
-  # A language model's folder becomes a score model only on request.
-  may_draw_head = head is not None or adapters is not None
+  # A language model's folder becomes a score model only on request: a score
+  # from drawn weights must never come unasked.
+  may_draw_head = head is not None
   if head is None:
     head = fields.head
     if head == "lm" and adapters is not None and peft.is_scorer(adapters):
       head = fields.score_head
   model = from_config(fields, head, dtype=compute_dtype or dtype, remat=remat)
+  tensors = weights.open_tensors(folder)
+  model = _untied(model, tensors, fields.where)
   if adapters is not None:
     if lora is not None:
       raise UserError(
@@ -190,7 +194,6 @@ def open_pretrained(
   # The tensors, from the headers of the files.
   arch = architecture(model)
   entries = table.entries(arch.names(model.config), model.shapes)
-  tensors = weights.open_tensors(folder)
   if adapters is not None:
     tensors |= weights.open_tensors(adapters, weights.ADAPTER_FILES)
     for path, entry in peft.entries(model).items():
@@ -214,6 +217,12 @@ def open_pretrained(
     matched[path] = []
     for name in entry.names(leaf.shape):
       tensor = _find(name, arch, tensors)
+      if tensor is None and path.startswith(arch.HEADS):
+        raise UserError(
+          f"{adapters or folder}: tensor {name} of the score head is missing, "
+          "and a drawn one would score at random; train one with "
+          "configs/reward_model.py, or give the folder that holds it"
+        )
       if tensor is None:
         raise UserError(
           f"{folder}: tensor {name} is missing; config.json asks for it (its "
@@ -225,9 +234,47 @@ def open_pretrained(
           f"asks for {list(expected)}; one of the two is another model's"
         )
       matched[path].append(tensor)
+  # What no leaf has taken must be known to be of no use.
   used = {tensor.name for leaf in matched.values() for tensor in leaf}
   _refuse_unknown(folder, model, arch, tensors.keys() - used, tensors)
   return Pretrained(model, dtype, seed, entries, matched, drawn)
+
+
+def _untied(
+  model: Model, tensors: Mapping[str, FileTensor], where: str
+) -> Model:
+  """The model, with an output matrix of its own where the files hold one.
+
+  Some trainers save another output matrix and leave `tie_word_embeddings` on;
+  transformers 5 then reads it as well.
+  """
+  if model.config.head != "lm" or not getattr(model.config, "tied", False):
+    return model
+  arch = architecture(model)
+  # Where the files would hold a separate output matrix.
+  untied = Model.build(dataclasses.replace(model.config, tied=False))
+  entries = table.entries(arch.names(untied.config), untied.shapes)
+  output, embedding = (
+    _find(entries[path].name, arch, tensors)
+    for path in ("lm_head.embedding", "embedding.embedding")
+  )
+  if output is None or embedding is None or _equal(output, embedding):
+    return model
+  print(
+    f"{where}: tie_word_embeddings is on, but {output.path.name} holds another "
+    f"{output.name}, which is used"
+  )
+  return untied
+
+
+def _equal(a: FileTensor, b: FileTensor) -> bool:
+  """Whether two matrices hold the same numbers; some rows at a time."""
+  step = 8192
+  return a.shape == b.shape and all(
+    np.array_equal(a.read(part), b.read(part))
+    for start in range(0, a.shape[0], step)
+    for part in [(slice(start, min(start + step, a.shape[0])),)]
+  )
 
 
 def from_config(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
@@ -265,6 +312,7 @@ def from_config(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
       f"{fields.where}: activation {config.activation!r} is not supported; "
       f"supported are {', '.join(ACTIVATIONS)}"
     )
+  # Where head_dim is a field, heads need not share the width evenly.
   has_head_dim = "head_dim" in {f.name for f in dataclasses.fields(config)}
   width, heads = config.hidden_size, config.heads
   if not has_head_dim and width % heads:
@@ -293,6 +341,7 @@ def from_config(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
 def stored_dtype(source: str | pathlib.Path) -> str:
   """Number format of a folder's largest tensor, one that `load` takes."""
   tensors = weights.open_tensors(_folders(source)[0])
+  # Small tensors, such as norms, may be kept in another format.
   largest = max(tensors.values(), key=lambda tensor: math.prod(tensor.shape))
   return {"BF16": "bfloat16", "F16": "float16"}.get(largest.dtype, "float32")
 
@@ -302,6 +351,7 @@ def _folders(
 ) -> tuple[pathlib.Path, pathlib.Path | None]:
   """The folder of the whole model, and that of adapters to it or None."""
   folder = hub.resolve(source)
+  # A folder with a config.json is a whole model, whatever else it holds.
   if (folder / "config.json").is_file() or not peft.is_adapters(folder):
     return folder, None
   return hub.resolve(peft.base(folder)), folder
@@ -318,8 +368,10 @@ def _find(
   Raises:
     UserError: its numbers are quantised.
   """
+  # PEFT's prefix is taken off, so that the aliases hold for adapters too.
   prefix = peft.PREFIX if name.startswith(peft.PREFIX) else ""
   name = name.removeprefix(prefix)
+  # In full, without the backbone's prefix, and under `model`.
   bare = name.removeprefix(arch.BASE)
   names = [name] if bare == name else [name, bare, f"model.{bare}"]
   for theirs, other in arch.ALIASES:
@@ -346,6 +398,7 @@ def _refuse_unknown(
   tensors: Mapping[str, FileTensor],
 ) -> None:
   """An unknown tensor means that the model is not what config.json says."""
+  # Buffers and the heads of other tasks are expected.
   ignored = re.compile("|".join(arch.IGNORED))
   unknown = sorted(name for name in unused if not ignored.search(name))
   if not unknown:

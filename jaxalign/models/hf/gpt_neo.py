@@ -16,9 +16,12 @@ CLASSES = {
   "score_mean": "GPTNeoForSequenceClassification",
 }
 HEADS = ("score_head",)
+# The head of SuperHF's reward models.
 ALIASES = (("score.", "v_head."),)
 IGNORED = (
+  # Buffers of the causal mask, which older files carry.
   r"attn\.attention\.(bias|masked_bias)$",
+  # The head that another task would use.
   r"^(lm_head|score|v_head)\.",
 )
 
@@ -32,6 +35,7 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> GPTNeoConfig:
     hidden_size=width,
     layers=layers,
     heads=fields.size("num_heads", "num_attention_heads"),
+    # Null in the released files, which means four times the width.
     intermediate_size=fields.size("intermediate_size", default=4 * width),
     windows=_windows(fields, layers),
     max_positions=fields.size("max_position_embeddings", default=2048),
@@ -70,6 +74,7 @@ def to_hf(config: GPTNeoConfig) -> JsonObject:
     # Both spellings, as transformers writes them.
     "attention_types": [[kinds, 1]],
     "attention_layers": kinds,
+    # 256 is transformers' default, for models without a local layer.
     "window_size": max(config.windows) or 256,
     "max_position_embeddings": config.max_positions,
     "layer_norm_epsilon": config.eps,

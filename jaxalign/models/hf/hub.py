@@ -6,6 +6,7 @@ import re
 
 from jaxalign.errors import UserError
 
+# [owner/]name[@revision].
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 _CONFIGS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
 _SAFETENSORS = ("model*.safetensors", "adapter_model.safetensors")
@@ -59,6 +60,7 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
         allow_patterns=[*_CONFIGS, *weights],
       )
     except (OSError, ValueError) as error:
+      # The hub's errors run over several lines; the first one suffices.
       reason = (str(error).splitlines() or [type(error).__name__])[0]
       raise UserError(
         f"model {name} is no folder here and cannot be fetched from the hub: "

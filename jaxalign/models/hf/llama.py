@@ -17,6 +17,7 @@ CLASSES = {
 }
 HEADS = ("score_head",)
 ALIASES = (("score.", "v_head."),)
+# Buffers of older files, and the head that another task would use.
 IGNORED = (r"rotary_emb\.inv_freq$", r"^(lm_head|score|v_head)\.")
 
 
@@ -30,7 +31,9 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> LlamaConfig:
     hidden_size=width,
     layers=fields.size("num_hidden_layers"),
     heads=heads,
+    # Absent in LLaMA 1's files: each query head has keys of its own.
     kv_heads=fields.size("num_key_value_heads", default=heads),
+    # Absent in older files, whose heads share the width evenly.
     head_dim=fields.size("head_dim", default=width // heads),
     intermediate_size=fields.size("intermediate_size"),
     max_positions=fields.size("max_position_embeddings", default=2048),
@@ -57,6 +60,7 @@ def to_hf(config: LlamaConfig) -> JsonObject:
     "head_dim": config.head_dim,
     "intermediate_size": config.intermediate_size,
     "max_position_embeddings": config.max_positions,
+    # transformers 4 reads this; `write` adds what version 5 reads.
     "rope_theta": config.rotary_base,
     **rotary.write(config.rotary_base, None, config.rotary_scaling),
     "rms_norm_eps": config.eps,

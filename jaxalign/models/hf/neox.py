@@ -19,6 +19,7 @@ HEADS = ("score_head",)
 ALIASES = (
   ("embed_out.", "lm_head."),
   ("lm_head.", "embed_out."),  # adapters of older transformers
+  # The head of SuperHF's reward models.
   ("score.", "v_head."),
 )
 IGNORED = (
@@ -32,6 +33,7 @@ IGNORED = (
 
 def from_hf(fields: Fields, **switches: Unpack[Switches]) -> NeoXConfig:
   """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
+  # 0.25 is transformers' default for GPT-NeoX.
   base, share, scaling = rotary.read(fields, fraction=0.25)
   return NeoXConfig(
     vocab_size=fields.size("vocab_size"),
@@ -62,6 +64,7 @@ def to_hf(config: NeoXConfig) -> JsonObject:
     "num_attention_heads": config.heads,
     "intermediate_size": config.intermediate_size,
     "max_position_embeddings": config.max_positions,
+    # transformers 4 reads these two; `write` adds what version 5 reads.
     "rotary_pct": config.rotary_fraction,
     "rotary_emb_base": config.rotary_base,
     **rotary.write(

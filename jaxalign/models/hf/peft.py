@@ -18,15 +18,29 @@ from jaxalign.models.model import Model
 
 CONFIG = "adapter_config.json"
 PREFIX = "base_model.model."  # of every tensor's name
-# Settings under which an adapter is more than W + scale A B.
-_REFUSED = (
-  "use_dora",
-  "rank_pattern",
-  "alpha_pattern",
-  "layers_to_transform",
-  "lora_bias",
-  "trainable_token_indices",
-)
+# Settings that are read here, or that change no weight whatever they are.
+_KNOWN = {
+  "peft_type",
+  "task_type",
+  "base_model_name_or_path",
+  "r",
+  "lora_alpha",
+  "lora_dropout",
+  "use_rslora",
+  "target_modules",
+  "modules_to_save",
+  "init_lora_weights",
+  "inference_mode",
+  "auto_mapping",
+  "fan_in_fan_out",  # peft turns it off for the layers that occur here
+  "peft_version",
+  "megatron_core",
+  "qalora_group_size",
+  "eva_config",
+}
+# How adapters may have begun: other ways (PiSSA, OLoRA ...) change the base.
+_INITS = (None, True, False, "gaussian", "orthogonal", "eva")
+_OFF = (None, False, "none", "", [], {})  # a setting that is not used
 
 
 def is_adapters(folder: pathlib.Path) -> bool:
@@ -58,15 +72,21 @@ def read_config(folder: pathlib.Path, model: Model) -> LoraConfig:
   fields = _fields(folder)
   if fields.get(str, "peft_type") != "LORA":
     raise UserError(f"{fields.where}: peft_type must be LORA")
-  # What changes the arithmetic of an adapter, and is not implemented here.
-  odd = [name for name in _REFUSED if fields.values.get(name)]
-  if fields.get(str, "bias", default="none") != "none":
-    odd.append("bias")
+  # Under any other setting an adapter may be more than W + scale A B.
+  odd = [
+    name
+    for name, value in fields.values.items()
+    if name not in _KNOWN and value not in _OFF
+  ]
+  start = fields.values.get("init_lora_weights")
+  if start not in _INITS:
+    odd.append(f"init_lora_weights={start!r}, which changes the base,")
   if odd:
     raise UserError(
       f"{fields.where}: {', '.join(odd)} is not supported; merge the adapters "
       "with peft and load the whole model"
     )
+  # The adapter's sizes and scale.
   rank = fields.get(int, "r")
   alpha = fields.get(float, "lora_alpha")
   if fields.get(bool, "use_rslora", default=False):
@@ -76,9 +96,15 @@ def read_config(folder: pathlib.Path, model: Model) -> LoraConfig:
   # The targets by our names: PEFT's may be ends of a path or a pattern.
   wanted = fields.values.get("target_modules")
   names = {path: name for name, path in lora.linears(model).items()}
-  targets = tuple(
-    name for path, name in names.items() if _is_target(model, path, wanted)
-  )
+  share = {path: _target_share(model, path, wanted) for path in names}
+  targets = tuple(name for path, name in names.items() if share[path] == 1)
+  partly = [names[path] for path in names if 0 < share[path] < 1]
+  if partly:
+    raise UserError(
+      f"{fields.where}: target_modules {wanted!r} names {', '.join(partly)} of "
+      "some layers only, which is not supported; merge the adapters with peft "
+      "and load the whole model"
+    )
   if not targets:
     raise UserError(
       f"{fields.where}: target_modules {wanted!r} names no linear layer of the "
@@ -99,6 +125,7 @@ def entries(model: Model) -> dict[str, table.Entry]:
     # The peft library keeps a matrix that it has wrapped under this name.
     name = f"{PREFIX}{names['lm_head']}.base_layer.weight"
     matched["lm_head.embedding"] = table.Entry(name)
+  # The adapters, and the heads that are trained in full.
   for path in table.flatten(lora.split(model.shapes)[0]):
     module, _, leaf = path.rpartition(".")
     if leaf in lora.LEAVES:
@@ -145,6 +172,7 @@ def save(
   shapes = lora.split(model.shapes)[0]
   every = entries(model)
   kept = {path: every[path] for path in table.flatten(shapes)}
+  # A file has one dtype: that of the first leaf, which is an adapter's.
   dtype = jnp.dtype(leaves[next(iter(kept))].dtype)
   # Adapters are small: one file, as the peft library expects.
   plan = write.plan_files(kept, shapes, dtype, 2**60, "adapter_model")
@@ -166,7 +194,9 @@ def _config(model: Model, adapters: LoraConfig, base: str) -> JsonObject:
     "r": adapters.rank,
     "lora_alpha": adapters.alpha,
     "lora_dropout": adapters.dropout,
+    # Once each: two of our names may stand for one layer.
     "target_modules": list(dict.fromkeys(targets)),
+    # PEFT saves and loads these whole, next to the adapters.
     "modules_to_save": heads or None,
     "bias": "none",
     "fan_in_fan_out": False,
@@ -188,18 +218,23 @@ def _theirs(model: Model, path: str) -> list[str]:
   return table.Entry(_names(model)[path]).names((layers,))
 
 
-def _is_target(model: Model, path: str, wanted: str | list[str] | None) -> bool:
-  """Whether `target_modules` names this module, by PEFT's rules."""
+def _target_share(
+  model: Model, path: str, wanted: str | list[str] | None
+) -> float:
+  """In how many of the layers `target_modules` names this module, in [0, 1]."""
   is_output = path == "lm_head"
   # PEFT leaves the output matrix out of "all-linear".
   if wanted == "all-linear":
-    return not is_output
+    return float(not is_output)
   names = model.config.module.outputs if is_output else _theirs(model, path)
   if isinstance(wanted, str):  # a pattern for the whole path
-    return any(re.fullmatch(wanted, name) for name in names)
-  # A name matches whole parts of the path, hence the leading dots.
-  ends = tuple(f".{target}" for target in wanted or ())
-  return any(f".{name}".endswith(ends) for name in names)
+    named = [bool(re.fullmatch(wanted, name)) for name in names]
+  else:
+    # A name matches whole parts of the path, hence the leading dots.
+    ends = tuple(f".{target}" for target in wanted or ())
+    named = [f".{name}".endswith(ends) for name in names]
+  # The output matrix has several names and is there once.
+  return float(any(named)) if is_output else sum(named) / len(named)
 
 
 def _fields(folder: pathlib.Path) -> Fields:

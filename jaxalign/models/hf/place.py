@@ -38,6 +38,7 @@ def place(
       None = `STAGE_BYTES`, and no limit on a CPU, where the array on the host
       becomes the parameter.
   """
+  # What this host's devices hold of the parameter.
   stacked = len(shape) > len(tensors[0].shape)
   whole = tuple(slice(None) for _ in shape)
   if sharding is None:
@@ -73,6 +74,7 @@ def place(
   order = axes or tuple(range(len(box) - 1))
   index = tuple(slice(*box[1 + i]) for i in np.argsort(order))
 
+  # Filling the shards: on the devices if they are large, else on the host.
   largest = dtype.itemsize * max(math.prod(size) for size in sizes.values())
   if stage_bytes is None:
     stage_bytes = largest if platform == "cpu" else STAGE_BYTES
@@ -83,6 +85,7 @@ def place(
       for device, shard in shards.items()
     }
     for layer in range(*box[0]):
+      # A layer is read once for all devices of this host.
       values = tensors[layer].read(index).transpose(order)
       for device, shard in shards.items():
         first, last = shard[0]
@@ -107,6 +110,7 @@ def place(
           piece = values[places[shard]]
           # unsafe: numbers may lose bits
           np.copyto(array[layer - first], piece, casting="unsafe")
+    # A leaf that is not stacked is its only layer.
     arrays = [
       jax.device_put(on_host[shard] if stacked else on_host[shard][0], device)
       for device, shard in shards.items()
@@ -118,11 +122,13 @@ def place(
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _set_layer(array, piece, index):
+  # `array` is donated, so the layer is written in place.
   return jax.lax.dynamic_update_index_in_dim(array, piece, index, 0)
 
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
   """An uninitialised array that JAX's CPU backend uses without copying it."""
+  # XLA's CPU backend takes over a buffer that starts at a multiple of 64.
   size = math.prod(shape) * dtype.itemsize
   raw = np.empty(size + 64, np.uint8)
   start = -raw.ctypes.data % 64

@@ -34,8 +34,10 @@ def read(
     merged |= part
   # The new place first, then the old ones.
   rope = Fields(merged, f"{fields.where}: rope_parameters")
+  # NaN marks an absent number: without a default `get` refuses the file.
   base = rope.get(float, "rope_theta", default=math.nan)
   if math.isnan(base):
+    # 1e4 is the base of Su et al. (2021).
     base = fields.get(float, "rope_theta", "rotary_emb_base", default=1e4)
   share = rope.get(float, "partial_rotary_factor", default=math.nan)
   if math.isnan(share):

@@ -114,6 +114,7 @@ def entries(
       continue
     entry = names.get(path)
     if not isinstance(entry, Entry):
+      # By the rule: the module's name, then `weight` or `bias`.
       suffix, axes = _LEAF_RULES[leaf]
       entry = Entry(f"{names[module]}.{suffix}", axes)
     matched[path] = entry

@@ -85,6 +85,7 @@ class TorchTensor:
       raise UserError(
         f"{self.path}: {self.name} is damaged: {error}; download it again"
       ) from error
+    # A view by strides: a transposed tensor is stored in its old order.
     strides = tuple(step * dtype.itemsize for step in self.strides)
     tensor = np.lib.stride_tricks.as_strided(raw, self.shape, strides)
     return tensor[(*index, ...)]
@@ -106,6 +107,7 @@ class _View:
 
 
 def _rebuild_tensor(storage, offset, shape, strides, *_):
+  # The rest is requires_grad and hooks, which weights do not need.
   return _View(storage, offset, shape, strides)
 
 
@@ -140,6 +142,7 @@ class _Unpickler(pickle.Unpickler):
 
   def persistent_load(self, pid: Any) -> _Storage:
     """A storage, from `("storage", type, key, device, size)`."""
+    # `kind` is what `find_class` answered for the storage's type.
     tag, kind, key, *_ = pid
     if tag != "storage" or kind not in DTYPES or not isinstance(key, str):
       raise UserError(f"{self.where} refers to an unknown object {pid!r}")
@@ -161,10 +164,12 @@ def open_file(path: pathlib.Path) -> dict[str, TorchTensor]:
   # The archive: one pickle that describes the tensors, one member a storage.
   with zipfile.ZipFile(path) as archive:
     members = {info.filename: info for info in archive.infolist()}
+    # All members are in one folder, whose name depends on the saver.
     root = next((n for n in members if n.endswith("/data.pkl")), None)
     if root is None or members[root].file_size > _MAX_PICKLE:
       raise UserError(f"{path} is not a file of torch tensors")
     prefix = root.removesuffix("data.pkl")
+    # Older files lack this member and are taken as little-endian.
     order = prefix + "byteorder"
     if order in members and archive.read(order) != b"little":
       raise UserError(f"{path} is in big-endian order, which is not supported")
@@ -214,6 +219,7 @@ def _tensor(
   tensor = TorchTensor(
     name, view.shape, kind, path, member, view.offset, view.strides
   )
+  # The tensor must end within its storage.
   info = members.get(member)
   size = (tensor.offset + tensor.extent) * DTYPES[kind].itemsize
   if (

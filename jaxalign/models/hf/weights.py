@@ -61,6 +61,7 @@ def open_tensors(
   """
   for name in names:
     index = folder / f"{name}.index.json"
+    # One file, or an index that names several.
     if (folder / name).is_file():
       paths = [folder / name]
     elif index.is_file():

@@ -53,6 +53,7 @@ def save(
   Raises:
     UserError: the folder holds other files, or cannot be written.
   """
+  # Planning each tensor's place, from the shapes alone.
   leaves = table.flatten(params)
   number = jnp.dtype(dtype or leaves["embedding.embedding"].dtype)
   entries = table.entries(architecture(model).names(model.config), model.shapes)
@@ -67,6 +68,7 @@ def save(
   with replacing(pathlib.Path(folder)) as new:
     values = config_values(model, str(number)) | (config or {})
     write_json(new / "config.json", values)
+    # Several files need an index that says which of them holds a tensor.
     if len(plan.headers) > 1:
       total = {"total_size": plan.tensor_bytes}
       index = {"metadata": total, "weight_map": plan.files}
@@ -86,6 +88,7 @@ def config_values(model: Model, dtype: str) -> JsonObject:
     "dtype": dtype,
   }
   if config.head != "lm":
+    # transformers counts the labels in this table; a score is one label.
     names = config.groups or ("LABEL_0",)
     values["id2label"] = {str(i): name for i, name in enumerate(names)}
     values["label2id"] = {name: i for i, name in enumerate(names)}
@@ -182,12 +185,14 @@ def write_tensors(
       files[name].write(header)
     for path, leaf in leaves:
       entry = plan.entries[path]
+      # The file has one tensor for each layer of a stacked leaf.
       layers = leaf if entry.stacked else [leaf]
       for name, tensor in zip(entry.names(leaf.shape), layers, strict=True):
         if entry.axes:  # argsort undoes a transposition
           tensor = tensor.transpose(np.argsort(entry.axes))
         file = files[plan.files[name]]
         file.seek(plan.offsets[name])
+        # As bytes: a bfloat16 array has no buffer that `write` accepts.
         raw = np.ascontiguousarray(tensor, plan.dtype).view(np.uint8)
         file.write(raw.data)
     # On the disk before the folder is renamed.
@@ -237,6 +242,7 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
       the disk is full.
   """
   check_target(folder)
+  # In the same parent: a renaming cannot cross file systems.
   new = folder.with_name(f".{folder.name}.new-{os.getpid()}")
   old = folder.with_name(f".{folder.name}.old-{os.getpid()}")
   try:
@@ -248,6 +254,7 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     try:
       new.rename(folder)
     except BaseException:
+      # Also after an interrupt: the old model gets its name back.
       if old.is_dir():
         old.rename(folder)
       raise
@@ -257,6 +264,7 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
       "give it room, or name another folder"
     ) from error
   finally:
+    # After a success `new` is gone, and `old` is what it replaced.
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
 
