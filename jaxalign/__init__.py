@@ -58,7 +58,7 @@ def load(
   Raises:
     UserError: one line that says what is wrong with the folder.
   """
-  from jaxalign.data.tokenizer import has_tokenizer, load_tokenizer
+  from jaxalign.data.tokenizer import has_tokenizer
   from jaxalign.models import groups
   from jaxalign.models.hf import folder, hub
   from jaxalign.setup import models
@@ -71,7 +71,7 @@ def load(
     names = model.config.groups
     weights = groups.weights_of(names, group_weights, f"group_weights: {path}")
     model, params = groups.fold(model, params, weights)
-  tokenizer = load_tokenizer(path) if has_tokenizer(path) else None
+  tokenizer = models.tokenizer_of(path, model) if has_tokenizer(path) else None
   return models.Loaded(model, params, tokenizer)
 
 
@@ -154,8 +154,7 @@ def generate(
       f"{model.model.config.head!r}"
     )
   settings.setdefault("pad_id", tokenizer.pad_id)
-  if tokenizer.eos_id is not None:
-    settings.setdefault("eos_ids", (tokenizer.eos_id,))
+  settings.setdefault("eos_ids", tokenizer.end_ids)
   generator = Generator(
     _kept(model, "sampler", lambda: Sampler(model.model)),
     tokenizer,

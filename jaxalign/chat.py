@@ -94,7 +94,7 @@ def run(argv: Sequence[str]) -> None:
     tokenizer,
     settings.make(
       **chosen,
-      eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+      eos_ids=tokenizer.end_ids,
       # A stream ends itself at the next turn; whole completions need stops.
       stops=tokenizer.encode_batch(turns) if reward_model else (),
       pad_id=tokenizer.pad_id,

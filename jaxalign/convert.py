@@ -73,7 +73,7 @@ def run(argv: Sequence[str]) -> None:
     save_adapters(args.source, args.target)
   print(f"wrote {args.target}")
   if args.check:
-    print(check(args.target))
+    print(check(args.target, args.source))
 
 
 def convert(
@@ -217,8 +217,13 @@ def _sizes(tree: PyTree) -> PyTree:
   return jax.tree.map(lambda leaf: leaf.shape, tree)
 
 
-def check(target: Path) -> str:
+def check(target: Path, source: Path | None = None) -> str:
   """Compares a folder's logits, read here and by transformers, in float32.
+
+  Args:
+    target: the folder that was written; it is left as it is.
+    source: what it was written from, if transformers can read that too: then
+      both folders have to give transformers the same logits.
 
   Returns:
     One line: what was compared, or why nothing was.
@@ -233,36 +238,59 @@ def check(target: Path) -> str:
   if head in ("score_mean", "score_eos"):
     return f"not checked: transformers has no class with the head {head}"
 
-  # Random ids in rows of several lengths, padded on the right with 0.
+  # Random ids in rows of several lengths, and the same rows ending in eos, at
+  # which a score may be read.
   rng, size = np.random.default_rng(0), loaded.model.config.vocab_size
-  lengths = np.array([1, 7, 20, 32])
-  mask = np.arange(lengths.max()) < lengths[:, None]
-  tokens = np.where(mask, rng.integers(min(3, size - 1), size, mask.shape), 0)
-  ours = np.asarray(jaxalign.logits(loaded, tokens, mask))
-  theirs = _transformers_logits(target, tokens, mask, head == "lm")
+  rows = [rng.integers(min(3, size - 1), size, n) for n in (1, 7, 20, 32)]
+  if loaded.tokenizer is not None and loaded.tokenizer.eos_id is not None:
+    rows += [np.append(row, loaded.tokenizer.eos_id) for row in rows]
+  ours = np.concatenate([_our_logits(loaded, row) for row in rows])
+  theirs = _transformers_logits(target, rows, head == "lm")
+  line = _compare(ours, theirs, f"{target} differs from transformers")
+  line += f", over {sum(map(len, rows))} tokens"
+  # What the writing lost would be missing on both sides above.
+  if source is None or not _is_plain(pathlib.Path(source)):
+    return f"checked against transformers: {line}"
+  dtype = folder.stored_dtype(target)
+  before = _transformers_logits(source, rows, head == "lm", dtype)
+  of_source = _compare(theirs, before, f"{target} differs from {source}")
+  return f"checked against transformers: {line}; from the source: {of_source}"
 
-  # Padding is not compared; scores become a column, as transformers has it.
-  if head == "lm":
-    ours, theirs = ours[mask], theirs[mask]
-  elif ours.ndim == 1:
-    ours = ours[:, None]
+
+def _is_plain(place: pathlib.Path) -> bool:
+  """Whether a folder is a whole model of a kind that transformers knows."""
+  path = place / "config.json"
+  if not path.is_file() or find_run(place)[0] is not None:
+    return False
+  values = config_json.read_json(path)
+  return "jaxalign_head" not in values and "base_model_config" not in values
+
+
+def _compare(ours: np.ndarray, theirs: np.ndarray, failure: str) -> str:
+  """Largest difference of logits `[N, V]` or scores `[N, 1]`, as text."""
   gap = float(np.abs(ours - theirs).max())
   line = f"max abs difference {gap:.2e}"
-  if head == "lm":
+  if ours.shape[-1] > 1:
     logp = theirs - np.logaddexp.reduce(theirs, -1, keepdims=True)
     logq = ours - np.logaddexp.reduce(ours, -1, keepdims=True)
     kl = float((np.exp(logp) * (logp - logq)).sum(-1).mean())
     line += f", KL {kl:.2e} nats a token"
-  line += f", over {int(mask.sum())} tokens"
   # Not `gap > bound`: NaN must not pass.
   if not gap <= 1e-3 * max(1.0, float(np.abs(theirs).max())):
-    raise UserError(f"{target} differs from transformers: {line}")
-  return f"checked against transformers: {line}"
+    raise UserError(f"{failure}: {line}")
+  return line
+
+
+def _our_logits(loaded: jaxalign.Loaded, row: np.ndarray) -> np.ndarray:
+  """Of one row of ids, as transformers has them: `[T, V]`, or `[1, labels]`."""
+  found = np.asarray(jaxalign.logits(loaded, row[None]))
+  return found[0] if loaded.model.config.head == "lm" else found.reshape(1, -1)
 
 
 def _transformers_logits(
-  target: Path, tokens: np.ndarray, mask: np.ndarray, causal: bool
+  place: Path, rows: list[np.ndarray], causal: bool, dtype: str = "float32"
 ) -> np.ndarray:
+  """Of rows of ids, one by one, as a pad id would have to be made up."""
   import torch
   import transformers
 
@@ -271,12 +299,12 @@ def _transformers_logits(
   auto = transformers.AutoModelForSequenceClassification
   if causal:
     auto = transformers.AutoModelForCausalLM
-  model = auto.from_pretrained(target, dtype=torch.float32).eval()
-  # The rows are padded with 0, whatever the tokenizer's pad token is.
-  model.config.pad_token_id = 0
+  # The numbers of the file, the arithmetic of float32.
+  model = auto.from_pretrained(place, dtype=getattr(torch, dtype))
+  model = model.float().eval()
   with torch.no_grad():
-    out = model(torch.tensor(tokens), attention_mask=torch.tensor(mask).long())
-  return out.logits.numpy()
+    found = [model(torch.tensor(row[None])).logits[0] for row in rows]
+  return np.concatenate([np.atleast_2d(logits.numpy()) for logits in found])
 
 
 if __name__ == "__main__":

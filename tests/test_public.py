@@ -1,6 +1,8 @@
 """The five functions for notebooks, on a tiny model with its tokenizer."""
 
+import copy
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -99,3 +101,44 @@ def test_save_writes_tokenizer_and_card(policy, tmp_path):
   assert config["pad_token_id"] == 0
   again = jaxalign.load(tmp_path / "out")
   assert again.tokenizer.encode("a b") == model.tokenizer.encode("a b")
+
+
+def test_every_end_that_the_folder_names_ends_a_completion(policy, tmp_path):
+  """As transformers has it; a saved folder names them again."""
+  model = jaxalign.load(policy)
+  greedy = {"temperature": 0, "max_new_tokens": 6}
+  ((whole,),) = jaxalign.generate(model, ["a b c"], **greedy)
+  words = whole.split()
+  at = max(words.index(word) for word in words)  # first seen after others
+  assert at > 0
+  (end,) = model.tokenizer.encode(words[at])
+  path = tmp_path / "model"
+  shutil.copytree(policy, path)
+  generation = {"eos_token_id": [1, end, 10**6], "top_p": 0.9}
+  (path / "generation_config.json").write_text(json.dumps(generation))
+  model = jaxalign.load(path)
+  assert model.tokenizer.end_ids == (1, end)
+  ((text,),) = jaxalign.generate(model, ["a b c"], **greedy)
+  assert text.split() == words[: at + 1]
+
+  jaxalign.save(model, tmp_path / "saved")
+  again = tmp_path / "saved" / "generation_config.json"
+  assert json.loads(again.read_text()) == generation
+  config = json.loads((tmp_path / "saved" / "config.json").read_text())
+  assert config["eos_token_id"] == [1, end]
+
+
+def test_a_pad_token_that_the_model_lacks_is_not_written(policy, tmp_path):
+  """Nor one that only stands in: both would change what transformers reads."""
+  path = tmp_path / "model"
+  shutil.copytree(policy, path)
+  tokenizer = jaxalign.load(policy).tokenizer
+  inner = copy.deepcopy(tokenizer.inner)
+  inner.add_special_tokens({"pad_token": "[PAD]"})
+  assert inner.pad_token_id == SIZE
+  inner.save_pretrained(path)
+  model = jaxalign.load(path)
+  assert model.tokenizer.pad_id < SIZE
+  jaxalign.save(model, tmp_path / "saved")
+  config = json.loads((tmp_path / "saved" / "config.json").read_text())
+  assert config["pad_token_id"] is None

@@ -10,7 +10,7 @@ def top_k(scores: Float[np.ndarray, " S"], keep: int) -> Int[np.ndarray, " K"]:
   A score of minus infinity marks a completion that must not be kept (it is
   empty or its reward is not finite), so fewer than `keep` may come back.
   """
-  # Negated and not reversed, which would turn ties around.
+  # Negated rather than reversed: reversing would turn ties around.
   order = np.argsort(-scores, kind="stable")[:keep]
   return order[np.isfinite(scores[order])]
 

@@ -44,7 +44,7 @@ def encode_rows(
   *,
   max_length: int,
   loss: str = "completion",
-  train_eos: bool | Sequence[bool] = False,
+  train_eos: bool | Sequence[int | None] = False,
   overlong: str = "error",
   prompt_ids: Mapping[str, list[int]] | None = None,
 ) -> EncodedRows:
@@ -60,9 +60,9 @@ def encode_rows(
     completions: as many.
     max_length: ids per row at most; the completion is cut on the right.
     loss: `completion`: only its ids count; `all`: all but the first id.
-    train_eos: append the eos id to completions that were not cut and count
-      it, so that the model learns to stop; for all rows or for each. The 2023
-      code did not.
+    train_eos: append the eos id to completions that were not cut and do not
+      end in it already, and count it, so that the model learns to stop; or of
+      each row the id to append, None = none. The 2023 code did not.
     overlong: what to do with a prompt that leaves no room for one id of the
       completion: `error`, or `skip` and count it.
     prompt_ids: of every prompt, where they are known already.
@@ -71,12 +71,12 @@ def encode_rows(
     UserError: an overlong prompt under `error`, or `train_eos` with a
       tokenizer that has no eos token.
   """
-  if isinstance(train_eos, bool):
-    train_eos = [train_eos] * len(prompts)
-  if any(train_eos) and tokenizer.eos_id is None:
+  if train_eos is True and tokenizer.eos_id is None:
     raise UserError(
       f"train_eos needs an eos token, {tokenizer.name} has none; turn it off"
     )
+  if isinstance(train_eos, bool):
+    train_eos = [tokenizer.eos_id if train_eos else None] * len(prompts)
   # The prompts by themselves, as the sampler reads them.
   if prompt_ids is None:
     distinct = list(dict.fromkeys(prompts))  # one often has many completions
@@ -99,12 +99,14 @@ def encode_rows(
         f"holds {max_length} with at least one for the completion; filter "
         f"prompts by length or skip them: {prompt[:60]!r}"
       )
-    # A token straddles the seam.
+    # Where a token straddles the seam, the prompt keeps its own ids.
     if ids[: len(start)] != start:
       ids = start + tokenizer.encode(texts[index][len(prompt) :])
-    # A text that is cut gets no eos id: it did not end there.
-    eos = tokenizer.eos_id if train_eos[index] else None
-    end = [] if eos is None else [eos]
+    # A text that is cut gets no eos id: it did not end there. Nor does one that
+    # has an end already, of a chat template or its own.
+    eos = train_eos[index]
+    has_end = eos is not None and _ends(tokenizer, ids[len(start) :])
+    end = [] if eos is None or has_end else [eos]
     complete = len(ids) + len(end) <= max_length
     ids = (ids + end if complete else ids)[:max_length]
     # Nothing predicts the first id, so it never counts.
@@ -113,6 +115,12 @@ def encode_rows(
     rows.append(Encoded(tuple(ids), len(start), mask, complete))
     kept.append(index)
   return EncodedRows(tuple(rows), tuple(kept), len(texts) - len(rows))
+
+
+def _ends(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
+  """Whether a completion has an end, at most blanks after it."""
+  places = [at for at, i in enumerate(ids) if i in tokenizer.end_ids]
+  return bool(places) and not tokenizer.decode(ids[places[-1] :]).strip()
 
 
 def encode_completions(
@@ -129,18 +137,24 @@ def encode_completions(
     completions: of one step; their prompts fit into `max_length`.
     indices: flat, of the completions to encode.
     max_length: ids a row at most.
-    train_eos: append the eos id, if there is one, to completions that ended
-      and were not cut.
+    train_eos: append the id that ended a completion, or the eos id where its
+      text was cut at a turn; nothing where it reached the length limit.
   """
   # Row p S + s is sample s of prompt p.
-  each = completions.samples_per_prompt
-  ends = train_eos and tokenizer.eos_id is not None
+  each, samples = completions.samples_per_prompt, completions.samples
+
+  def end_of(i: np.integer) -> int | None:
+    if not (train_eos and completions.ended[i]):
+      return None
+    last = int(samples.tokens[i][max(samples.lengths[i] - 1, 0)])
+    return last if last in tokenizer.end_ids else tokenizer.eos_id
+
   known = zip(completions.prompts, completions.prompt_ids, strict=True)
   return encode_rows(
     tokenizer,
     [completions.prompts[i // each] for i in indices],
     [completions.texts[i] for i in indices],
     max_length=max_length,
-    train_eos=[ends and completions.ended[i] for i in indices],
+    train_eos=[end_of(i) for i in indices],
     prompt_ids=dict(known),
   ).rows

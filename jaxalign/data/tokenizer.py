@@ -6,11 +6,13 @@ every id that can occur in `vocab_size`.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
+from jaxalign.core.types import JsonObject
 from jaxalign.errors import UserError
 from jaxalign.text import templates
 
@@ -21,6 +23,7 @@ FILES = (
   "tokenizer.model",
   "spm.model",
 )
+GENERATION = "generation_config.json"
 # Names of the end-of-text token, for files that do not say which one it is.
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")
 
@@ -41,6 +44,11 @@ class Tokenizer:
   vocab_size: int  # one more than the largest id
   prefix: tuple[int, ...]  # special tokens it puts before a text, e.g. (bos,)
   suffix: tuple[int, ...]  # special tokens it puts after a text, e.g. (sep,)
+  end_ids: tuple[int, ...] = ()  # any of them ends a completion; eos is first
+  # generation_config.json of the model's folder; written with the tokenizer.
+  generation: JsonObject = dataclasses.field(
+    default_factory=dict, compare=False
+  )
 
   def encode(self, text: str) -> list[int]:
     """Ids of a text without special tokens added."""
@@ -167,19 +175,27 @@ class Tokenizer:
     rows = zip(found["input_ids"], found["token_type_ids"], strict=True)
     return [(ids + tail, types + types[-1:] * len(tail)) for ids, types in rows]
 
-  def special_ids(self) -> dict[str, int]:
+  def special_ids(self) -> JsonObject:
     """The special tokens as fields of a model's `config.json`."""
-    ids = {
-      "pad_token_id": self.pad_id,
+    # An id that only fills rows here is no pad token: transformers would take
+    # the texts' ends for padding.
+    pad = self.inner.pad_token_id
+    ids: JsonObject = {
       "bos_token_id": self.bos_id,
       "eos_token_id": self.eos_id,
     }
-    return {name: value for name, value in ids.items() if value is not None}
+    if len(self.end_ids) > 1:
+      ids["eos_token_id"] = list(self.end_ids)
+    known = {name: value for name, value in ids.items() if value is not None}
+    return known | {"pad_token_id": pad if pad == self.pad_id else None}
 
   def save(self, folder: str | pathlib.Path) -> None:
     """Writes the files that transformers loads a tokenizer from."""
     try:
       self.inner.save_pretrained(str(folder))
+      if self.generation:
+        text = json.dumps(self.generation, indent=2) + "\n"
+        (pathlib.Path(folder) / GENERATION).write_text(text, encoding="utf-8")
     except Exception as error:  # the Rust library's error for a full disk
       reason = (str(error).splitlines() or [type(error).__name__])[0]
       raise UserError(
@@ -280,6 +296,7 @@ def wrap_tokenizer(inner: HFTokenizer, name: str = "tokenizer") -> Tokenizer:
     vocab_size=max(inner.get_vocab().values()) + 1,
     prefix=tuple(full[:at]),
     suffix=tuple(full[at + len(plain) :]),
+    end_ids=() if inner.eos_token_id is None else (inner.eos_token_id,),
   )
 
 
@@ -316,3 +333,30 @@ def check_vocabulary(
   eos = tokenizer.eos_id
   pad = eos if eos is not None and eos < vocab_size else 0
   return dataclasses.replace(tokenizer, pad_id=pad)
+
+
+def with_generation(
+  tokenizer: Tokenizer, generation: JsonObject, config: JsonObject
+) -> Tokenizer:
+  """The tokenizer, ending completions wherever the model's folder says.
+
+  Chat models list several ends, of a turn and of a text; the tokenizer knows
+  one of them. The ends are those of all three, as transformers has it.
+
+  Args:
+    tokenizer: of the model.
+    generation: its `generation_config.json`, {} if there is none.
+    config: its `config.json`.
+  """
+  ends = list(tokenizer.end_ids)
+  for values in (config, generation):
+    named = values.get("eos_token_id")
+    ends += named if isinstance(named, list) else [named]
+  known = dict.fromkeys(
+    end
+    for end in ends
+    if isinstance(end, int) and 0 <= end < tokenizer.vocab_size
+  )
+  return dataclasses.replace(
+    tokenizer, end_ids=tuple(known), generation=generation
+  )

@@ -181,7 +181,7 @@ class DebertaBlock(nnx.Module):
     attended = self._attention(x, mask, relative, queries, keys[:3])
     attended = self.attention_output(attended, keys[3])
     attended = dropout(attended, rate, keys[4])
-    # Each sum is normalised after it, not before as in the causal models.
+    # Normalised after each residual sum; the causal models do so before.
     x = self.attention_norm(x[:, :queries] + attended)
     act = ACTIVATIONS[self.config.activation]
     out = self.output(act(self.intermediate(x, keys[5])), keys[6])

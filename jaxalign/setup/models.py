@@ -15,6 +15,7 @@ from jaxalign.data.tokenizer import (
   Tokenizer,
   check_vocabulary,
   load_tokenizer,
+  with_generation,
 )
 from jaxalign.errors import UserError
 from jaxalign.models import groups
@@ -118,6 +119,17 @@ def locate(name: str, lab: str) -> str:
   return str(LAB / lab) if name == "lab" else name
 
 
+def tokenizer_of(source: str | pathlib.Path, model: Model) -> Tokenizer:
+  """The tokenizer in a model's folder, with the ends that the folder names.
+
+  Raises:
+    UserError: there is none, or it is another model's.
+  """
+  tokenizer = load_tokenizer(source)
+  tokenizer = with_generation(tokenizer, *hf.generation_configs(source))
+  return check_vocabulary(tokenizer, model.config.vocab_size, str(source))
+
+
 def open_policy(
   config: TrainingConfig, mesh: Mesh, head: str = "lm"
 ) -> ModelSpec:
@@ -163,10 +175,7 @@ def open_policy(
     remat=config.remat,
     seed=config.seed,
   )
-  tokenizer = load_tokenizer(source)
-  tokenizer = check_vocabulary(
-    tokenizer, pretrained.model.config.vocab_size, str(source)
-  )
+  tokenizer = tokenizer_of(source, pretrained.model)
   return ModelSpec(pretrained.model, tokenizer, mesh, pretrained, config.seed)
 
 
@@ -198,9 +207,7 @@ def open_reward_model(
       f"{field}: {name} is a language model without a score head; give "
       "a sequence classifier, e.g. one trained with configs/reward_model.py"
     )
-  tokenizer = check_vocabulary(
-    load_tokenizer(source), model.config.vocab_size, str(source)
-  )
+  tokenizer = tokenizer_of(source, model)
   # Groups: the folder has a head for each, the run reads their sum.
   weights = groups.weights_of(model.config.groups, given, f"{field}: {place}")
   if not weights:

@@ -186,7 +186,7 @@ def sampling_params(
     no_repeat_ngram=sampling.no_repeat_ngram,
     min_new_tokens=sampling.min_new_tokens,
     max_new_tokens=sampling.max_new_tokens,
-    eos_ids=() if tokenizer.eos_id is None else (tokenizer.eos_id,),
+    eos_ids=tokenizer.end_ids,
     stops=tokenizer.encode_batch(generator.TURNS) if cuts else (),
     pad_id=tokenizer.pad_id,
   )

@@ -53,6 +53,16 @@ def test_eos_is_trained_only_if_asked_and_not_cut(tiny):
   assert one(tiny, PROMPT, "yes", train_eos=True, max_length=exact + 1).complete
 
 
+@pytest.mark.parametrize("end", ["</s>", "</s>\n"])
+def test_a_text_that_has_its_end_gets_no_second_one(tiny, end):
+  """As chat templates write it, some with a newline behind."""
+  row = one(tiny, PROMPT, "yes" + end, train_eos=True)
+  assert list(row.ids).count(tiny.eos_id) == 1
+  assert row.loss_mask[list(row.ids).index(tiny.eos_id)]
+  row = one(tiny, PROMPT, f"yes{end}no", train_eos=True)
+  assert row.ids[-1] == tiny.eos_id
+
+
 def test_completion_is_cut_on_the_right(tiny):
   row = one(tiny, PROMPT, "long answer", max_length=len(PROMPT) + 3)
   assert counted(tiny, row) == " lo"
@@ -114,6 +124,19 @@ def written(tokenizer, prompts, texts, ended, prompt_ids=None):
     ended=ended,
     num_tokens=[len(text) for text in texts],
   )
+
+
+def test_the_end_that_was_drawn_is_the_one_that_is_trained(tiny):
+  """An end of turn is not replaced by the end of text."""
+  tokenizer = dataclasses.replace(tiny, end_ids=(1, 5))
+  found = written(tokenizer, ["ab"], ["x", "y", "z"], [True, True, False])
+  tokens = np.array([[7, 5], [7, 8], [7, 5]], np.int32)
+  logps, lengths = np.zeros((3, 2), np.float32), np.full(3, 2, np.int32)
+  samples = Samples(tokens, lengths, lengths, logps, logps)
+  found = dataclasses.replace(found, samples=samples)
+  rows = encode_completions(tokenizer, found, np.arange(3), 64, True)
+  assert [row.ids[-1] for row in rows[:2]] == [5, 1]
+  assert tokenizer.decode(rows[2].ids) == "ab z"
 
 
 def test_completions_reuse_the_ids_of_their_prompts(tiny):

@@ -195,6 +195,72 @@ def test_an_adapter_on_a_tied_output_is_refused(tmp_path):
   assert "v_proj; its output matrix is the embedding" in message
 
 
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    (
+      {"init_lora_weights": "pissa"},
+      "init_lora_weights='pissa', which changes",
+    ),
+    (
+      {"init_lora_weights": "olora"},
+      "init_lora_weights='olora', which changes",
+    ),
+    ({"use_dora": True}, "use_dora is not supported; merge"),
+    ({"rank_pattern": {"q_proj": 4}}, "rank_pattern is not supported; merge"),
+    (
+      {"exclude_modules": ["v_proj"]},
+      "exclude_modules is not supported; merge",
+    ),
+    ({"invented_later": 3}, "invented_later is not supported; merge"),
+    (
+      {"target_modules": r".*layers\.0.*q_proj"},
+      "names q_proj of some layers only",
+    ),
+  ],
+)
+def test_what_an_adapter_may_be_beside_a_product_is_refused(
+  settings, said, tmp_path
+):
+  """Known settings pass; any other that is in use may change the weights."""
+  save(CONFIGS["llama"], tmp_path / "base")
+  config = theirs.LoraConfig(
+    r=2,
+    target_modules=["q_proj", "v_proj"],
+    task_type="CAUSAL_LM",
+    base_model_name_or_path=str(tmp_path / "base"),
+  )
+  config.save_pretrained(tmp_path / "adapters")
+  path = tmp_path / "adapters" / "adapter_config.json"
+  path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+  with pytest.raises(UserError) as caught:
+    folder.open_pretrained(tmp_path / "adapters")
+  assert said in str(caught.value)
+
+
+def test_a_score_head_is_never_drawn_unasked(base, deberta, tmp_path):
+  """A file without the head, and one without DeBERTa's pooler."""
+  from safetensors.torch import load_file, save_file
+
+  path, targets = base
+  whole = their_classifier(path)
+  save_peft(whole, targets, tmp_path / "a", task_type="SEQ_CLS")
+  file = tmp_path / "a" / "adapter_model.safetensors"
+  kept = {k: v for k, v in load_file(file).items() if "score" not in k}
+  save_file(kept, file)
+  with pytest.raises(UserError, match="score head is missing, and a drawn one"):
+    folder.load(tmp_path / "a")
+  # Asked for, as training does, it is drawn.
+  assert folder.load(tmp_path / "a", head="score_last")[0].shapes["score_head"]
+
+  config = transformers.AutoConfig.from_pretrained(deberta)
+  transformers.DebertaV2Model(config).save_pretrained(tmp_path / "trunk")
+  whole = their_classifier(tmp_path / "trunk")
+  save_peft(whole, ["key_proj"], tmp_path / "b", task_type="SEQ_CLS")
+  with pytest.raises(UserError, match=r"pooler.* of the score head is missing"):
+    folder.load(tmp_path / "b")
+
+
 def test_score_head_travels_with_the_adapters(base, tmp_path):
   path, targets = base
   adapters = LoraConfig(2, 4.0, targets=tuple(targets))

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxalign.core.types import Params
+from jaxalign.core.types import JsonObject, Params
 from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
 from jaxalign.models.hf import hub, peft, place, table, weights
@@ -24,7 +24,7 @@ from jaxalign.models.hf.architectures import (
   Architecture,
   architecture,
 )
-from jaxalign.models.hf.config_json import Fields, read_config
+from jaxalign.models.hf.config_json import Fields, read_config, read_json
 from jaxalign.models.hf.weights import FileTensor
 from jaxalign.models.hf.write import save
 from jaxalign.models.layers import ACTIVATIONS, LoraConfig
@@ -34,6 +34,7 @@ from jaxalign.models.model import Model
 __all__ = [
   "Pretrained",
   "from_config",
+  "generation_configs",
   "load",
   "open_pretrained",
   "save",
@@ -336,6 +337,18 @@ def from_config(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
       f"num_key_value_heads {config.kv_heads}"
     )
   return Model.build(config)
+
+
+def generation_configs(
+  source: str | pathlib.Path,
+) -> tuple[JsonObject, JsonObject]:
+  """A model's `generation_config.json`, {} if absent, and `config.json`.
+
+  Of adapters those of their base.
+  """
+  place = _folders(source)[0]
+  path = place / "generation_config.json"
+  return read_json(path) if path.is_file() else {}, read_config(place).values
 
 
 def stored_dtype(source: str | pathlib.Path) -> str:

@@ -16,7 +16,7 @@ CLASSES = {
   "score_mean": "GPTNeoForSequenceClassification",
 }
 HEADS = ("score_head",)
-# The head of SuperHF's reward models.
+# SuperHF's reward models call their score head `v_head`.
 ALIASES = (("score.", "v_head."),)
 IGNORED = (
   # Buffers of the causal mask, which older files carry.

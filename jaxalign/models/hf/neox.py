@@ -19,7 +19,7 @@ HEADS = ("score_head",)
 ALIASES = (
   ("embed_out.", "lm_head."),
   ("lm_head.", "embed_out."),  # adapters of older transformers
-  # The head of SuperHF's reward models.
+  # SuperHF's reward models call their score head `v_head`.
   ("score.", "v_head."),
 )
 IGNORED = (

@@ -110,7 +110,7 @@ def place(
           piece = values[places[shard]]
           # unsafe: numbers may lose bits
           np.copyto(array[layer - first], piece, casting="unsafe")
-    # A leaf that is not stacked is its only layer.
+    # A leaf that is not stacked has one layer, which is the leaf.
     arrays = [
       jax.device_put(on_host[shard] if stacked else on_host[shard][0], device)
       for device, shard in shards.items()
@@ -128,7 +128,7 @@ def _set_layer(array, piece, index):
 
 def _aligned(shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
   """An uninitialised array that JAX's CPU backend uses without copying it."""
-  # XLA's CPU backend takes over a buffer that starts at a multiple of 64.
+  # XLA's CPU backend takes over buffers that start at a multiple of 64 bytes.
   size = math.prod(shape) * dtype.itemsize
   raw = np.empty(size + 64, np.uint8)
   start = -raw.ctypes.data % 64

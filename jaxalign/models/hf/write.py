@@ -266,7 +266,11 @@ def replacing(folder: pathlib.Path) -> Iterator[pathlib.Path]:
   finally:
     # After a success `new` is gone, and `old` is what it replaced.
     shutil.rmtree(new, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
+    # Interrupted between the two renamings, the old folder is all there is.
+    if folder.is_dir():
+      shutil.rmtree(old, ignore_errors=True)
+    elif old.is_dir():
+      old.rename(folder)
 
 
 def write_json(path: pathlib.Path, values: JsonObject) -> None:

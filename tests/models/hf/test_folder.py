@@ -95,6 +95,34 @@ def test_layer_by_layer_filling_gives_the_same(saved, dtype):
   jax.tree.map(np.testing.assert_array_equal, whole, by_layer)
 
 
+def test_another_output_matrix_than_the_embedding_is_the_models(
+  make, tmp_path, capsys
+):
+  """Whatever tie_word_embeddings says; an equal one stays tied."""
+  path, (model, params) = tmp_path / "a", make("llama", tied=False)
+  folder.save(model, params, path)
+  change(path, tie_word_embeddings=True)
+  again, back = folder.load(path)
+  assert again.config == model.config
+  jax.tree.map(np.testing.assert_array_equal, back, params)
+  said = capsys.readouterr().out
+  assert (
+    "tie_word_embeddings is on, but model.safetensors holds another" in said
+  )
+  folder.save(again, back, tmp_path / "b")
+  config = json.loads((tmp_path / "b" / "config.json").read_text())
+  assert config["tie_word_embeddings"] is False
+
+  file = path / "model.safetensors"
+  tensors = load_file(file)
+  tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+  save_file(tensors, file, {"format": "pt"})
+  again, back = folder.load(path)
+  assert again.config.tied
+  assert "lm_head" not in back
+  assert not capsys.readouterr().out
+
+
 def test_missing_pieces(saved, tmp_path):
   path, _, _ = saved
   refuse(tmp_path / "nowhere", "does not exist")
