@@ -114,12 +114,13 @@ def logits(
 
 def generate(
   model: "Loaded",
-  prompts: Sequence[str],
+  prompts: Sequence[str] | str,
   *,
   samples_per_prompt: int = 1,
   max_new_tokens: int = 64,
   temperature: int | float = 1.0,
   top_p: int | float = 1.0,
+  stop: Sequence[str] = (),
   seed: int = 0,
   **settings: Any,  # of `sampling.settings.make`, which checks them
 ) -> list[list[str]]:
@@ -127,18 +128,25 @@ def generate(
 
   Args:
     model: a causal language model with its tokenizer.
-    prompts: texts; they are continued verbatim.
+    prompts: texts, or one of them; they are continued verbatim.
     samples_per_prompt: S, completions of each.
     max_new_tokens: a completion ends after as many tokens, or at the end of
       text.
     temperature: divides the logits; 0 takes the likeliest token.
     top_p: draw from the likeliest tokens that hold this much probability.
+    stop: texts that end a completion and are left out of it.
     seed: the same seed gives the same texts, whatever the other prompts are.
     **settings: further ones of `sampling.settings.make`, such as `top_k`.
 
   Returns:
     For each prompt a list of S completions, the prompt not included.
+
+  Raises:
+    UserError: the model is no language model, or a setting is unknown or out
+      of its range.
   """
+  import inspect
+
   import jax
 
   from jaxalign.sampling.generator import Generator
@@ -146,6 +154,19 @@ def generate(
   from jaxalign.sampling.settings import make
 
   tokenizer = _tokenizer(model)
+  prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+  stop = [stop] if isinstance(stop, str) else list(stop)
+  if samples_per_prompt < 1:
+    raise UserError(
+      f"samples_per_prompt must be >= 1, got {samples_per_prompt}"
+    )
+  known = inspect.signature(make).parameters
+  if unknown := [name for name in settings if name not in known]:
+    raise UserError(
+      f"generate has no setting {unknown[0]!r}; it has {', '.join(known)}, stop"
+    )
+  if "" in stop:
+    raise UserError("stop must hold texts of at least one character, got ''")
   if not prompts:
     return []
   if model.model.config.head != "lm":
@@ -155,6 +176,13 @@ def generate(
     )
   settings.setdefault("pad_id", tokenizer.pad_id)
   settings.setdefault("eos_ids", tokenizer.end_ids)
+  # Sampling ends early where a stop text is drawn as its own tokens; wherever
+  # else it occurs, it is cut below.
+  stops = [*settings.pop("stops", ()), *stop]
+  stop = [text for text in stops if isinstance(text, str)]
+  settings["stops"] = [
+    tokenizer.encode(s) if isinstance(s, str) else s for s in stops
+  ]
   generator = Generator(
     _kept(model, "sampler", lambda: Sampler(model.model)),
     tokenizer,
@@ -168,6 +196,8 @@ def generate(
   texts = generator(
     model.params, prompts, samples_per_prompt, jax.random.key(seed)
   ).texts
+  for text in stop:
+    texts = [whole.partition(text)[0] for whole in texts]
   step = samples_per_prompt
   return [texts[i : i + step] for i in range(0, len(texts), step)]
 

@@ -142,3 +142,27 @@ def test_a_pad_token_that_the_model_lacks_is_not_written(policy, tmp_path):
   jaxalign.save(model, tmp_path / "saved")
   config = json.loads((tmp_path / "saved" / "config.json").read_text())
   assert config["pad_token_id"] is None
+
+
+def test_generate_takes_one_text_and_stops_at_texts(policy):
+  model = jaxalign.load(policy)
+  greedy = {"temperature": 0, "max_new_tokens": 6}
+  ((whole,),) = jaxalign.generate(model, ["a b c"], **greedy)
+  assert jaxalign.generate(model, "a b c", **greedy) == [[whole]]
+  word = whole.split()[2]
+  wanted = whole.partition(word)[0]
+  for stops in ({"stop": [word]}, {"stop": word}, {"stops": [word]}):
+    assert jaxalign.generate(model, "a b c", **greedy, **stops) == [[wanted]]
+
+
+@pytest.mark.parametrize(
+  ("settings", "said"),
+  [
+    ({"samples_per_prompt": 0}, "samples_per_prompt must be >= 1, got 0"),
+    ({"stop": [""]}, "stop must hold texts of at least one character"),
+    ({"max_tokens": 5}, "generate has no setting 'max_tokens'; it has temp"),
+  ],
+)
+def test_settings_of_generate_that_are_mistakes(policy, settings, said):
+  with pytest.raises(jaxalign.UserError, match=said):
+    jaxalign.generate(jaxalign.load(policy), ["a"], **settings)

@@ -221,8 +221,9 @@ def _preference_of_webgpt(row: Row) -> tuple[str, str, str]:
   if isinstance(question, dict):
     question = question.get("full_text")
   question = text_of(question, "question", None)
+  # The blank after `Answer:` belongs to the completion.
   first, second = (
-    _CITATION.sub("", text_of(row.get(name), name, None)).strip()
+    " " + _CITATION.sub("", text_of(row.get(name), name, None)).strip()
     for name in ("answer_0", "answer_1")
   )
   # WebGPT's scores are opposite numbers in [-1, 1]; 0 and 0 is a tie.

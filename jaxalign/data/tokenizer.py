@@ -117,6 +117,19 @@ class Tokenizer:
         f"the chat template of {self.name} refuses the messages: {reason}"
       ) from error
 
+  def encode_reward(
+    self,
+    prompt: str,
+    completion: str,
+    encoding: str = "concat",
+    max_length: int = 1024,
+    eos: bool = False,
+  ) -> tuple[list[int], list[int]]:
+    """`encode_rewards` of one completion."""
+    return self.encode_rewards(
+      [prompt], [completion], encoding, max_length, eos
+    )[0]
+
   def encode_rewards(
     self,
     prompts: Sequence[str],
@@ -130,9 +143,10 @@ class Tokenizer:
     Args:
       prompts: prompt of each completion, system text included.
       completions: as many completions.
-      encoding: `concat`: prompt, one space and the stripped completion as one
-        segment, as SuperHF feeds its reward models. `pair`: the bare question
-        and the completion as two segments, as the DeBERTa model's card does.
+      encoding: `concat`: prompt and completion as one segment, joined by
+        `templates.join`, as SuperHF feeds its reward models. `pair`: the bare
+        question and the completion as two segments, as the DeBERTa model's
+        card does.
       max_length: tokens kept, special ones included; the rest is cut off on
         the right (of the longer segment under `pair`).
       eos: append the eos token to the text, for heads that read its state.
@@ -154,7 +168,14 @@ class Tokenizer:
     # One list of texts, or two that the tokenizer encodes as pairs.
     if encoding == "concat":
       pairs = zip(prompts, completions, strict=True)
-      texts = [[templates.join(*pair).rstrip() for pair in pairs]]
+      # A dialogue ends in no blank; a chat template's last newline is its own.
+      texts = [
+        [
+          text.rstrip() if pair[0].endswith(templates.ASSISTANT) else text
+          for pair in pairs
+          for text in [templates.join(*pair)]
+        ]
+      ]
     else:
       texts = [
         [templates.bare_question(prompt) for prompt in prompts],
@@ -171,9 +192,17 @@ class Tokenizer:
       return_token_type_ids=True,
       verbose=False,
     )
-    # The eos token continues the last segment.
-    rows = zip(found["input_ids"], found["token_type_ids"], strict=True)
-    return [(ids + tail, types + types[-1:] * len(tail)) for ids, types in rows]
+    rows = []
+    for ids, types in zip(
+      found["input_ids"], found["token_type_ids"], strict=True
+    ):
+      # What a chat template has written is not written twice.
+      first = len(self.prefix) if _doubled(ids, self.prefix) else 0
+      last = len(self.suffix) if _doubled(ids[::-1], self.suffix[::-1]) else 0
+      ids, types = (x[first : len(x) - last] for x in (ids, types))
+      # The eos token continues the last segment.
+      rows.append((ids + tail, types + types[-1:] * len(tail)))
+    return rows
 
   def special_ids(self) -> JsonObject:
     """The special tokens as fields of a model's `config.json`."""
@@ -298,6 +327,11 @@ def wrap_tokenizer(inner: HFTokenizer, name: str = "tokenizer") -> Tokenizer:
     suffix=tuple(full[at + len(plain) :]),
     end_ids=() if inner.eos_token_id is None else (inner.eos_token_id,),
   )
+
+
+def _doubled(ids: Sequence[int], special: tuple[int, ...]) -> bool:
+  """Whether ids begin with these special tokens twice."""
+  return bool(special) and tuple(ids[: 2 * len(special)]) == special * 2
 
 
 def check_vocabulary(

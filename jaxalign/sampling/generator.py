@@ -99,6 +99,15 @@ class Generator:
         for row, text in zip(tokens, texts, strict=True)
       ]
       counts, texts = [n for n, _ in cut], [text for _, text in cut]
+    if self.truncation is not None:
+      # After a role delimiter a blank is the format's; elsewhere it was drawn.
+      each = [prompt for prompt in prompts for _ in range(samples)]
+      texts = [
+        text
+        if prompt.endswith(templates.ASSISTANT)
+        else _lead(whole, text) + text
+        for prompt, whole, text in zip(each, decoded, texts, strict=True)
+      ]
     return Completions(list(prompts), ids, texts, drawn, ended, counts)
 
   def stream(
@@ -128,6 +137,11 @@ class Generator:
     # What was held back belongs to the text after all.
     if rest := text[shown:].rstrip():
       yield rest
+
+
+def _lead(whole: str, text: str) -> str:
+  """The blanks that a text was drawn with; none where nothing is left."""
+  return whole[: len(whole) - len(whole.lstrip())] if text else ""
 
 
 def _unsettled(text: str) -> int:

@@ -1,5 +1,6 @@
 """Checks sampling settings and packs them for the sampler."""
 
+import numbers
 from collections.abc import Sequence
 
 import numpy as np
@@ -8,7 +9,7 @@ from jaxalign.core.types import SamplingParams
 from jaxalign.errors import UserError
 
 # Fixed sizes of the tables, because settings are traced: see `SamplingParams`.
-EOS_SLOTS = 4
+EOS_SLOTS = 8
 STOP_SLOTS = 8
 STOP_WIDTH = 16
 
@@ -46,6 +47,13 @@ def make(
     UserError: a value is out of its range.
   """
   # Checking the ranges.
+  for name, value in (
+    ("top_k", top_k),
+    ("no_repeat_ngram", no_repeat_ngram),
+    ("min_new_tokens", min_new_tokens),
+    ("max_new_tokens", max_new_tokens),
+  ):
+    _check(name, value, isinstance(value, numbers.Integral), "a whole number")
   _check("temperature", temperature, temperature >= 0, ">= 0")
   _check("top_p", top_p, 0 < top_p <= 1, "in (0, 1]")
   _check("top_k", top_k, top_k >= 0, ">= 0 (0 = off)")

@@ -45,8 +45,8 @@ def join(prompt: str, completion: str) -> str:
   """Joins prompt and completion to the text that is scored and trained on.
 
   After a role delimiter come one space and the stripped completion. Any other
-  prompt (plain text, or a chat template's) is joined as it is, with a space
-  only where two words would run together.
+  prompt (plain text, or a chat template's) is followed by the completion as it
+  is: only who wrote them knows what belongs between them.
 
   Args:
     prompt: with its system text.
@@ -57,11 +57,7 @@ def join(prompt: str, completion: str) -> str:
   """
   if prompt.endswith(ASSISTANT):
     return f"{prompt} {completion.strip()}"
-  # No space at the start of a text, and none after a prompt that has one.
-  # A chat template's prompt ends in a newline or a special token `<|…|>`.
-  if not prompt or not completion or prompt[-1].isspace() or prompt[-1] == ">":
-    return prompt + completion
-  return prompt + ("" if completion[0].isspace() else " ") + completion
+  return prompt + completion
 
 
 def split_first(text: str) -> tuple[str, str] | None:

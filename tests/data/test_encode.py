@@ -70,7 +70,7 @@ def test_completion_is_cut_on_the_right(tiny):
 
 
 def test_overlong_prompts(tiny):
-  prompts, answers = ["ab", "abcdefgh", "cd"], ["x", "y", "z"]
+  prompts, answers = ["ab", "abcdefgh", "cd"], [" x", " y", " z"]
   with pytest.raises(UserError, match="prompt of row 2 has 8 tokens, the con"):
     encode_rows(tiny, prompts, answers, max_length=8)
   found = encode_rows(tiny, prompts, answers, max_length=8, overlong="skip")
@@ -129,7 +129,7 @@ def written(tokenizer, prompts, texts, ended, prompt_ids=None):
 def test_the_end_that_was_drawn_is_the_one_that_is_trained(tiny):
   """An end of turn is not replaced by the end of text."""
   tokenizer = dataclasses.replace(tiny, end_ids=(1, 5))
-  found = written(tokenizer, ["ab"], ["x", "y", "z"], [True, True, False])
+  found = written(tokenizer, ["ab"], [" x", " y", " z"], [True, True, False])
   tokens = np.array([[7, 5], [7, 8], [7, 5]], np.int32)
   logps, lengths = np.zeros((3, 2), np.float32), np.full(3, 2, np.int32)
   samples = Samples(tokens, lengths, lengths, logps, logps)
@@ -142,7 +142,9 @@ def test_the_end_that_was_drawn_is_the_one_that_is_trained(tiny):
 def test_completions_reuse_the_ids_of_their_prompts(tiny):
   """Those that the policy read, even where the text would give others."""
   starts = [[9, 8], tiny.encode("cd")]
-  found = written(tiny, ["ab", "cd"], ["x", "y", "z", "w"], [True] * 4, starts)
+  found = written(
+    tiny, ["ab", "cd"], [" x", " y", " z", " w"], [True] * 4, starts
+  )
   rows = encode_completions(tiny, found, np.array([3, 0]), 64, False)
   assert list(rows[0].ids) == tiny.encode("cd w")
   assert list(rows[1].ids) == [9, 8, *tiny.encode(" x")]
@@ -154,7 +156,7 @@ def test_completions_reuse_the_ids_of_their_prompts(tiny):
 
 def test_completions_encode_each_prompt_once_at_most(tiny, monkeypatch):
   """Not at all: the generator has done it."""
-  found = written(tiny, ["ab", "cd"], ["x", "y", "z", "w"], [True] * 4)
+  found = written(tiny, ["ab", "cd"], [" x", " y", " z", " w"], [True] * 4)
   seen = []
   encode = type(tiny).encode_prompts
 
@@ -172,7 +174,7 @@ def test_completions_encode_each_prompt_once_at_most(tiny, monkeypatch):
 
 
 def test_completions_that_ended_get_an_eos(tiny):
-  found = written(tiny, ["ab"], ["x", "long", "y"], [True, True, False])
+  found = written(tiny, ["ab"], [" x", " long", " y"], [True, True, False])
   rows = encode_completions(tiny, found, np.arange(3), 5, True)
   assert [row.ids[-1] == tiny.eos_id for row in rows] == [True, False, False]
   assert [tiny.decode(row.ids) for row in rows] == ["ab x", "ab lo", "ab y"]

@@ -128,8 +128,8 @@ def test_webgpt_comparisons(write):
   found = formats.load_preferences(path)
   question = "Question: Why? Answer:"
   assert found.rows == (
-    PreferenceRow(question, "So. And so.", "No."),
-    PreferenceRow(question, "No.", "So. And so."),
+    PreferenceRow(question, " So. And so.", " No."),
+    PreferenceRow(question, " No.", " So. And so."),
   )
   assert found.dropped == (("without a preference", 1),)
   joined = templates.join(question, found.rows[0].rejected)

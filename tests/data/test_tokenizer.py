@@ -10,12 +10,6 @@ from jaxalign.errors import UserError
 PROMPT = "\n\nHuman: What is it?\n\nAssistant:"
 
 
-def encode_one(tokenizer, prompt, completion, *args, **kwargs):
-  """Ids and types of one completion."""
-  (found,) = tokenizer.encode_rewards([prompt], [completion], *args, **kwargs)
-  return found
-
-
 @pytest.mark.parametrize(
   ("name", "text", "ids"),
   [
@@ -61,38 +55,46 @@ def test_reward_encodings_of_the_real_deberta(real):
   """`[CLS] text [SEP]` and `[CLS] q [SEP] a [SEP]`, the answer typed 1."""
   tokenizer = real["deberta"]
   text = tokenizer.encode(PROMPT + " yes")
-  ids, types = encode_one(tokenizer, PROMPT, " yes \n")
+  ids, types = tokenizer.encode_reward(PROMPT, " yes \n")
   assert ids == [1, *text, 2]
   assert types == [0] * len(ids)
   question, answer = tokenizer.encode("What is it?"), tokenizer.encode("yes")
-  ids, types = encode_one(tokenizer, PROMPT, " yes \n", "pair")
+  ids, types = tokenizer.encode_reward(PROMPT, " yes \n", "pair")
   assert ids == [1, *question, 2, *answer, 2]
   assert types == [0] * (len(question) + 2) + [1] * (len(answer) + 1)
 
 
 def test_reward_text_is_cut_on_the_right(real):
   tokenizer = real["deberta"]
-  full, _ = encode_one(tokenizer, PROMPT, "yes " * 50)
-  ids, types = encode_one(tokenizer, PROMPT, "yes " * 50, max_length=20)
+  full, _ = tokenizer.encode_reward(PROMPT, "yes " * 50)
+  ids, types = tokenizer.encode_reward(PROMPT, "yes " * 50, max_length=20)
   assert ids == [*full[:19], 2]
   assert len(types) == 20
-  ids, types = encode_one(tokenizer, PROMPT, "yes " * 50, "pair", 12)
-  assert ids[:6] == encode_one(tokenizer, PROMPT, "no", "pair")[0][:6]
+  ids, types = tokenizer.encode_reward(PROMPT, "yes " * 50, "pair", 12)
+  assert ids[:6] == tokenizer.encode_reward(PROMPT, "no", "pair")[0][:6]
   assert len(ids) == len(types) == 12
   assert ids[-1] == 2
 
 
+def test_what_a_chat_template_wrote_is_not_written_twice(tiny_bos):
+  """Neither the bos, nor is its last newline cut."""
+  ids, types = tiny_bos.encode_reward("<s>[user]ab[assistant]", "cd</s>\n")
+  wanted = tiny_bos.encode("[user]ab[assistant]cd</s>\n")
+  assert ids == [0, *wanted]
+  assert len(types) == len(ids)
+
+
 def test_reward_text_may_end_with_the_eos(tiny_bos):
-  ids, types = encode_one(tiny_bos, "ab", " cd", eos=True)
+  ids, types = tiny_bos.encode_reward("ab", " cd", eos=True)
   assert ids == [0, *tiny_bos.encode("ab cd"), 1]
   assert types == [0] * len(ids)
-  ids, _ = encode_one(tiny_bos, "ab", " cd", max_length=4, eos=True)
+  ids, _ = tiny_bos.encode_reward("ab", " cd", max_length=4, eos=True)
   assert ids == [0, *tiny_bos.encode("ab"), 1]
 
 
 def test_reward_encoding_must_be_known(tiny):
   with pytest.raises(UserError, match="one of concat, pair, got 'both'"):
-    encode_one(tiny, "a", "b", "both")
+    tiny.encode_reward("a", "b", "both")
   assert tiny.encode_rewards([], []) == []
 
 

@@ -11,6 +11,7 @@ from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.sampling import settings
 from jaxalign.sampling.generator import Generator, cut_tokens
 from jaxalign.sampling.sampler import Sampler
+from jaxalign.text import templates
 
 
 class Bytes(Tokenizer):
@@ -115,10 +116,15 @@ def test_prompts_go_in_groups_and_keep_their_numbers():
   ],
 )
 def test_where_a_text_is_cut(truncation, texts, ended):
+  """The blank after a role delimiter is the format's, another one was drawn."""
   writer = generator(" Yes.\n\nHuman: x", " No ", truncation=truncation)
-  found = writer({}, ["p"], 2, jax.random.key(0))
+  found = writer({}, [templates.ASSISTANT], 2, jax.random.key(0))
   assert found.texts == texts
   assert found.ended == ended
+  if truncation is not None:
+    writer = generator(" Yes.\n\nHuman: x", " No ", truncation=truncation)
+    found = writer({}, ["p"], 2, jax.random.key(0))
+    assert found.texts == [f" {text}" for text in texts]
 
 
 def test_whole_tokens_say_exactly_the_text():
@@ -182,5 +188,5 @@ def test_a_cut_inside_a_token_shortens_the_text():
     whole_tokens=True,
   )
   found = writer({}, ["ab"], 2, jax.random.key(0))
-  assert found.texts == ["the", "yes"]
+  assert found.texts == [" the", " yes"]
   assert found.num_tokens == [5, 5]

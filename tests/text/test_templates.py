@@ -43,7 +43,9 @@ def test_join_puts_one_space_behind_the_delimiter(completion):
   ("prompt", "completion", "joined"),
   [
     ("The sky is", " blue.", "The sky is blue."),
-    ("The sky is", "blue.", "The sky is blue."),
+    ("The sk", "y is blue.", "The sky is blue."),
+    ("2+2=", "4", "2+2=4"),
+    ("[/INST]", "four</s>", "[/INST]four</s>"),
     ("The sky is ", "blue.", "The sky is blue."),
     ("<|assistant|>", "Hi", "<|assistant|>Hi"),
     ("assistant\n", "Hi<|end|>\n", "assistant\nHi<|end|>\n"),
