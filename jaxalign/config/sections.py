@@ -91,6 +91,9 @@ class CheckpointConfig(Section):
     "test_reward_model; empty = off",
     also=("metric_for_best_model",),
   )
+  allow_other_data: bool = field(
+    False, "continue a run although its data or prompts have changed"
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import pathlib
 import time
 from collections.abc import Iterator
@@ -15,6 +17,7 @@ from jaxalign.config import to_mapping
 from jaxalign.config.sections import MeshConfig, TrainingConfig
 from jaxalign.core import optim
 from jaxalign.core.types import JsonObject, Params, TrainState
+from jaxalign.errors import UserError
 from jaxalign.models import lora
 from jaxalign.models.heads import policy_of
 from jaxalign.models.hf import card, write
@@ -60,6 +63,7 @@ class RunSpec(Generic[C]):
     live_reference: whether the run keeps a reference policy in memory.
     rollout: prompts and reward models of a method that samples, or None.
     value_model: a separate value model, or None.
+    digest: of what is trained on; see `digest_of`.
   """
 
   config: C
@@ -69,6 +73,7 @@ class RunSpec(Generic[C]):
   live_reference: bool = False
   rollout: RolloutSpec | None = None
   value_model: ModelSpec | None = None
+  digest: str = ""
 
   @property
   def models(self) -> dict[str, ModelSpec]:
@@ -85,6 +90,16 @@ class RunSpec(Generic[C]):
         for i, spec in enumerate(specs):
           found[name if len(specs) == 1 else f"{name} {i + 1}"] = spec
     return found
+
+
+def digest_of(rows: object) -> str:
+  """A digest of encoded rows or of prompts, which tells them from others.
+
+  Args:
+    rows: lists, tuples and dataclasses of numbers and texts.
+  """
+  text = json.dumps(rows, default=vars)
+  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -139,6 +154,29 @@ def reference_of(model: Model, params: Params) -> tuple[Model, Params]:
   if model.lora:
     return model.without_lora(), lora.split(params)[1]
   return model, policy_of(params)
+
+
+def check_rows_kept(
+  spec: RunSpec[C], digest: str, folder: pathlib.Path
+) -> None:
+  """Refuses to continue a run on other rows than it began with.
+
+  Args:
+    spec: of the run as it is now.
+    digest: of the rows that the checkpoint was trained on.
+    folder: the run's, for the message.
+
+  Raises:
+    UserError: they differ, and `checkpoint.allow_other_data` is off.
+  """
+  if digest == spec.digest or spec.config.checkpoint.allow_other_data:
+    return
+  field = "config.prompts" if spec.rollout else "config.data"
+  raise UserError(
+    f"{field} no longer gives the rows that {folder} was trained on: a file "
+    "has changed; restore it, start again in another --workdir, or continue "
+    "with --config.checkpoint.allow_other_data=true"
+  )
 
 
 @contextlib.contextmanager
@@ -221,6 +259,7 @@ def open_run(
         leaf.delete()  # nor here
       state, done = restored.state, restored.step
       files, counters = restored.extra["files"], restored.extra["counters"]
+      check_rows_kept(spec, restored.extra.get("rows", spec.digest), run.path)
 
     # Logs, signals, profiler and screen, closed in the reverse order.
     with (
@@ -258,6 +297,7 @@ def open_run(
         counters=dict(counters),
         every=config.metrics.every_steps,
         best_metric=config.best_metric,
+        digest=spec.digest,
         past=metrics.iterate_jsonl(run.path / metrics.METRICS),
       )
       opened = Run(

@@ -60,6 +60,7 @@ class Recorder:
     counters: numbers that survive restarts; saved with the state.
     every: steps between lines of metrics.jsonl.
     best_metric: what `checkpoint.keep_best` goes by; "" = off.
+    digest: of the rows that are trained on; saved with the state.
     past: the lines of metrics.jsonl so far.
   """
 
@@ -73,6 +74,7 @@ class Recorder:
   counters: dict[str, int]
   every: int = 1
   best_metric: str = ""
+  digest: str = ""
   past: dataclasses.InitVar[Iterable[metrics.LogRow]] = ()
 
   def __post_init__(self, past: Iterable[metrics.LogRow]):
@@ -145,7 +147,11 @@ class Recorder:
         self.best_metric,
         "".join(near),
       )
-    extra = {"files": self.log.offsets(), "counters": self.counters}
+    extra = {
+      "files": self.log.offsets(),
+      "counters": self.counters,
+      "rows": self.digest,
+    }
     score = values.get(self.best_metric)
     self.saver.save(step + 1, state, extra, score=score)
     self._saved = step + 1

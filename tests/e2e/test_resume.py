@@ -56,9 +56,15 @@ def kill_after(command, cache, lines, pause):
   return process.returncode == -signal.SIGKILL
 
 
-def test_a_run_in_bfloat16_goes_on(superhf, read, tmp_path):
-  """Base in bfloat16, adapters in float32, as the later presets have it."""
+def test_a_run_in_bfloat16_goes_on(superhf, lab, read, tmp_path, capsys):
+  """Base in bfloat16, adapters in float32, as the later presets have it.
+
+  On other prompts than it began with it does not, unless it is told to.
+  """
+  prompts = tmp_path / "prompts.jsonl"
+  shutil.copy(lab.prompts, prompts)
   fields = {
+    "prompts": prompts,
     "precision.params": "bfloat16",
     "precision.compute": "bfloat16",
     "lora.rank": 2,
@@ -74,6 +80,14 @@ def test_a_run_in_bfloat16_goes_on(superhf, read, tmp_path):
   (cut / "finished.json").unlink()
   shutil.rmtree(cut / "model")
   shutil.rmtree(cut / "checkpoints" / "00000002")
+  rows = prompts.read_text()
+  prompts.write_text(rows.replace("What does", "What did", 1))
+  assert main.main(superhf(cut, **fields)) == 2
+  assert "config.prompts no longer gives the rows" in capsys.readouterr().err
+  other = fields | {"checkpoint.allow_other_data": "true"}
+  shutil.copytree(cut, tmp_path / "other")
+  assert main.main(superhf(tmp_path / "other", **other)) == 0
+  prompts.write_text(rows)
   assert main.main(superhf(cut, **fields)) == 0
   assert result(cut, read) == result(whole, read)
   assert "sampling/logp_diff_max" not in read(whole / "metrics.jsonl")[0]

@@ -11,6 +11,7 @@ from jaxalign.setup.reference import cached_reference
 from jaxalign.setup.run import (
   RunSpec,
   check_rows,
+  digest_of,
   finish,
   make_mesh,
   open_run,
@@ -46,6 +47,7 @@ def describe(config: DPOConfig) -> DPOSpec:
     batch_shape=(micros, 2 * config.micro_rows, data.length),
     live_reference=config.reference == "auto",
     data=data,
+    digest=digest_of(data.pairs),
   )
 
 

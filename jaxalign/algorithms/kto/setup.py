@@ -12,6 +12,7 @@ from jaxalign.setup.reference import cached_reference
 from jaxalign.setup.run import (
   RunSpec,
   check_rows,
+  digest_of,
   finish,
   make_mesh,
   open_run,
@@ -44,6 +45,7 @@ def describe(config: KTOConfig) -> KTOSpec:
     batch_shape=(micros, config.micro_rows, data.length),
     live_reference=config.reference == "auto",
     data=data,
+    digest=digest_of(data.rows),
   )
 
 

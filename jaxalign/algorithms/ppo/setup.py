@@ -25,6 +25,7 @@ from jaxalign.setup.rollout import describe_rollout
 from jaxalign.setup.run import (
   RunSpec,
   check_rows,
+  digest_of,
   finish,
   make_mesh,
   open_run,
@@ -60,6 +61,7 @@ def describe(config: PPOConfig) -> RunSpec[PPOConfig]:
     batch_shape=(rollout.rows // config.micro_rows, config.micro_rows, length),
     live_reference=True,
     rollout=rollout,
+    digest=digest_of(rollout.prompts),
     value_model=value_model,
   )
 

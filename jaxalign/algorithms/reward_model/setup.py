@@ -12,6 +12,7 @@ from jaxalign.setup.models import open_policy, with_groups
 from jaxalign.setup.run import (
   RunSpec,
   check_rows,
+  digest_of,
   finish,
   make_mesh,
   open_run,
@@ -60,6 +61,7 @@ def describe(config: RewardModelConfig) -> RewardModelSpec:
     with_groups(policy, data.config.groups),
     batch_shape=(micros, config.micro_rows, data.length),
     data=data,
+    digest=digest_of(data.rows),
   )
 
 

@@ -10,6 +10,7 @@ from jaxalign.setup.models import open_policy
 from jaxalign.setup.run import (
   RunSpec,
   check_rows,
+  digest_of,
   finish,
   make_mesh,
   open_run,
@@ -41,6 +42,7 @@ def describe(config: SFTConfig) -> SFTSpec:
     policy,
     batch_shape=(micros, config.micro_rows, data.length),
     data=data,
+    digest=digest_of(data.rows),
   )
 
 

@@ -7,7 +7,13 @@ from jaxalign.algorithms.superhf.data import update_shape
 from jaxalign.algorithms.superhf.train import train
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.rollout import describe_rollout
-from jaxalign.setup.run import RunSpec, finish, make_mesh, open_run
+from jaxalign.setup.run import (
+  RunSpec,
+  digest_of,
+  finish,
+  make_mesh,
+  open_run,
+)
 
 
 def describe(config: SuperHFConfig) -> RunSpec[SuperHFConfig]:
@@ -20,13 +26,15 @@ def describe(config: SuperHFConfig) -> RunSpec[SuperHFConfig]:
   policy = open_policy(config, mesh)
   size, micro = update_shape(config, mesh)
   length = min(config.max_length, policy.model.config.max_positions)
+  rollout = describe_rollout(config, policy)
   return RunSpec(
     config,
     mesh,
     policy,
     batch_shape=(size // micro, micro, length),
     live_reference=config.uses_reference,
-    rollout=describe_rollout(config, policy),
+    rollout=rollout,
+    digest=digest_of(rollout.prompts),
   )
 
 

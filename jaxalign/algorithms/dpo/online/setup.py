@@ -15,6 +15,7 @@ from jaxalign.setup.rollout import describe_rollout
 from jaxalign.setup.run import (
   RunSpec,
   check_rows,
+  digest_of,
   finish,
   make_mesh,
   open_run,
@@ -41,13 +42,15 @@ def describe(config: OnlineDPOConfig) -> OnlineDPOSpec:
   policy = open_policy(config, mesh)
   micros = config.batch_size // config.micro_rows
   length = min(config.max_length, policy.model.config.max_positions)
+  rollout = describe_rollout(config, policy)
   return OnlineDPOSpec(
     config,
     mesh,
     policy,
     batch_shape=(micros, 2 * config.micro_rows, length),
     live_reference=True,
-    rollout=describe_rollout(config, policy),
+    rollout=rollout,
+    digest=digest_of(rollout.prompts),
     function=function,
   )
 
