@@ -1,11 +1,13 @@
 """The values of one row: text, role lists, numbers, truth values."""
 
 import itertools
+import json
 import math
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from jaxalign.core.types import JsonObject
 from jaxalign.data.sources import Row, Table
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
@@ -19,7 +21,9 @@ _RESERVED = re.compile(r"[,=/\[\]]")
 _CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
 
 Made = TypeVar("Made")
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "user", "assistant")  # what the role delimiters can write
+# Keys of a message that say nothing a model reads.
+_ASIDE = ("role", "content", "name", "id", "weight", "tool_call_id")
 
 
 class BadRow(UserError):
@@ -51,8 +55,14 @@ def check_text(value: str, column: str) -> str:
   return value
 
 
-def messages_of(value: object, column: str) -> list[templates.Message]:
-  """A role list with known roles and text contents."""
+def messages_of(
+  value: object, column: str, tokenizer: Tokenizer | None
+) -> list[templates.Message]:
+  """A role list; other roles and keys are left to a chat template.
+
+  Without one, roles are user, assistant and system, and contents are text.
+  """
+  has_template = tokenizer is not None and tokenizer.has_chat_template
   if not value:
     raise BadRow(f"has no messages in {column}")
   if not isinstance(value, list):
@@ -60,26 +70,54 @@ def messages_of(value: object, column: str) -> list[templates.Message]:
   for turn in value:
     if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
       raise BadRow(f"needs role and content in every message of {column}")
-    if turn["role"] not in ROLES:
-      raise BadRow(
-        f"has the role {turn['role']!r} in {column}, need {', '.join(ROLES)}"
-      )
-    if not isinstance(turn["content"], str):
+    content = turn["content"]
+    if isinstance(content, str):
+      check_text(content, column)
+    elif not (has_template and (content or turn.get("tool_calls"))):
       raise BadRow(f"has a message without text in {column}")
-    check_text(turn["content"], column)
-  # Other keys, such as names, are left out.
-  return [{"role": t["role"], "content": t["content"]} for t in value]
+    more = [key for key in turn if key not in _ASIDE and turn[key]]
+    if not has_template and turn["role"] not in ROLES:
+      raise BadRow(
+        f"has the role {turn['role']!r} in {column}, need {', '.join(ROLES)}, "
+        "or a tokenizer with a chat template"
+      )
+    if not has_template and more:
+      raise BadRow(
+        f"has {more[0]} in a message of {column}, which only a tokenizer with "
+        "a chat template can write"
+      )
+  # Tables write None where other rows have a value.
+  return [
+    {key: x for key, x in turn.items() if x is not None}
+    | {"content": turn["content"] or ""}
+    for turn in value
+  ]
+
+
+def settings_of(row: Row) -> JsonObject:
+  """What a row gives its chat template beside the messages."""
+  settings = dict(row.get("chat_template_kwargs") or {})
+  tools = row.get("tools")
+  if tools:
+    settings["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+  return settings
 
 
 def render(
   messages: list[templates.Message],
   tokenizer: Tokenizer | None,
   reply: bool = False,
+  **settings: Any,  # of a chat template, whatever it reads
 ) -> str:
   """A role list as text, by the chat template or the role delimiters."""
-  if tokenizer is None:
-    return templates.from_messages(messages, reply)
-  return tokenizer.render_chat(messages, reply)
+  if tokenizer is not None and tokenizer.has_chat_template:
+    return tokenizer.render_chat(messages, reply, **settings)
+  if settings:
+    raise BadRow(
+      f"has {', '.join(settings)}, which only a tokenizer with a chat template "
+      "can write"
+    )
+  return templates.from_messages(messages, reply)
 
 
 def text_of(
@@ -99,7 +137,7 @@ def text_of(
     raise BadRow(
       f"has {_kind(value)} in {column}, need a string or a list of messages"
     )
-  messages = messages_of(value, column)
+  messages = messages_of(value, column, tokenizer)
   reply = reply and messages[-1]["role"] != "assistant"
   return render(messages, tokenizer, reply)
 
@@ -114,12 +152,16 @@ def _after(
   prompt: list[templates.Message],
   completion: list[templates.Message],
   tokenizer: Tokenizer | None,
+  settings: JsonObject,
 ) -> tuple[str, str]:
   """Renders two role lists as the prompt's text and the completion's."""
   if not completion:
     raise BadRow("has no message in a completion")
-  start = render(prompt, tokenizer, reply=True) if prompt else ""
-  whole = render(prompt + completion, tokenizer)
+  start = render(prompt, tokenizer, reply=True, **settings) if prompt else ""
+  whole = render(prompt + completion, tokenizer, **settings)
+  _refuse_unwritten(prompt + completion, tokenizer, settings, whole)
+  if completion[-1].get("weight") == 0:
+    return start, ""  # nothing to learn: it is left out and counted as empty
   if not whole.startswith(start):
     # Some templates rewrite earlier turns (Qwen3 drops their reasoning): cut
     # where the two texts first differ.
@@ -128,16 +170,37 @@ def _after(
   return start, whole[len(start) :]
 
 
+def _refuse_unwritten(
+  messages: list[templates.Message],
+  tokenizer: Tokenizer | None,
+  settings: JsonObject,
+  whole: str,
+) -> None:
+  """A BadRow if the template leaves out what the messages hold."""
+  keys = {key for turn in messages for key in turn if turn[key]}
+  for key in sorted(keys.difference(_ASIDE)):
+    rest = [{k: x for k, x in turn.items() if k != key} for turn in messages]
+    if render(rest, tokenizer, **settings) == whole:
+      raise BadRow(
+        f"has {key} in a message, which the chat template leaves out"
+      )
+  if "tools" in settings:
+    rest = {k: x for k, x in settings.items() if k != "tools"}
+    if render(messages, tokenizer, **rest) == whole:
+      raise BadRow("has tools, which the chat template leaves out")
+
+
 def prompt_completion_of(
   row: Row, tokenizer: Tokenizer | None
 ) -> tuple[str, str]:
   """`(prompt, completion)` of a row; an empty prompt = train on all of it."""
+  settings = settings_of(row)
   # One role list: the last turn is the completion.
   if "messages" in row:
-    messages = messages_of(row["messages"], "messages")
+    messages = messages_of(row["messages"], "messages", tokenizer)
     if messages[-1]["role"] != "assistant":
       raise BadRow("has messages that do not end with the assistant")
-    return _after(messages[:-1], messages[-1:], tokenizer)
+    return _after(messages[:-1], messages[-1:], tokenizer, settings)
   # Plain text, without a prompt.
   if "text" in row and "completion" not in row:
     return "", text_of(row["text"], "text", tokenizer)
@@ -148,9 +211,10 @@ def prompt_completion_of(
   prompt, completion = row["prompt"], row["completion"]
   if isinstance(prompt, list) and isinstance(completion, list):
     return _after(
-      messages_of(prompt, "prompt"),
-      messages_of(completion, "completion"),
+      messages_of(prompt, "prompt", tokenizer),
+      messages_of(completion, "completion", tokenizer),
       tokenizer,
+      settings,
     )
   if isinstance(prompt, list) != isinstance(completion, list):
     raise BadRow("mixes a string and a list of messages")
@@ -192,9 +256,10 @@ def preference_of(
   if isinstance(chosen, list) and isinstance(rejected, list):
     return _preference_of_lists(
       prompt,
-      messages_of(chosen, "chosen"),
-      messages_of(rejected, "rejected"),
+      messages_of(chosen, "chosen", tokenizer),
+      messages_of(rejected, "rejected", tokenizer),
       tokenizer,
+      settings_of(row),
     )
   # Text: the prompt is a column, or what the two dialogues share.
   if any(isinstance(value, list) for value in (prompt, chosen, rejected)):
@@ -239,9 +304,10 @@ def _preference_of_lists(
   chosen: list[templates.Message],
   rejected: list[templates.Message],
   tokenizer: Tokenizer | None,
+  settings: JsonObject,
 ) -> tuple[str, str, str]:
   if isinstance(prompt, list):
-    shared = messages_of(prompt, "prompt")
+    shared = messages_of(prompt, "prompt", tokenizer)
   else:
     # Also with a string prompt: UltraFeedback repeats it inside the lists.
     shared = _common_turns(chosen, rejected)
@@ -255,8 +321,8 @@ def _preference_of_lists(
     if isinstance(prompt, str) and not shared:
       shared = [{"role": "user", "content": check_text(prompt, "prompt")}]
   # A template may look at the completion, so the prompts may come out unequal.
-  start, better = _after(shared, chosen, tokenizer)
-  again, worse = _after(shared, rejected, tokenizer)
+  start, better = _after(shared, chosen, tokenizer, settings)
+  again, worse = _after(shared, rejected, tokenizer, settings)
   if start != again:
     raise BadRow("renders to two different prompts under the chat template")
   return start, better, worse

@@ -7,9 +7,17 @@ each question several times); `unique=False` keeps them, as the paper did.
 import dataclasses
 import random
 
+from jaxalign.core.types import JsonObject
 from jaxalign.data import sources
 from jaxalign.data.columns import lacking_columns
-from jaxalign.data.fields import BadRow, collect, messages_of, render, text_of
+from jaxalign.data.fields import (
+  BadRow,
+  collect,
+  messages_of,
+  render,
+  settings_of,
+  text_of,
+)
 from jaxalign.data.rows import LoadedRows, PromptRow
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
@@ -164,7 +172,9 @@ def question_of(
   if column == "question" and isinstance(value, dict):  # WebGPT, nested
     value = value.get("full_text")
   if isinstance(value, list):
-    return _first_turn(messages_of(value, column), tokenizer)
+    return _first_turn(
+      messages_of(value, column, tokenizer), tokenizer, settings_of(row)
+    )
   text = text_of(value, column, tokenizer)
   return wrap(text.partition(answer_mark)[0] if answer_mark else text)
 
@@ -181,12 +191,15 @@ def wrap(text: str) -> str:
 
 
 def _first_turn(
-  messages: list[templates.Message], tokenizer: Tokenizer | None
+  messages: list[templates.Message],
+  tokenizer: Tokenizer | None,
+  settings: JsonObject,
 ) -> str:
   roles = [turn["role"] for turn in messages]
   if "user" not in roles:
     raise BadRow("has no user turn")
-  return render(messages[: roles.index("user") + 1], tokenizer, reply=True)
+  first = messages[: roles.index("user") + 1]
+  return render(first, tokenizer, reply=True, **settings)
 
 
 def _split_off(table: sources.Table, split: str, tail: int) -> sources.Table:

@@ -92,13 +92,17 @@ class Tokenizer:
     return bool(self.inner.chat_template)
 
   def render_chat(
-    self, messages: list[dict[str, str]], reply: bool = False
+    self,
+    messages: list[templates.Message],
+    reply: bool = False,
+    **settings: Any,  # whatever a template reads
   ) -> str:
     """A role list as text: the chat template, else the role delimiters.
 
     Args:
-      messages: turns with `role` and `content`.
+      messages: turns with `role`, `content` and what else the template reads.
       reply: end where the assistant's next words belong.
+      **settings: for the template, such as `tools`.
 
     Raises:
       UserError: the template refuses these messages.
@@ -109,7 +113,7 @@ class Tokenizer:
 
     try:
       return self.inner.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=reply
+        messages, tokenize=False, add_generation_prompt=reply, **settings
       )
     except jinja2.TemplateError as error:
       reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,9 +1,11 @@
 """Rows of a data set, as the methods that learn from one read them."""
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
 from jaxalign.config.supervised import SupervisedConfig
+from jaxalign.data.rows import LoadedRows
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.setup.models import locate
@@ -45,21 +47,47 @@ def fits(config: SupervisedConfig, prompt: str, *completions: str) -> bool:
   return len(prompt) + max(map(len, completions)) <= limit
 
 
-def check_rows_left(
-  config: SupervisedConfig, source: str, length: int, counts: tuple[int, ...]
+def account(
+  config: SupervisedConfig,
+  source: str,
+  found: LoadedRows,
+  left: int,
+  length: int,
+  *,
+  short: int,
+  encoded: int,
+  cut: int = 0,
 ) -> None:
-  """A UserError if no row is left.
+  """Prints how many rows are trained on, and why the others are not.
 
   Args:
     config: of the run.
-    source: of the rows, for the message.
+    source: of the rows.
+    found: what was read from it.
+    left: rows that are trained on.
     length: tokens of a text at most.
-    counts: rows that were read, that are short enough, that are left.
+    short: rows of those found that are within `max_example_chars`.
+    encoded: of these the ones whose prompt leaves room for a completion; those
+      that are not left either are equal after the cut.
+    cut: completions that are cut at `length`.
+
+  Raises:
+    UserError: no row is left.
   """
-  read, short, left = counts
+  count = len(found.rows)
   if not left:
     raise UserError(
-      f"{source}: no row is left of {read}: {short} are within "
-      f"config.max_example_chars={config.max_example_chars}, none of these has "
-      f"a prompt below {length} tokens; raise it or config.max_length"
+      f"{source}: no row is left of {count}: {short} are within "
+      f"config.max_example_chars={config.max_example_chars}, {encoded} of "
+      f"these have a prompt below {length} tokens, and none differs within "
+      "them; raise it or config.max_length"
     )
+  reasons = (
+    *found.dropped,
+    ("above max_example_chars", count - short),
+    ("without room for a completion", short - encoded),
+    ("equal after the cut", encoded - left),
+  )
+  rows = dataclasses.replace(found, rows=found.rows[:left], dropped=reasons)
+  tail = f", {cut} completions cut at {length} tokens" if cut else ""
+  print(f"{source}: {rows}{tail}")

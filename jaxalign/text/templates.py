@@ -7,6 +7,7 @@ completion. Models were trained on exactly these bytes.
 """
 
 import re
+from typing import Any
 
 HUMAN = "\n\nHuman:"
 ASSISTANT = "\n\nAssistant:"
@@ -28,7 +29,9 @@ _TURN = re.compile(r"\n\n(Human|Assistant):")
 _DELIMITER = {"user": HUMAN, "assistant": ASSISTANT}
 _ROLE = {"Human": "user", "Assistant": "assistant"}
 
-Message = dict[str, str]  # {"role": "system"|"user"|"assistant", "content": …}
+# {"role": "system"|"user"|"assistant", "content": text}, and what else a chat
+# template reads.
+Message = dict[str, Any]
 
 
 def build_prompt(question: str, system: str = "") -> str:

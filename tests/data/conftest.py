@@ -34,6 +34,11 @@ def build_tiny(bos: bool = False, template: str | None = None) -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
+def make_tiny():
+  return build_tiny
+
+
+@pytest.fixture(scope="session")
 def tiny() -> Tokenizer:
   return build_tiny()
 

@@ -402,3 +402,61 @@ def test_rows_without_the_column_of_groups(write):
   with pytest.raises(UserError, match="2 has no column annotator") as error:
     formats.load_preferences(path, group="annotator")
   assert "it has (chosen, prompt, rejected)" in str(error.value)
+
+
+TOOLS = [{"name": "add"}]
+RICH = (
+  "{% if tools %}[{{ tools|length }} tools]{% endif %}"
+  "{% for m in messages %}[{{ m.role }}]"
+  "{% if m.thought %}({{ m.thought }}){% endif %}{{ m.content }}"
+  "{% if m.tool_calls %}<{{ m.tool_calls[0].name }}>{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_a_chat_template_is_given_whole_messages(write, make_tiny):
+  """Other keys, calls of tools, other roles, None where a table has gaps."""
+  tokenizer = make_tiny(template=RICH)
+  answer = {"role": "assistant", "content": "4", "thought": "2+2", "name": None}
+  call = {"role": "assistant", "content": None, "tool_calls": TOOLS}
+  path = write(
+    [
+      {"messages": [USER, answer]},
+      {"messages": [USER, call], "tools": TOOLS},
+      {"messages": [USER, {"role": "tool", "content": "4"}, said("a")]},
+      {"messages": [USER, said("a") | {"weight": 0}]},
+    ]
+  )
+  found = formats.load_completions(path, tokenizer=tokenizer)
+  assert [(row.prompt, row.completion) for row in found.rows] == [
+    ("[user]q[assistant]", "(2+2)4"),
+    ("[1 tools][user]q[assistant]", "<add>"),
+    ("[user]q[tool]4[assistant]", "a"),
+  ]
+  assert found.dropped == (("empty", 1),)
+
+
+@pytest.mark.parametrize(
+  ("row", "template", "wrong"),
+  [
+    (
+      {"thought": "x"},
+      None,
+      "has thought in a message of messages, which only",
+    ),
+    ({"mood": "x"}, RICH, "has mood in a message, which the chat template"),
+    ({"role": "tool"}, None, "has the role 'tool' in messages, need system"),
+  ],
+)
+def test_what_cannot_be_written_is_a_mistake(
+  write, make_tiny, row, template, wrong
+):
+  path = write([{"messages": [USER | row, said("a")]}])
+  with pytest.raises(UserError, match=wrong):
+    formats.load_completions(path, tokenizer=make_tiny(template=template))
+
+
+def test_tools_that_a_template_leaves_out_are_a_mistake(write, tiny_chat):
+  path = write([{"messages": [USER, said("a")], "tools": TOOLS}])
+  with pytest.raises(UserError, match="has tools, which the chat template"):
+    formats.load_completions(path, tokenizer=tiny_chat)

@@ -11,7 +11,7 @@ from jaxalign.data import batches, formats
 from jaxalign.data.encode import FILLER, Encoded, encode_rows
 from jaxalign.data.packing import pack, row_width
 from jaxalign.data.tokenizer import Tokenizer
-from jaxalign.setup.dataset import check_rows_left, fits, source_of
+from jaxalign.setup.dataset import account, fits, source_of
 from jaxalign.training.reference_cache import ReferenceCache
 
 Pair = tuple[Encoded, Encoded]  # chosen, rejected
@@ -102,7 +102,6 @@ def _load_pairs(
     config, tokenizer, validation, "comparisons.jsonl"
   )
   found = formats.load_preferences(source, **options)
-  print(f"{source}: {found}")
   rows = [r for r in found.rows if fits(config, r.prompt, r.chosen, r.rejected)]
   # The room for a completion depends on the prompt alone, so both of a pair
   # stay or both go.
@@ -117,9 +116,18 @@ def _load_pairs(
     ).rows
     for completions in ([r.chosen for r in rows], [r.rejected for r in rows])
   ]
-  pairs = list(zip(*sides, strict=True))
-  check_rows_left(
-    config, source, length, (len(found.rows), len(rows), len(pairs))
+  both = list(zip(*sides, strict=True))
+  # Where all that differs is cut off, there is nothing to learn.
+  pairs = [pair for pair in both if pair[0].ids != pair[1].ids]
+  account(
+    config,
+    source,
+    found,
+    len(pairs),
+    length,
+    short=len(rows),
+    encoded=len(both),
+    cut=sum(not text.complete for pair in pairs for text in pair),
   )
   return pairs
 

@@ -15,7 +15,7 @@ from jaxalign.data import batches, formats
 from jaxalign.data.encode import Encoded, EncodedRows, encode_rows
 from jaxalign.data.packing import pack, row_width
 from jaxalign.data.tokenizer import Tokenizer
-from jaxalign.setup.dataset import check_rows_left, fits, source_of
+from jaxalign.setup.dataset import account, fits, source_of
 from jaxalign.training.reference_cache import ReferenceCache
 
 ADVISED = (1.0, 4 / 3)  # Ethayarajh 2024: desirable over undesirable, weighted
@@ -178,7 +178,6 @@ def _load_rows(
     config, tokenizer, validation, "comparisons.jsonl"
   )
   found = formats.load_completions(source, need="label", **options)
-  print(f"{source}: {found}")
   # Left out: texts of too many characters, prompts that leave no room.
   kept = [row for row in found.rows if fits(config, row.prompt, row.completion)]
   encoded = _encode(
@@ -188,8 +187,11 @@ def _load_rows(
     [row.prompt for row in kept],
     [row.completion for row in kept],
   )
-  counts = len(found.rows), len(kept), len(encoded.rows)
-  check_rows_left(config, source, length, counts)
+  left = len(encoded.rows)
+  cut = sum(not row.complete for row in encoded.rows)
+  account(
+    config, source, found, left, length, short=len(kept), encoded=left, cut=cut
+  )
   # Prompts are numbered in the order in which they first appear.
   numbers: dict[str, int] = {}
   return [

@@ -19,7 +19,7 @@ from jaxalign.data.rows import CompletionRow, PreferenceRow
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models.groups import listed
-from jaxalign.setup.dataset import fits, source_of
+from jaxalign.setup.dataset import account, fits, source_of
 
 WINDOW = 32  # batches within which rows of similar length are brought together
 FEW = 20  # completions, below which a group's own head is doubtful
@@ -301,12 +301,6 @@ def load_rows(
       source, need="reward", columns=columns, **options
     )
     scored = _graded(config, found.rows)
-  print(f"{source}: {found}")
-  if not scored:
-    raise UserError(
-      f"{source}: none of {len(found.rows)} rows is within "
-      f"config.max_example_chars={config.max_example_chars}; raise it"
-    )
   encoded = tokenizer.encode_rewards(
     [row.prompt for row in scored],
     [row.completion for row in scored],
@@ -314,6 +308,25 @@ def load_rows(
     length,
     end,
   )
+  # Of a comparison both completions stay, or none where all that differs is
+  # cut off.
+  each = 2 if config.loss == "pairwise" else 1
+  kept = [
+    i
+    for i in range(len(scored))
+    if each == 1 or encoded[i - i % 2][0] != encoded[i - i % 2 + 1][0]
+  ]
+  account(
+    config,
+    source,
+    found,
+    len(kept) // each,
+    length,
+    short=len(scored) // each,
+    encoded=len(scored) // each,
+    cut=sum(len(encoded[i][0]) >= length for i in kept),
+  )
+  scored, encoded = [scored[i] for i in kept], [encoded[i] for i in kept]
   return ScoredRows(
     ids=[ids for ids, _ in encoded],
     types=[types for _, types in encoded],

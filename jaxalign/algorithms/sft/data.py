@@ -7,7 +7,7 @@ from jaxalign.core.types import TextBatch
 from jaxalign.data import batches, formats, packing
 from jaxalign.data.encode import Encoded, encode_rows
 from jaxalign.data.tokenizer import Tokenizer
-from jaxalign.setup.dataset import check_rows_left, fits, source_of
+from jaxalign.setup.dataset import account, fits, source_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,6 @@ def _load_rows(
     config, tokenizer, validation, "demonstrations.jsonl"
   )
   found = formats.load_completions(source, **options)
-  print(f"{source}: {found}")
   kept = [row for row in found.rows if fits(config, row.prompt, row.completion)]
   encoded = encode_rows(
     tokenizer,
@@ -97,6 +96,9 @@ def _load_rows(
     train_eos=config.train_eos,
     overlong="skip",
   )
-  counts = len(found.rows), len(kept), len(encoded.rows)
-  check_rows_left(config, source, length, counts)
+  left = len(encoded.rows)
+  cut = sum(not row.complete for row in encoded.rows)
+  account(
+    config, source, found, left, length, short=len(kept), encoded=left, cut=cut
+  )
   return list(encoded.rows)

@@ -181,3 +181,23 @@ def test_no_pair_is_left(tokenizer, source):
   path = source([GOOD | {"prompt": "q " * 40}])
   with pytest.raises(UserError, match=r"no row is left of 1: 1 are within"):
     load_data(DPOConfig(data=path), tokenizer, 16, 8)
+
+
+def test_pairs_that_are_equal_after_the_cut_are_left_out(
+  tokenizer, source, capsys
+):
+  """And whose prompt leaves no room; the line says so of both."""
+  long = "w " * 30
+  path = source(
+    [
+      GOOD,
+      GOOD | {"chosen": long + "a", "rejected": long + "b"},
+      GOOD | {"prompt": "q " * 40},
+    ]
+  )
+  data = load_data(DPOConfig(data=path, batch_size=1), tokenizer, 16, 8)
+  assert len(data.pairs) == 1
+  assert capsys.readouterr().out == (
+    f"{path}: 1 rows from 3 (left out: 1 without room for a completion, "
+    "1 equal after the cut)\n"
+  )
