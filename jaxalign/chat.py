@@ -76,18 +76,19 @@ def run(argv: Sequence[str]) -> None:
       f"{args.model} holds no tokenizer files; copy tokenizer.json next to the "
       "model"
     )
-  reward_model, judge_tokenizer = None, tokenizer
+  reward_model = None
+  dialogues: dict[str, Messages] = {}  # by the text that the model is given
   if args.reward_model:
     spec = open_reward_model(
       args.reward_model, make_mesh(), dtype, "--reward_model"
     )
-    judge_tokenizer = spec.tokenizer
     # A model that tells two segments apart was trained on pairs of them.
     segments = getattr(spec.model.config, "type_vocab_size", 0)
     encoding = args.encoding or ("pair" if segments > 1 else "concat")
-    reward_model = RewardModel(
-      (Scorer(spec.model, spec.read(), judge_tokenizer, encoding),)
+    scorer = Scorer(
+      spec.model, spec.read(), spec.tokenizer, encoding, dialogues=dialogues
     )
+    reward_model = RewardModel((scorer,))
   turns = (templates.HUMAN, templates.ASSISTANT)
   generator = Generator(
     Sampler(loaded.model),
@@ -109,12 +110,12 @@ def run(argv: Sequence[str]) -> None:
     messages.append({"role": "system", "content": args.system})
   for turn, question in enumerate([args.prompt] if once else typed_lines()):
     if once and templates.is_prompt(question):
-      prompt = judged_prompt = question
+      prompt = question
     else:
       messages.append({"role": "user", "content": question})
       prompt = fit(tokenizer, messages, loaded.model.config.max_positions)
-      # The judge reads the same turns in the format of its own tokenizer.
-      judged_prompt = judge_tokenizer.render_chat(messages, reply=True)
+      # The judge reads the same turns in a format of its own.
+      dialogues[prompt] = list(messages)
     # A key for each turn: the same question may get another answer.
     turn_key = key if once else jax.random.fold_in(key, turn)
     if reward_model is None:
@@ -125,7 +126,7 @@ def run(argv: Sequence[str]) -> None:
       print(flush=True)
     else:
       drawn = generator(loaded.params, [prompt], args.best_of, turn_key)
-      scores = reward_model([judged_prompt] * args.best_of, drawn.texts)
+      scores = reward_model([prompt] * args.best_of, drawn.texts)
       completion = show_best(drawn.texts, scores.tolist())
     messages.append({"role": "assistant", "content": completion.strip()})
 

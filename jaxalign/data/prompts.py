@@ -7,7 +7,6 @@ each question several times); `unique=False` keeps them, as the paper did.
 import dataclasses
 import random
 
-from jaxalign.core.types import JsonObject
 from jaxalign.data import sources
 from jaxalign.data.columns import lacking_columns
 from jaxalign.data.fields import (
@@ -172,9 +171,8 @@ def question_of(
   if column == "question" and isinstance(value, dict):  # WebGPT, nested
     value = value.get("full_text")
   if isinstance(value, list):
-    return _first_turn(
-      messages_of(value, column, tokenizer), tokenizer, settings_of(row)
-    )
+    first = first_turn(value, column, tokenizer)
+    return render(first, tokenizer, reply=True, **settings_of(row))
   text = text_of(value, column, tokenizer)
   return wrap(text.partition(answer_mark)[0] if answer_mark else text)
 
@@ -190,16 +188,15 @@ def wrap(text: str) -> str:
   return templates.build_prompt(question)
 
 
-def _first_turn(
-  messages: list[templates.Message],
-  tokenizer: Tokenizer | None,
-  settings: JsonObject,
-) -> str:
+def first_turn(
+  value: object, column: str, tokenizer: Tokenizer | None
+) -> list[templates.Message]:
+  """The messages of a role list up to its first question."""
+  messages = messages_of(value, column, tokenizer)
   roles = [turn["role"] for turn in messages]
   if "user" not in roles:
     raise BadRow("has no user turn")
-  first = messages[: roles.index("user") + 1]
-  return render(first, tokenizer, reply=True, **settings)
+  return messages[: roles.index("user") + 1]
 
 
 def _split_off(table: sources.Table, split: str, tail: int) -> sources.Table:
@@ -228,7 +225,12 @@ def _questions(
   def build(row: sources.Row) -> list[PromptRow]:
     # A known set has SuperHF's name; other rows may name theirs.
     group = name or str(row.get("prompt_set") or row.get("group") or "")
-    return [PromptRow(question_of(row, tokenizer, mark), group)]
+    text = question_of(row, tokenizer, mark)
+    column = next(name for name in COLUMNS if name in row)
+    messages: tuple[templates.Message, ...] = ()
+    if isinstance(row[column], list):
+      messages = tuple(first_turn(row[column], column, tokenizer))
+    return [PromptRow(text, group, messages)]
 
   rows, problems = collect(table, build)
   sources.check_bad(table.name, tuple(problems), len(rows), max_bad_share)

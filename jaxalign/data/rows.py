@@ -3,6 +3,8 @@
 import dataclasses
 from typing import Generic, TypeVar
 
+from jaxalign.text.templates import Message
+
 
 @dataclasses.dataclass(frozen=True)
 class PromptRow:
@@ -10,6 +12,8 @@ class PromptRow:
 
   prompt: str  # ready for the model, role delimiters included
   group: str = ""  # the prompt set it comes from
+  # What a reader with another format renders for itself; () = plain text.
+  messages: tuple[Message, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)

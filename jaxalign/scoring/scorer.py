@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
@@ -17,6 +17,8 @@ from jaxalign.models.deberta import DebertaConfig
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
 from jaxalign.scoring.batches import LENGTHS, Batch, Encoded, batches
+from jaxalign.text import templates
+from jaxalign.text.templates import Message
 
 _log = logging.getLogger(__name__)
 
@@ -41,6 +43,8 @@ class Scorer:
     tokens: padded tokens per call, at most.
     rows: rows per call, at most.
     mesh: the rows of a call are sharded over its row axes; None = one device.
+    dialogues: the role lists of prompts that were rendered from one, for a
+      model with another format; this one reads them in its own.
   """
 
   model: Model
@@ -53,6 +57,9 @@ class Scorer:
   tokens: int = 4096
   rows: int = 64
   mesh: Mesh | None = None
+  dialogues: Mapping[str, Sequence[Message]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def __call__(
     self, prompts: Sequence[str], completions: Sequence[str]
@@ -67,9 +74,11 @@ class Scorer:
       Float32 scores. NaN for a text without any token. Scores that are not
       finite are logged with the texts' indices.
     """
+    pairs = zip(prompts, completions, strict=True)
+    own = [self._own_format(*pair) for pair in pairs]
     texts = self.tokenizer.encode_rewards(
-      prompts,
-      completions,
+      [prompt for prompt, _ in own],
+      [completion for _, completion in own],
       self.encoding,
       self.max_length,
       eos=self.model.config.head == "score_eos",
@@ -86,6 +95,17 @@ class Scorer:
         ", ".join(map(str, bad[:20])) + (", ..." if len(bad) > 20 else ""),
       )
     return scores
+
+  def _own_format(self, prompt: str, completion: str) -> tuple[str, str]:
+    """Prompt and completion as this model reads dialogues."""
+    messages = self.dialogues.get(prompt)
+    if messages is None:
+      return prompt, completion
+    if self.encoding == "concat" and self.tokenizer.has_chat_template:
+      # The whole conversation, which the template ends as in training.
+      answer = {"role": "assistant", "content": completion}
+      return "", self.tokenizer.render_chat([*messages, answer])
+    return templates.from_messages(list(messages), reply=True), completion
 
   def score_ids(self, texts: Sequence[Encoded]) -> Float[np.ndarray, " B"]:
     """Scores texts that are encoded already; see `__call__`.

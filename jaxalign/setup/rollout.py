@@ -1,6 +1,7 @@
 """What an online method samples with and scores by."""
 
 import dataclasses
+from collections.abc import Mapping, Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -18,6 +19,7 @@ from jaxalign.sampling.sampler import Sampler
 from jaxalign.scoring.reward_model import RewardModel
 from jaxalign.scoring.scorer import Scorer
 from jaxalign.setup.models import Loaded, ModelSpec, open_reward_model
+from jaxalign.text.templates import Message
 from jaxalign.training.rollout import RolloutSource
 from jaxalign.training.run import Evaluator
 
@@ -36,6 +38,7 @@ class RolloutSpec:
     prompts: to train on, system text included.
     eval_prompts: for evaluations, never trained on.
     prompt_length: tokens of the longest of all prompts.
+    dialogues: the role lists that prompts were rendered from, by their text.
     reward_models: what is trained on, in the order of `config.reward_models`.
     heldout_reward_models: what is never trained against; may be empty.
   """
@@ -48,6 +51,7 @@ class RolloutSpec:
   prompt_length: int
   reward_models: tuple[ModelSpec, ...]
   heldout_reward_models: tuple[ModelSpec, ...]
+  dialogues: Mapping[str, Sequence[Message]]
 
   @property
   def rows(self) -> int:
@@ -130,6 +134,7 @@ class RolloutSpec:
         lengths=scoring.length_buckets,
         rows=scoring.batch_size,
         mesh=mesh,
+        dialogues=self.dialogues,
       )
       for (name, _), spec in zip(names, models, strict=True)
     )
@@ -159,7 +164,9 @@ def describe_rollout(config: OnlineConfig, policy: ModelSpec) -> RolloutSpec:
   )
   # Prompts, which leave room for a completion in the policy's context.
   context = policy.model.config.max_positions
-  train, aside, length = split_prompts(config, policy.tokenizer, context)
+  train, aside, length, dialogues = split_prompts(
+    config, policy.tokenizer, context
+  )
   return RolloutSpec(
     config,
     policy.model,
@@ -169,6 +176,7 @@ def describe_rollout(config: OnlineConfig, policy: ModelSpec) -> RolloutSpec:
     length,
     reward_models,
     heldout,
+    dialogues,
   )
 
 
@@ -194,7 +202,9 @@ def sampling_params(
 
 def split_prompts(
   config: OnlineConfig, tokenizer: Tokenizer, context: int
-) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+) -> tuple[
+  tuple[str, ...], tuple[str, ...], int, Mapping[str, Sequence[Message]]
+]:
   """Loads the prompts and sets those for evaluations aside.
 
   Every prompt has to leave room for its completion: for all of
@@ -207,7 +217,8 @@ def split_prompts(
     context: tokens the policy can read.
 
   Returns:
-    Prompts to train on, prompts to evaluate on, tokens of the longest.
+    Prompts to train on, prompts to evaluate on, tokens of the longest, and the
+    role lists that some were rendered from.
 
   Raises:
     UserError: a bad source, none left, one that leaves no room.
@@ -262,4 +273,12 @@ def split_prompts(
       f"config.prompts holds no prompt but the {aside} that are kept aside; "
       "lower config.evaluation.num_prompts or give more"
     )
-  return train, texts[:aside], max(lengths)
+  system: list[Message] = []
+  if config.system_prompt:
+    system = [{"role": "system", "content": config.system_prompt}]
+  dialogues = {
+    text: [*system, *row.messages]
+    for text, row in zip(texts, found.rows, strict=True)
+    if row.messages
+  }
+  return train, texts[:aside], max(lengths), dialogues

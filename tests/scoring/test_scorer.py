@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 import functools
 import logging
@@ -190,3 +191,20 @@ def test_mesh_of_one_device_and_no_implicit_transfer():
   with jax.transfer_guard("disallow"):
     scores = laid(prompts, completions)
   np.testing.assert_array_equal(scores, scorer(prompts, completions))
+
+
+@pytest.mark.parametrize("encoding", ["pair", "concat"])
+def test_a_role_list_is_read_in_the_models_own_format(encoding):
+  """Not in the policy's markup: its template, or else the role delimiters."""
+  messages = [{"role": "user", "content": "abc"}]
+  scorer = make(encoding=encoding, dialogues={"[U]abc[A]": messages})
+  (score,) = scorer(["[U]abc[A]"], ["de"])
+  wire = "\n\nHuman: abc\n\nAssistant:"
+  np.testing.assert_allclose(score, scorer([wire], ["de"])[0], atol=1e-6)
+  assert abs(score - make(encoding=encoding)(["[U]abc[A]"], ["de"])[0]) > 1e-3
+  if encoding == "concat":
+    inner = copy.deepcopy(scorer.tokenizer.inner)
+    inner.chat_template = "{% for m in messages %}u{{ m.content }}e{% endfor %}"
+    own = dataclasses.replace(scorer, tokenizer=wrap_tokenizer(inner))
+    (score,) = own(["[U]abc[A]"], ["de"])
+    np.testing.assert_allclose(score, own([""], ["uabceudee"])[0], atol=1e-6)

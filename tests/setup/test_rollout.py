@@ -27,7 +27,9 @@ def split(word_tokenizer, tmp_path):
       holdout=-1,
       evaluation=EvaluationConfig(interval=interval, num_prompts=aside),
     )
-    train, kept_aside, _ = split_prompts(config, word_tokenizer("abcdef"), 1024)
+    train, kept_aside, *_ = split_prompts(
+      config, word_tokenizer("abcdef"), 1024
+    )
     return train, kept_aside
 
   return run
@@ -54,6 +56,8 @@ def test_without_an_interval_nothing_is_kept_aside_or_evaluated(split):
   assert aside == ()
   model = Model.build(NeoXConfig(8, 8, 1, 1, 8, max_positions=8))
   config = SuperHFConfig(evaluation=EvaluationConfig(interval=0))
-  spec = RolloutSpec(config, model, meshes.make_mesh(), train, aside, 8, (), ())
+  spec = RolloutSpec(
+    config, model, meshes.make_mesh(), train, aside, 8, (), (), {}
+  )
   source = RolloutSource.__new__(RolloutSource)  # not looked at
   assert spec.evaluators(source) == []
