@@ -36,9 +36,15 @@ CONFIG = NeoXConfig(
 )
 
 
-@functools.cache
 def build(head="lm", adapters=None, seed=0):
   """A model and parameters that are large enough for every token to matter."""
+  model, params = _built(head, adapters, seed)
+  # Dicts of its own, because tests put other leaves into them.
+  return model, jax.tree.map(lambda leaf: leaf, params)
+
+
+@functools.cache
+def _built(head, adapters, seed):
   model = Model.build(CONFIG, adapters).replace(head=head)
   leaves, tree = jax.tree.flatten(model.init(jax.random.key(seed)))
   keys = jax.random.split(jax.random.key(seed + 100), len(leaves))

@@ -69,6 +69,22 @@ def test_uniform_model_has_loss_ln_v(toy):
   np.testing.assert_allclose(total, 7 * math.log(13), rtol=1e-6)
 
 
+def test_the_loss_is_of_the_next_token(toy):
+  """Against numpy: what state t says of token t + 1."""
+  model, params = toy.build()
+  part = jax.tree.map(lambda x: x[0], toy.text_batch(PAIRS[:2], 8))
+  total, _ = sft.sum_nll(model, params, part)
+  module = model.bind(params)
+  states, _ = module(part.tokens, part.position_ids, part.segment_ids)
+  logits = np.asarray(module.unembed(states), np.float64)
+  logp = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  wanted = -sum(
+    logp[row, t - 1, part.tokens[row, t]]
+    for row, t in zip(*np.nonzero(part.loss_mask), strict=True)
+  )
+  np.testing.assert_allclose(total, wanted, rtol=1e-5)
+
+
 def test_packed_is_unpacked(toy):
   model, params = toy.build()
   # A first token has nobody to predict it, in both forms.
