@@ -151,7 +151,7 @@ def generate(
 
   from jaxalign.sampling.generator import Generator
   from jaxalign.sampling.sampler import Sampler
-  from jaxalign.sampling.settings import make
+  from jaxalign.sampling.settings import STOP_SLOTS, STOP_WIDTH, make
 
   tokenizer = _tokenizer(model)
   prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -178,11 +178,13 @@ def generate(
   settings.setdefault("eos_ids", tokenizer.end_ids)
   # Sampling ends early where a stop text is drawn as its own tokens; wherever
   # else it occurs, it is cut below.
-  stops = [*settings.pop("stops", ()), *stop]
+  more = settings.pop("stops", ())
+  stops = [*([more] if isinstance(more, str) else more), *stop]
   stop = [text for text in stops if isinstance(text, str)]
-  settings["stops"] = [
-    tokenizer.encode(s) if isinstance(s, str) else s for s in stops
-  ]
+  sequences = [tokenizer.encode(text) for text in stop]
+  settings["stops"] = [s for s in stops if not isinstance(s, str)] + [
+    ids for ids in sequences if 1 <= len(ids) <= STOP_WIDTH
+  ][:STOP_SLOTS]
   generator = Generator(
     _kept(model, "sampler", lambda: Sampler(model.model)),
     tokenizer,

@@ -242,8 +242,12 @@ def check(target: Path, source: Path | None = None) -> str:
   # which a score may be read.
   rng, size = np.random.default_rng(0), loaded.model.config.vocab_size
   rows = [rng.integers(min(3, size - 1), size, n) for n in (1, 7, 20, 32)]
-  if loaded.tokenizer is not None and loaded.tokenizer.eos_id is not None:
-    rows += [np.append(row, loaded.tokenizer.eos_id) for row in rows]
+  tokenizer = loaded.tokenizer
+  eos = None if tokenizer is None else tokenizer.eos_id
+  # Where eos is the pad token as well, transformers reads before it.
+  pads = tokenizer is not None and tokenizer.inner.pad_token_id == eos
+  if eos is not None and not (pads and head == "score_last"):
+    rows += [np.append(row, eos) for row in rows]
   ours = np.concatenate([_our_logits(loaded, row) for row in rows])
   theirs = _transformers_logits(target, rows, head == "lm")
   line = _compare(ours, theirs, f"{target} differs from transformers")

@@ -120,7 +120,7 @@ def encode_rows(
 def _ends(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
   """Whether a completion has an end, at most blanks after it."""
   places = [at for at, i in enumerate(ids) if i in tokenizer.end_ids]
-  return bool(places) and not tokenizer.decode(ids[places[-1] :]).strip()
+  return bool(places) and not tokenizer.decode(ids[places[-1] + 1 :]).strip()
 
 
 def encode_completions(

@@ -22,8 +22,21 @@ _CITATION = re.compile(r"\s*\[\d+(?:,\s*\d+)*\]")
 
 Made = TypeVar("Made")
 ROLES = ("system", "user", "assistant")  # what the role delimiters can write
-# Keys of a message that say nothing a model reads.
-_ASIDE = ("role", "content", "name", "id", "weight", "tool_call_id")
+# Keys of a message that a model was meant to read or write. Others, such as
+# dates, are handed to the template as well, which may leave them out.
+_READ = (
+  "tool_calls",
+  "function_call",
+  "reasoning_content",
+  "reasoning",
+  "thinking",
+  "documents",
+  "images",
+  "audio",
+  "videos",
+)
+# What `Tokenizer.render_chat` sets itself.
+_RESERVED_SETTINGS = ("messages", "reply", "tokenize", "add_generation_prompt")
 
 
 class BadRow(UserError):
@@ -75,7 +88,7 @@ def messages_of(
       check_text(content, column)
     elif not (has_template and (content or turn.get("tool_calls"))):
       raise BadRow(f"has a message without text in {column}")
-    more = [key for key in turn if key not in _ASIDE and turn[key]]
+    more = [key for key in turn if key in _READ and turn[key]]
     if not has_template and turn["role"] not in ROLES:
       raise BadRow(
         f"has the role {turn['role']!r} in {column}, need {', '.join(ROLES)}, "
@@ -96,11 +109,28 @@ def messages_of(
 
 def settings_of(row: Row) -> JsonObject:
   """What a row gives its chat template beside the messages."""
-  settings = dict(row.get("chat_template_kwargs") or {})
-  tools = row.get("tools")
-  if tools:
-    settings["tools"] = json.loads(tools) if isinstance(tools, str) else tools
+  settings = dict(_decoded(row, "chat_template_kwargs", dict) or {})
+  for name in _RESERVED_SETTINGS:
+    if name in settings:
+      raise BadRow(f"has {name} in chat_template_kwargs, which is set already")
+  if tools := _decoded(row, "tools", list):
+    settings["tools"] = tools
   return settings
+
+
+def _decoded(row: Row, column: str, kind: type[Made]) -> Made | None:
+  """A column that holds JSON, decoded or as text; None where it is empty."""
+  value = row.get(column)
+  if isinstance(value, str) and value.strip():
+    try:
+      value = json.loads(value)
+    except ValueError:
+      raise BadRow(f"has {value[:40]!r} in {column}, need JSON") from None
+  if not value:
+    return None
+  if not isinstance(value, kind):
+    raise BadRow(f"has {_kind(value)} in {column}, need a {kind.__name__}")
+  return value
 
 
 def render(
@@ -176,17 +206,24 @@ def _refuse_unwritten(
   settings: JsonObject,
   whole: str,
 ) -> None:
-  """A BadRow if the template leaves out what the messages hold."""
-  keys = {key for turn in messages for key in turn if turn[key]}
-  for key in sorted(keys.difference(_ASIDE)):
-    rest = [{k: x for k, x in turn.items() if k != key} for turn in messages]
-    if render(rest, tokenizer, **settings) == whole:
-      raise BadRow(
-        f"has {key} in a message, which the chat template leaves out"
-      )
+  """A BadRow if the template leaves out what a model was meant to read."""
+
+  def leaves_out(rest: list[templates.Message], settings: JsonObject) -> bool:
+    try:
+      return render(rest, tokenizer, **settings) == whole
+    except UserError:  # it cannot do without, so it reads it
+      return False
+
+  for key in _READ:
+    if any(turn.get(key) for turn in messages):
+      rest = [{k: x for k, x in turn.items() if k != key} for turn in messages]
+      if leaves_out(rest, settings):
+        raise BadRow(
+          f"has {key} in a message, which the chat template leaves out"
+        )
   if "tools" in settings:
-    rest = {k: x for k, x in settings.items() if k != "tools"}
-    if render(messages, tokenizer, **rest) == whole:
+    others = {k: x for k, x in settings.items() if k != "tools"}
+    if leaves_out(messages, others):
       raise BadRow("has tools, which the chat template leaves out")
 
 
@@ -332,9 +369,13 @@ def _common_turns(
   first: list[templates.Message], second: list[templates.Message]
 ) -> list[templates.Message]:
   """The turns that both begin with, but never the last turn of either."""
+
+  def said(turn: templates.Message) -> templates.Message:
+    return {k: x for k, x in turn.items() if k not in ("id", "weight")}
+
   count = 0
   limit = min(len(first), len(second)) - 1
-  while count < limit and first[count] == second[count]:
+  while count < limit and said(first[count]) == said(second[count]):
     count += 1
   return first[:count]
 

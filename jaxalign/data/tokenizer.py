@@ -24,6 +24,7 @@ FILES = (
   "spm.model",
 )
 GENERATION = "generation_config.json"
+MOST_ENDS = 8  # as many as `sampling.settings` has room for
 # Names of the end-of-text token, for files that do not say which one it is.
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")
 
@@ -115,7 +116,8 @@ class Tokenizer:
       return self.inner.apply_chat_template(
         messages, tokenize=False, add_generation_prompt=reply, **settings
       )
-    except jinja2.TemplateError as error:
+    # A template raises on roles it refuses, and its Python on other types.
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
       reason = (str(error).splitlines() or [type(error).__name__])[0]
       raise UserError(
         f"the chat template of {self.name} refuses the messages: {reason}"
@@ -379,7 +381,8 @@ def with_generation(
   """The tokenizer, ending completions wherever the model's folder says.
 
   Chat models list several ends, of a turn and of a text; the tokenizer knows
-  one of them. The ends are those of all three, as transformers has it.
+  one of them. The ends are those of all three, at most as many as the sampler
+  looks for.
 
   Args:
     tokenizer: of the model.
@@ -396,5 +399,5 @@ def with_generation(
     if isinstance(end, int) and 0 <= end < tokenizer.vocab_size
   )
   return dataclasses.replace(
-    tokenizer, end_ids=tuple(known), generation=generation
+    tokenizer, end_ids=tuple(known)[:MOST_ENDS], generation=generation
   )

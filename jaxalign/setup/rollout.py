@@ -19,6 +19,7 @@ from jaxalign.sampling.sampler import Sampler
 from jaxalign.scoring.reward_model import RewardModel
 from jaxalign.scoring.scorer import Scorer
 from jaxalign.setup.models import Loaded, ModelSpec, open_reward_model
+from jaxalign.text import templates
 from jaxalign.text.templates import Message
 from jaxalign.training.rollout import RolloutSource
 from jaxalign.training.run import Evaluator
@@ -167,6 +168,8 @@ def describe_rollout(config: OnlineConfig, policy: ModelSpec) -> RolloutSpec:
   train, aside, length, dialogues = split_prompts(
     config, policy.tokenizer, context
   )
+  for spec in (*reward_models, *heldout):
+    check_dialogues(spec.tokenizer, dialogues)
   return RolloutSpec(
     config,
     policy.model,
@@ -178,6 +181,29 @@ def describe_rollout(config: OnlineConfig, policy: ModelSpec) -> RolloutSpec:
     heldout,
     dialogues,
   )
+
+
+def check_dialogues(
+  tokenizer: Tokenizer, dialogues: Mapping[str, Sequence[Message]]
+) -> None:
+  """Refuses role lists that a reward model's format cannot write.
+
+  Raises:
+    UserError: a role or a content that it does not have.
+  """
+  answer = {"role": "assistant", "content": "yes"}
+  for messages in dialogues.values():
+    try:
+      tokenizer.render_chat([*messages, answer])
+      # What models that read two segments are given.
+      templates.from_messages(list(messages), reply=True)
+    except (KeyError, TypeError) as error:
+      roles = ", ".join(str(turn["role"]) for turn in messages)
+      raise UserError(
+        f"config.prompts: a prompt has the roles {roles}, which the reward "
+        f"model {tokenizer.name} cannot be given; need text by system, user "
+        "and assistant"
+      ) from error
 
 
 def sampling_params(

@@ -144,7 +144,9 @@ def open_workdir(
   return workdir.open_workdir(
     folder,
     to_mapping(config),
-    may_change=MAY_CHANGE,
+    # Other rows may make another number of steps.
+    may_change=MAY_CHANGE
+    + (config.derived if config.checkpoint.allow_other_data else ()),
     config_class=type(config),
   )
 
@@ -347,14 +349,15 @@ def finish(
     tokenizer.save(place)
     card.write(place, config=settings, metrics=last)
 
+  # All processes take part, because parameters may be spread over them.
+  write.save(
+    run.model,
+    lora.join(state.eval_params, run.frozen),
+    folder / "model",
+    config=tokenizer.special_ids(),
+    also=also,
+  )
   if hosts.is_lead():
-    write.save(
-      run.model,
-      lora.join(state.eval_params, run.frozen),
-      folder / "model",
-      config=tokenizer.special_ids(),
-      also=also,
-    )
     page.write_report(folder)
   # The mark comes last: without it the same command writes all this again.
   workdir.mark_finished(

@@ -408,7 +408,7 @@ TOOLS = [{"name": "add"}]
 RICH = (
   "{% if tools %}[{{ tools|length }} tools]{% endif %}"
   "{% for m in messages %}[{{ m.role }}]"
-  "{% if m.thought %}({{ m.thought }}){% endif %}{{ m.content }}"
+  "{% if m.thinking %}({{ m.thinking }}){% endif %}{{ m.content }}"
   "{% if m.tool_calls %}<{{ m.tool_calls[0].name }}>{% endif %}{% endfor %}"
   "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
@@ -417,7 +417,12 @@ RICH = (
 def test_a_chat_template_is_given_whole_messages(write, make_tiny):
   """Other keys, calls of tools, other roles, None where a table has gaps."""
   tokenizer = make_tiny(template=RICH)
-  answer = {"role": "assistant", "content": "4", "thought": "2+2", "name": None}
+  answer = {
+    "role": "assistant",
+    "content": "4",
+    "thinking": "2+2",
+    "name": None,
+  }
   call = {"role": "assistant", "content": None, "tool_calls": TOOLS}
   path = write(
     [
@@ -440,11 +445,11 @@ def test_a_chat_template_is_given_whole_messages(write, make_tiny):
   ("row", "template", "wrong"),
   [
     (
-      {"thought": "x"},
+      {"thinking": "x"},
       None,
-      "has thought in a message of messages, which only",
+      "has thinking in a message of messages, which",
     ),
-    ({"mood": "x"}, RICH, "has mood in a message, which the chat template"),
+    ({"images": ["x"]}, RICH, "has images in a message, which the chat"),
     ({"role": "tool"}, None, "has the role 'tool' in messages, need system"),
   ],
 )
@@ -454,6 +459,49 @@ def test_what_cannot_be_written_is_a_mistake(
   path = write([{"messages": [USER | row, said("a")]}])
   with pytest.raises(UserError, match=wrong):
     formats.load_completions(path, tokenizer=make_tiny(template=template))
+
+
+@pytest.mark.parametrize(
+  ("columns", "wrong"),
+  [
+    ({"tools": "none"}, "has 'none' in tools, need JSON"),
+    ({"tools": {"a": 1}}, "has a dict in tools, need a list"),
+    ({"chat_template_kwargs": {"tokenize": True}}, "tokenize in chat_template"),
+    (
+      {"messages": [USER | {"content": [1]}, said("a")]},
+      "refuses the messages",
+    ),
+  ],
+)
+def test_settings_of_a_template_that_are_mistakes(
+  write, make_tiny, columns, wrong
+):
+  template = "{% for m in messages %}{{ 'a' + m.content }}{% endfor %}"
+  path = write([{"messages": [USER, said("a")]} | columns])
+  with pytest.raises(UserError, match=wrong):
+    formats.load_completions(path, tokenizer=make_tiny(template=template))
+
+
+def test_a_template_that_cannot_do_without_reads_it(write, make_tiny):
+  """Also: no tools, as text; what is aside does not part two dialogues."""
+  template = (
+    "{% for m in messages %}{% if not m.content and not m.tool_calls %}"
+    "{{ raise_exception('empty') }}{% endif %}[{{ m.role }}]{{ m.content }}"
+    "{% endfor %}"
+  )
+  call = {"role": "assistant", "content": "", "tool_calls": TOOLS}
+  path = write([{"messages": [USER, call, said("a")], "tools": "[]"}])
+  tokenizer = make_tiny(template=template)
+  assert len(formats.load_completions(path, tokenizer=tokenizer).rows) == 1
+  path = write(
+    [
+      {
+        "chosen": [USER | {"id": 1}, said("a") | {"date": "today"}],
+        "rejected": [USER | {"id": 2}, said("b")],
+      }
+    ]
+  )
+  assert len(formats.load_preferences(path, tokenizer=tokenizer).rows) == 1
 
 
 def test_tools_that_a_template_leaves_out_are_a_mistake(write, tiny_chat):

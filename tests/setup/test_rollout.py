@@ -10,7 +10,11 @@ from jaxalign.errors import UserError
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
 from jaxalign.parallel import mesh as meshes
-from jaxalign.setup.rollout import RolloutSpec, split_prompts
+from jaxalign.setup.rollout import (
+  RolloutSpec,
+  check_dialogues,
+  split_prompts,
+)
 from jaxalign.training.rollout import RolloutSource
 
 
@@ -61,3 +65,15 @@ def test_without_an_interval_nothing_is_kept_aside_or_evaluated(split):
   )
   source = RolloutSource.__new__(RolloutSource)  # not looked at
   assert spec.evaluators(source) == []
+
+
+def test_role_lists_that_a_reward_model_cannot_write(word_tokenizer):
+  tokenizer = word_tokenizer("ab")
+  said = {"role": "user", "content": "a"}
+  check_dialogues(tokenizer, {"x": [{"role": "system", "content": "b"}, said]})
+  for turn in (
+    {"role": "developer", "content": "b"},
+    {"role": "system", "content": [{"type": "text", "text": "b"}]},
+  ):
+    with pytest.raises(UserError, match="cannot be given; need text by system"):
+      check_dialogues(tokenizer, {"x": [turn, said]})
