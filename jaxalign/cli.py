@@ -21,6 +21,12 @@ from jaxalign.errors import DISK_FULL, UserError
 INTERRUPTED = 130  # 128 + SIGINT
 
 CONFIGS = pathlib.Path("configs")  # where a missing --config is looked for
+# What other trainers call our flags.
+OTHER_NAMES = {
+  "output_dir": "workdir",
+  "logging_dir": "workdir",
+  "run_name": "workdir",
+}
 
 
 class Parser(argparse.ArgumentParser):
@@ -99,12 +105,19 @@ class Parser(argparse.ArgumentParser):
       name = flags[0].removeprefix("--").partition("=")[0]
       known = [flag.lstrip("-") for flag in self._option_string_actions]
       near = difflib.get_close_matches(name, known, 1)
+      other = OTHER_NAMES.get(name.replace("-", "_"), "")
+      if other in known:
+        near = [other]
       hint = "see --help"
       if near:
         hint = f"did you mean --{near[0]}?"
       elif self.reads_config:
         hint = f"fields of the config are written --config.{name}, see --help"
       raise UserError(f"unknown flag --{name}; {hint}")
+    if rest and self.reads_config and re.search(r"\.py(:|$)", rest[0]):
+      raise UserError(
+        f"unexpected argument {rest[0]!r}; did you mean --config {rest[0]}?"
+      )
     if rest:
       raise UserError(
         f"unexpected argument {rest[0]!r}; flags are written --name=value, "
@@ -207,9 +220,11 @@ def load_config(flag: str) -> tuple[object, str]:
   # The file and its preset.
   match = re.fullmatch(r"(.+?\.py)(?::(.*))?", flag)
   if not match:
+    file, colon, preset = flag.partition(":")
+    meant = nearest_config(pathlib.Path(f"{file}.py"))
     raise UserError(
-      f"--config must be FILE.py or FILE.py:PRESET, got {flag!r}; "
-      "try --config configs/superhf.py"
+      f"--config must be FILE.py or FILE.py:PRESET, got {flag!r}; did you mean "
+      f"--config {meant or 'configs/superhf.py'}{colon}{preset}?"
     )
   path, preset = pathlib.Path(match[1]), match[2]
   # Running the file, then asking its function for the preset.
@@ -231,6 +246,13 @@ def load_config(flag: str) -> tuple[object, str]:
     preset = takes[0].default
   name = path.stem if preset is None else f"{path.stem}-{preset}"
   return mapping, "runs/" + re.sub(r"[^\w.-]", "_", name)
+
+
+def nearest_config(path: pathlib.Path) -> str:
+  """The config file that a wrong path may have meant, or ""."""
+  files = [str(p) for p in (*path.parent.glob("*.py"), *config_files(CONFIGS))]
+  near = difflib.get_close_matches(str(path), files, 1)
+  return near[0] if near else ""
 
 
 def config_files(folder: pathlib.Path) -> list[pathlib.Path]:
@@ -283,9 +305,8 @@ def load_function(
 def _run_file(path: pathlib.Path, field: str) -> types.ModuleType:
   """Runs a user's Python file; a mistake in it is reported with its line."""
   if not path.is_file():
-    others = [str(p) for p in sorted(path.parent.glob("*.py"))]
-    near = difflib.get_close_matches(str(path), others, 1)
-    hint = f"did you mean {near[0]}?" if near else "check the path"
+    near = nearest_config(path)
+    hint = f"did you mean {near}?" if near else "check the path"
     raise UserError(f"{field}: {path} does not exist; {hint}")
   spec = importlib.util.spec_from_file_location(path.stem, path)
   assert spec is not None  # the name ends in .py

@@ -21,6 +21,18 @@ def test_defaults_are_valid_and_survive_json(name):
   assert read_config(stored) == config
 
 
+def test_epochs_that_were_typed_win_over_steps_of_a_file():
+  """Of two fields that say the same; both typed, steps count as ever."""
+  file = {"algorithm": "sft", "steps": 40}
+  config = read_config(file, [("epochs", "2")])
+  assert (config.steps, config.epochs) == (0, 2.0)
+  config = read_config(file, [("epochs", "2"), ("steps", "7")])
+  assert config.steps == 7
+  assert read_config(file | {"epochs": 2}).steps == 40
+  # PPO's epochs are something else.
+  assert read_config({"algorithm": "ppo", "steps": 9}, [("epochs", "2")]).steps
+
+
 def test_configs_are_frozen_and_hashable():
   config = read_config({"algorithm": "superhf"})
   with pytest.raises(dataclasses.FrozenInstanceError):

@@ -110,8 +110,30 @@ def test_an_error_of_the_run_is_one_line_too(monkeypatch, capsys):
     ),
     (
       ["--config", "superhf"],
-      "--config must be FILE.py or FILE.py:PRESET, got 'superhf'; try "
-      "--config configs/superhf.py",
+      "--config must be FILE.py or FILE.py:PRESET, got 'superhf'; did you mean "
+      "--config configs/superhf.py?",
+    ),
+    (
+      ["--config", "configs/dpo:lab"],
+      "--config must be FILE.py or FILE.py:PRESET, got 'configs/dpo:lab'; did "
+      "you mean --config configs/dpo.py:lab?",
+    ),
+    (
+      ["--config=config/kto.py"],
+      "--config: config/kto.py does not exist; did you mean configs/kto.py?",
+    ),
+    (
+      ["configs/dpo.py:lab"],
+      "unexpected argument 'configs/dpo.py:lab'; did you mean --config "
+      "configs/dpo.py:lab?",
+    ),
+    (
+      ["--config", CONFIG, "--output_dir=x"],
+      "unknown flag --output_dir; did you mean --workdir?",
+    ),
+    (
+      ["--config", CONFIG, "--config.report_to=wandb"],
+      "config.report_to is not a field; did you mean config.metrics.wandb?",
     ),
     (
       ["--config", CONFIG, "--profile_steps=13"],

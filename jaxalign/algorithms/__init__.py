@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxalign.config import TrainingConfig, nearest, read
+from jaxalign.config.supervised import SupervisedConfig
 from jaxalign.errors import UserError
 
 # Module paths, not modules: only the method that runs is imported.
@@ -58,7 +59,14 @@ def read_config(
       f"config.algorithm must be one of {', '.join(METHODS)}, got {name!r}; "
       f"did you mean {near[0] if near else 'superhf'!r}?"
     )
-  return read(config_class(name), mapping, flags)
+  kind = config_class(name)
+  # Where steps are set, epochs count for nothing: of the two the one that was
+  # typed wins over a config file's.
+  typed = [path for path, _ in flags]
+  by_epochs = issubclass(kind, SupervisedConfig) and "epochs" in typed
+  if by_epochs and "steps" not in typed:
+    flags = [*flags, ("steps", "0")]
+  return read(kind, mapping, flags)
 
 
 def run(config: TrainingConfig, folder: pathlib.Path) -> int:

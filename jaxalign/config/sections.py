@@ -101,8 +101,12 @@ class MetricsConfig(Section):
   """Where metrics go besides metrics.jsonl, which is always written."""
 
   tensorboard: bool = field(True, "write TensorBoard events")
-  wandb: bool = field(False, "log to Weights & Biases; needs the extra [wandb]")
-  trackio: bool = field(False, "log to trackio; needs the extra [trackio]")
+  wandb: bool = field(
+    False, "log to Weights & Biases; needs its package", also=("report_to",)
+  )
+  trackio: bool = field(
+    False, "log to trackio; needs its package", also=("report_to",)
+  )
   every_steps: int = field(
     1, "steps between lines", ">= 1", also=("logging_steps",)
   )

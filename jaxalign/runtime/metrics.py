@@ -137,7 +137,7 @@ def check_tracker(name: str) -> None:
   if importlib.util.find_spec(name) is None:
     raise UserError(
       f"config.metrics.{name} asks for {name}, which is not installed; "
-      f"pip install 'jaxalign[{name}]', or set config.metrics.{name}=False"
+      f"pip install {name}, or set config.metrics.{name}=False"
     )
 
 
