@@ -209,7 +209,7 @@ def score(
   prompts: Sequence[str],
   completions: Sequence[str],
   *,
-  encoding: str = "concat",
+  encoding: str = "auto",
 ) -> "np.ndarray":
   """The reward of each completion.
 
@@ -218,7 +218,8 @@ def score(
     prompts: prompt of each completion.
     completions: as many texts.
     encoding: "concat" (the SuperHF paper's) or "pair", see
-      `Tokenizer.encode_rewards`.
+      `Tokenizer.encode_rewards`; "auto" = as the model's folder says, or by its
+      architecture.
 
   Returns:
     float32 numpy `[B]`, raw logits, higher is better. A score does not
@@ -228,6 +229,7 @@ def score(
   from jaxalign.models import groups
   from jaxalign.scoring.reward_model import RewardModel
   from jaxalign.scoring.scorer import Scorer
+  from jaxalign.setup.models import choose_encoding
 
   tokenizer = _tokenizer(reward_model)
   if reward_model.model.config.head == "lm":
@@ -240,7 +242,10 @@ def score(
 
   def make() -> RewardModel:
     folded = groups.fold(reward_model.model, reward_model.params)
-    return RewardModel((Scorer(*folded, tokenizer, encoding),))
+    chosen = choose_encoding(
+      encoding, tokenizer, reward_model.model, tokenizer.name
+    )
+    return RewardModel((Scorer(*folded, tokenizer, chosen),))
 
   rewards = _kept(reward_model, f"score {encoding}", make)
   return rewards(prompts, completions)

@@ -51,7 +51,7 @@ def run(argv: Sequence[str]) -> None:
   from jaxalign.sampling.sampler import Sampler
   from jaxalign.scoring.reward_model import RewardModel
   from jaxalign.scoring.scorer import Scorer
-  from jaxalign.setup.models import open_reward_model
+  from jaxalign.setup.models import choose_encoding, open_reward_model
 
   # Checking the flags comes first: loading a model may take minutes.
   chosen = {
@@ -82,9 +82,9 @@ def run(argv: Sequence[str]) -> None:
     spec = open_reward_model(
       args.reward_model, make_mesh(), dtype, "--reward_model"
     )
-    # A model that tells two segments apart was trained on pairs of them.
-    segments = getattr(spec.model.config, "type_vocab_size", 0)
-    encoding = args.encoding or ("pair" if segments > 1 else "concat")
+    encoding = choose_encoding(
+      args.encoding or "auto", spec.tokenizer, spec.model, args.reward_model
+    )
     scorer = Scorer(
       spec.model, spec.read(), spec.tokenizer, encoding, dialogues=dialogues
     )
@@ -146,8 +146,8 @@ def make_parser() -> cli.Parser:
   parser.add_argument(
     "--encoding",
     choices=("concat", "pair"),
-    help="how the reward model was shown answers in training; default: pair if "
-    "it tells segments apart, else concat",
+    help="how the reward model was shown answers in training; default: as its "
+    "folder says, else pair if it tells segments apart, or concat",
   )
   return parser
 

@@ -8,6 +8,7 @@ checkpoint), one checkpoint's folder, a Hugging Face folder, PEFT adapters, or
 a hub id.
 """
 
+import dataclasses
 import importlib.util
 import pathlib
 import sys
@@ -21,6 +22,7 @@ from jaxtyping import PyTree
 import jaxalign
 from jaxalign import cli
 from jaxalign.algorithms import read_config
+from jaxalign.algorithms.reward_model.config import RewardModelConfig
 from jaxalign.core.types import JsonObject
 from jaxalign.errors import UserError
 from jaxalign.models import lora
@@ -210,7 +212,10 @@ def restore(
       f"{run_folder}: the checkpoint's parameters are not those of the "
       "config's policy; was the policy's folder replaced?"
     )
-  return jaxalign.Loaded(loaded.model, params, loaded.tokenizer)
+  tokenizer = loaded.tokenizer
+  if isinstance(config, RewardModelConfig) and tokenizer is not None:
+    tokenizer = dataclasses.replace(tokenizer, reward_encoding=config.encoding)
+  return jaxalign.Loaded(loaded.model, params, tokenizer)
 
 
 def _sizes(tree: PyTree) -> PyTree:

@@ -80,10 +80,11 @@ class ScoringConfig(BucketConfig):
   """How reward models read a completion."""
 
   encoding: str = field(
-    "concat",
+    "auto",
     "concat = one text (SuperHF's way), pair = prompt and completion as "
-    "segments",
-    choices=("concat", "pair"),
+    "segments, auto = as the model was trained, or by its architecture where "
+    "its folder does not say",
+    choices=("auto", "concat", "pair"),
   )
   max_length: int = field(
     1024,

@@ -46,6 +46,8 @@ class Tokenizer:
   prefix: tuple[int, ...]  # special tokens it puts before a text, e.g. (bos,)
   suffix: tuple[int, ...]  # special tokens it puts after a text, e.g. (sep,)
   end_ids: tuple[int, ...] = ()  # any of them ends a completion; eos is first
+  # How the reward model that it belongs to was trained; "" = it does not say.
+  reward_encoding: str = ""
   # generation_config.json of the model's folder; written with the tokenizer.
   generation: JsonObject = dataclasses.field(
     default_factory=dict, compare=False
@@ -222,6 +224,8 @@ class Tokenizer:
     if len(self.end_ids) > 1:
       ids["eos_token_id"] = list(self.end_ids)
     known = {name: value for name, value in ids.items() if value is not None}
+    if self.reward_encoding:
+      known["jaxalign_encoding"] = self.reward_encoding
     return known | {"pad_token_id": pad if pad == self.pad_id else None}
 
   def save(self, folder: str | pathlib.Path) -> None:
@@ -375,10 +379,10 @@ def check_vocabulary(
   return dataclasses.replace(tokenizer, pad_id=pad)
 
 
-def with_generation(
+def with_notes(
   tokenizer: Tokenizer, generation: JsonObject, config: JsonObject
 ) -> Tokenizer:
-  """The tokenizer, ending completions wherever the model's folder says.
+  """The tokenizer with what a model's folder says of ends and of encoding.
 
   Chat models list several ends, of a turn and of a text; the tokenizer knows
   one of them. The ends are those of all three, at most as many as the sampler
@@ -399,5 +403,8 @@ def with_generation(
     if isinstance(end, int) and 0 <= end < tokenizer.vocab_size
   )
   return dataclasses.replace(
-    tokenizer, end_ids=tuple(known)[:MOST_ENDS], generation=generation
+    tokenizer,
+    end_ids=tuple(known)[:MOST_ENDS],
+    reward_encoding=str(config.get("jaxalign_encoding") or ""),
+    generation=generation,
   )

@@ -15,7 +15,7 @@ from jaxalign.data.tokenizer import (
   Tokenizer,
   check_vocabulary,
   load_tokenizer,
-  with_generation,
+  with_notes,
 )
 from jaxalign.errors import UserError
 from jaxalign.models import groups
@@ -60,6 +60,7 @@ class ModelSpec:
     stored: the model as its folder has it; None = as it is used.
     group_weights: how much each group's score head counts; their weighted sum
       becomes the one head.
+    encoding: how a reward model reads texts; "" for other models.
   """
 
   model: Model
@@ -69,6 +70,7 @@ class ModelSpec:
   seed: int = 0
   stored: Model | None = None
   group_weights: Mapping[str, float] | None = None
+  encoding: str = ""
 
   def read(self) -> Params:
     """Reads the parameters onto the mesh, which takes the time."""
@@ -126,8 +128,41 @@ def tokenizer_of(source: str | pathlib.Path, model: Model) -> Tokenizer:
     UserError: there is none, or it is another model's.
   """
   tokenizer = load_tokenizer(source)
-  tokenizer = with_generation(tokenizer, *hf.generation_configs(source))
+  tokenizer = with_notes(tokenizer, *hf.generation_configs(source))
   return check_vocabulary(tokenizer, model.config.vocab_size, str(source))
+
+
+def choose_encoding(
+  asked: str, tokenizer: Tokenizer, model: Model, where: str
+) -> str:
+  """How a reward model reads prompt and completion: "concat" or "pair".
+
+  Args:
+    asked: one of these, or "auto": as its folder says, else by architecture.
+    tokenizer: of the reward model.
+    model: the reward model.
+    where: its name, for messages.
+
+  Raises:
+    UserError: another one is asked for than it was trained with.
+  """
+  noted = tokenizer.reward_encoding
+  if noted and asked not in (noted, "auto"):
+    raise UserError(
+      f"{where} was trained with the encoding {noted}, got {asked}; its scores "
+      "would mean nothing: leave the encoding auto"
+    )
+  if noted or asked != "auto":
+    return noted or asked
+  # A model that tells two segments apart was trained on pairs of them.
+  default = "concat"
+  if getattr(model.config, "type_vocab_size", 0) > 1:
+    default = "pair"
+  print(
+    f"{where} does not say how it reads prompt and completion: the encoding is "
+    f"{default}, by its architecture"
+  )
+  return default
 
 
 def open_policy(

@@ -18,7 +18,12 @@ from jaxalign.sampling.generator import Generator
 from jaxalign.sampling.sampler import Sampler
 from jaxalign.scoring.reward_model import RewardModel
 from jaxalign.scoring.scorer import Scorer
-from jaxalign.setup.models import Loaded, ModelSpec, open_reward_model
+from jaxalign.setup.models import (
+  Loaded,
+  ModelSpec,
+  choose_encoding,
+  open_reward_model,
+)
 from jaxalign.text import templates
 from jaxalign.text.templates import Message
 from jaxalign.training.rollout import RolloutSource
@@ -129,7 +134,7 @@ class RolloutSpec:
         spec.model,
         spec.read(),
         spec.tokenizer,
-        scoring.encoding,
+        spec.encoding,
         name,
         max_length=scoring.max_length,
         lengths=scoring.length_buckets,
@@ -153,10 +158,17 @@ def describe_rollout(config: OnlineConfig, policy: ModelSpec) -> RolloutSpec:
     names: tuple[tuple[str, float], ...], field: str, lab: str
   ) -> tuple[ModelSpec, ...]:
     dtype = config.scoring.dtype
-    return tuple(
-      open_reward_model(name, policy.mesh, dtype, f"config.{field}", lab)
-      for name, _ in names
-    )
+    found = []
+    for name, _ in names:
+      spec = open_reward_model(name, policy.mesh, dtype, f"config.{field}", lab)
+      encoding = choose_encoding(
+        config.scoring.encoding,
+        spec.tokenizer,
+        spec.model,
+        f"config.{field}: {name}",
+      )
+      found.append(dataclasses.replace(spec, encoding=encoding))
+    return tuple(found)
 
   # Reward models: the train reward, then the held-out one.
   reward_models = open_all(config.reward_models, "reward_model", "reward-train")

@@ -1,5 +1,6 @@
 """Each command from its flags to a folder that transformers loads."""
 
+import json
 import re
 
 import jax.numpy as jnp
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import main
+from jaxalign import convert, main
 
 METRICS = {
   *("score/mean", "score/std", "score/kept_mean", "test_score/mean"),
@@ -256,6 +257,11 @@ def test_reward_model(supervised, lab, tmp_path, read):
   assert last["eval_accuracy"] > 0.9
   assert last["eval_accuracy_longer_wins"] < 0.5
   assert last["loss/total"] < rows[0]["loss/total"]
+  # The folder says how it has to be read, also after a conversion.
+  convert.convert(tmp_path / "run", tmp_path / "out")
+  for path in (tmp_path / "run" / "model", tmp_path / "out"):
+    config = json.loads((path / "config.json").read_text())
+    assert config["jaxalign_encoding"] == "concat"
   theirs, ours = loads_in_transformers(
     str(tmp_path / "run" / "model"), "AutoModelForSequenceClassification"
   )

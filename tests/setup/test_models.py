@@ -1,5 +1,6 @@
 """New models by their sizes, and what tells one model from another."""
 
+import dataclasses
 import json
 
 import jax
@@ -11,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxalign.algorithms.sft.config import SFTConfig
 from jaxalign.config import InitConfig
 from jaxalign.config.sections import PrecisionConfig
+from jaxalign.errors import UserError
 from jaxalign.models.hf import folder
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
@@ -148,3 +150,26 @@ def test_a_digest_of_a_new_model_is_its_seed_and_config(
   assert digest() == digest()
   assert digest(seed=1)["parameters"] != digest()["parameters"]
   assert digest(hidden_size=32)["config"] != digest()["config"]
+
+
+def test_a_reward_models_encoding_is_its_own(capsys):
+  """What ships says so; from elsewhere it goes by architecture, and is said."""
+  spec = models.open_reward_model("lab", meshes.make_mesh(), "float32", "x")
+  capsys.readouterr()
+
+  def choose(asked, tokenizer=spec.tokenizer, model=spec.model):
+    return models.choose_encoding(asked, tokenizer, model, "mine")
+
+  assert choose("auto") == choose("pair") == "pair"
+  with pytest.raises(
+    UserError, match="mine was trained with the encoding pair"
+  ):
+    choose("concat")
+  assert not capsys.readouterr().out
+  silent = dataclasses.replace(spec.tokenizer, reward_encoding="")
+  assert choose("concat", silent) == "concat"
+  assert not capsys.readouterr().out
+  assert choose("auto", silent) == "pair"
+  causal = Model.build(NeoXConfig(6, 16, 2, 2, 24, head="score_last"))
+  assert choose("auto", silent, causal) == "concat"
+  assert capsys.readouterr().out.count("mine does not say how it reads") == 2

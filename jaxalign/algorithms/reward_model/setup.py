@@ -72,4 +72,9 @@ def run(spec: RewardModelSpec, folder: pathlib.Path) -> int:
     if spec.data.validation:
       run.evaluators.append(Agreement(run, spec.data.validation))
     state = train(run, spec.data)
+  # The model remembers how it has to be read.
+  tokenizer = dataclasses.replace(
+    spec.policy.tokenizer, reward_encoding=spec.config.encoding
+  )
+  policy = dataclasses.replace(policy, tokenizer=tokenizer)
   return finish(run, state, policy, folder)
