@@ -151,10 +151,10 @@ class Tokenizer:
     Args:
       prompts: prompt of each completion, system text included.
       completions: as many completions.
-      encoding: `concat`: prompt and completion as one segment, joined by
-        `templates.join`, as SuperHF feeds its reward models. `pair`: the bare
-        question and the completion as two segments, as the DeBERTa model's
-        card does.
+      encoding: `concat`: prompt and completion as one segment, joined as they
+        are if the tokenizer has a chat template, else by one space, as SuperHF
+        feeds its reward models. `pair`: the bare question and the completion
+        as two segments, as the DeBERTa model's card does.
       max_length: tokens kept, special ones included; the rest is cut off on
         the right (of the longer segment under `pair`).
       eos: append the eos token to the text, for heads that read its state.
@@ -176,14 +176,10 @@ class Tokenizer:
     # One list of texts, or two that the tokenizer encodes as pairs.
     if encoding == "concat":
       pairs = zip(prompts, completions, strict=True)
-      # A dialogue ends in no blank; a chat template's last newline is its own.
-      texts = [
-        [
-          text.rstrip() if pair[0].endswith(templates.ASSISTANT) else text
-          for pair in pairs
-          for text in [templates.join(*pair)]
-        ]
-      ]
+      # A chat template's seam and last newline are its own.
+      exact = self.has_chat_template
+      join = templates.join if exact else templates.join_words
+      texts = [[join(*pair) for pair in pairs]]
     else:
       texts = [
         [templates.bare_question(prompt) for prompt in prompts],

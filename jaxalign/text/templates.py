@@ -63,6 +63,17 @@ def join(prompt: str, completion: str) -> str:
   return prompt + completion
 
 
+def join_words(prompt: str, completion: str) -> str:
+  """`join`, but with a space where two words would run together.
+
+  SuperHF feeds its reward models so: prompt, one space, stripped completion.
+  """
+  runs_on = prompt and not (prompt[-1].isspace() or prompt.endswith(ASSISTANT))
+  if runs_on and not completion[:1].isspace():
+    completion = f" {completion}"
+  return join(prompt, completion).rstrip()
+
+
 def split_first(text: str) -> tuple[str, str] | None:
   r"""Splits after the first `\n\nAssistant:`; None where there is none.
 

@@ -76,10 +76,11 @@ def test_reward_text_is_cut_on_the_right(real):
   assert ids[-1] == 2
 
 
-def test_what_a_chat_template_wrote_is_not_written_twice(tiny_bos):
-  """Neither the bos, nor is its last newline cut."""
-  ids, types = tiny_bos.encode_reward("<s>[user]ab[assistant]", "cd</s>\n")
-  wanted = tiny_bos.encode("[user]ab[assistant]cd</s>\n")
+def test_what_a_chat_template_wrote_is_not_written_twice(make_tiny):
+  """Neither the bos, nor is its last newline cut or a seam moved."""
+  tokenizer = make_tiny(bos=True, template="{{ messages }}")
+  ids, types = tokenizer.encode_reward("<s>[user]ab[assistant]", "cd</s>\n")
+  wanted = tokenizer.encode("[user]ab[assistant]cd</s>\n")
   assert ids == [0, *wanted]
   assert len(types) == len(ids)
 

@@ -56,6 +56,21 @@ def test_join_keeps_the_seam_of_other_prompts(prompt, completion, joined):
   assert t.join(prompt, completion) == joined
 
 
+@pytest.mark.parametrize(
+  ("prompt", "completion", "joined"),
+  [
+    ("The sky is", "blue. ", "The sky is blue."),
+    ("The sky is", " blue.", "The sky is blue."),
+    ("The sky is ", "blue.", "The sky is blue."),
+    ("", "blue.", "blue."),
+    ("\n\nHuman: Hi\n\nAssistant:", "  Hi\n", "\n\nHuman: Hi\n\nAssistant: Hi"),
+    ("\n\nHuman: Hi\n\nAssistant:", "", "\n\nHuman: Hi\n\nAssistant:"),
+  ],
+)
+def test_reward_models_read_words_apart(prompt, completion, joined):
+  assert t.join_words(prompt, completion) == joined
+
+
 def test_first_delimiter():
   text = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant: d"
   assert t.split_first(text) == (
