@@ -174,11 +174,11 @@ class Tokenizer:
     if not prompts:
       return []
     # One list of texts, or two that the tokenizer encodes as pairs.
+    by_template = self.has_chat_template and encoding == "concat"
     if encoding == "concat":
       pairs = zip(prompts, completions, strict=True)
       # A chat template's seam and last newline are its own.
-      exact = self.has_chat_template
-      join = templates.join if exact else templates.join_words
+      join = templates.join if by_template else templates.join_words
       texts = [[join(*pair) for pair in pairs]]
     else:
       texts = [
@@ -201,9 +201,10 @@ class Tokenizer:
       found["input_ids"], found["token_type_ids"], strict=True
     ):
       # What a chat template has written is not written twice.
-      first = len(self.prefix) if _doubled(ids, self.prefix) else 0
-      last = len(self.suffix) if _doubled(ids[::-1], self.suffix[::-1]) else 0
-      ids, types = (x[first : len(x) - last] for x in (ids, types))
+      if by_template:
+        first = len(self.prefix) if _doubled(ids, self.prefix) else 0
+        last = len(self.suffix) if _doubled(ids[::-1], self.suffix[::-1]) else 0
+        ids, types = (x[first : len(x) - last] for x in (ids, types))
       # The eos token continues the last segment.
       rows.append((ids + tail, types + types[-1:] * len(tail)))
     return rows

@@ -64,6 +64,14 @@ def test_reward_encodings_of_the_real_deberta(real):
   assert types == [0] * (len(question) + 2) + [1] * (len(answer) + 1)
 
 
+def test_an_empty_completion_is_a_segment_too(real):
+  """`[CLS] q [SEP] [SEP]`: the second end is not a repetition."""
+  tokenizer = real["deberta"]
+  question = tokenizer.encode("What is it?")
+  ids, _ = tokenizer.encode_reward(PROMPT, "", "pair")
+  assert ids == [1, *question, 2, 2]
+
+
 def test_reward_text_is_cut_on_the_right(real):
   tokenizer = real["deberta"]
   full, _ = tokenizer.encode_reward(PROMPT, "yes " * 50)
