@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from jaxalign.core.types import JsonObject
 from jaxalign.data.sources import Row, Table
@@ -108,7 +108,7 @@ def messages_of(
 
 
 def settings_of(row: Row) -> JsonObject:
-  """What a row gives its chat template beside the messages."""
+  """A row's settings for the chat template: `tools` and the like."""
   settings = dict(_decoded(row, "chat_template_kwargs", dict) or {})
   for name in _RESERVED_SETTINGS:
     if name in settings:
@@ -137,11 +137,11 @@ def render(
   messages: list[templates.Message],
   tokenizer: Tokenizer | None,
   reply: bool = False,
-  **settings: Any,  # of a chat template, whatever it reads
+  settings: JsonObject | None = None,
 ) -> str:
   """A role list as text, by the chat template or the role delimiters."""
   if tokenizer is not None and tokenizer.has_chat_template:
-    return tokenizer.render_chat(messages, reply, **settings)
+    return tokenizer.render_chat(messages, reply, settings)
   if settings:
     raise BadRow(
       f"has {', '.join(settings)}, which only a tokenizer with a chat template "
@@ -187,8 +187,8 @@ def _after(
   """Renders two role lists as the prompt's text and the completion's."""
   if not completion:
     raise BadRow("has no message in a completion")
-  start = render(prompt, tokenizer, reply=True, **settings) if prompt else ""
-  whole = render(prompt + completion, tokenizer, **settings)
+  start = render(prompt, tokenizer, True, settings) if prompt else ""
+  whole = render(prompt + completion, tokenizer, settings=settings)
   _refuse_unwritten(prompt + completion, tokenizer, settings, whole)
   if completion[-1].get("weight") == 0:
     return start, ""  # nothing to learn: it is left out and counted as empty
@@ -210,7 +210,7 @@ def _refuse_unwritten(
 
   def leaves_out(rest: list[templates.Message], settings: JsonObject) -> bool:
     try:
-      return render(rest, tokenizer, **settings) == whole
+      return render(rest, tokenizer, settings=settings) == whole
     except UserError:  # it cannot do without, so it reads it
       return False
 

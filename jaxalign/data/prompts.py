@@ -152,8 +152,8 @@ def _new_ones(rows: list[PromptRow], seen: set[str]) -> list[PromptRow]:
 
 def question_of(
   row: sources.Row, tokenizer: Tokenizer | None = None, answer_mark: str = ""
-) -> str:
-  """The prompt in one row of any known format.
+) -> tuple[str, tuple[templates.Message, ...]]:
+  """The prompt in one row of any known format, and its messages if it has any.
 
   Args:
     row: with one of the columns that `load_prompts` names.
@@ -172,9 +172,9 @@ def question_of(
     value = value.get("full_text")
   if isinstance(value, list):
     first = first_turn(value, column, tokenizer)
-    return render(first, tokenizer, reply=True, **settings_of(row))
+    return render(first, tokenizer, True, settings_of(row)), tuple(first)
   text = text_of(value, column, tokenizer)
-  return wrap(text.partition(answer_mark)[0] if answer_mark else text)
+  return wrap(text.partition(answer_mark)[0] if answer_mark else text), ()
 
 
 def wrap(text: str) -> str:
@@ -225,11 +225,7 @@ def _questions(
   def build(row: sources.Row) -> list[PromptRow]:
     # A known set has SuperHF's name; other rows may name theirs.
     group = name or str(row.get("prompt_set") or row.get("group") or "")
-    text = question_of(row, tokenizer, mark)
-    column = next(name for name in COLUMNS if name in row)
-    messages: tuple[templates.Message, ...] = ()
-    if isinstance(row[column], list):
-      messages = tuple(first_turn(row[column], column, tokenizer))
+    text, messages = question_of(row, tokenizer, mark)
     return [PromptRow(text, group, messages)]
 
   rows, problems = collect(table, build)

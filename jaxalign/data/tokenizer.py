@@ -24,7 +24,7 @@ FILES = (
   "spm.model",
 )
 GENERATION = "generation_config.json"
-MOST_ENDS = 8  # as many as `sampling.settings` has room for
+MOST_ENDS = 8  # ids that can end a completion; the sampler has a table of them
 # Names of the end-of-text token, for files that do not say which one it is.
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")
 
@@ -98,14 +98,14 @@ class Tokenizer:
     self,
     messages: list[templates.Message],
     reply: bool = False,
-    **settings: Any,  # whatever a template reads
+    settings: JsonObject | None = None,
   ) -> str:
     """A role list as text: the chat template, else the role delimiters.
 
     Args:
       messages: turns with `role`, `content` and what else the template reads.
       reply: end where the assistant's next words belong.
-      **settings: for the template, such as `tools`.
+      settings: for the template, such as `tools`.
 
     Raises:
       UserError: the template refuses these messages.
@@ -116,7 +116,10 @@ class Tokenizer:
 
     try:
       return self.inner.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=reply, **settings
+        messages,
+        tokenize=False,
+        add_generation_prompt=reply,
+        **(settings or {}),
       )
     # A template raises on roles it refuses, and its Python on other types.
     except (jinja2.TemplateError, TypeError, ValueError) as error:

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from jaxalign.core.types import SamplingParams
+from jaxalign.data.tokenizer import MOST_ENDS
 from jaxalign.errors import UserError
 
 # Fixed sizes of the tables, because settings are traced: see `SamplingParams`.
-EOS_SLOTS = 8
+EOS_SLOTS = MOST_ENDS
 STOP_SLOTS = 8
 STOP_WIDTH = 16
 

@@ -69,20 +69,13 @@ class Rollout:
     """Every completion as a line of samples.jsonl; `kept` as for `metrics`."""
     flat, chosen = self.scores.reshape(-1), set(kept.tolist())
     heldout = self.heldout_scores
-    if heldout is None:
-      heldout = np.full(len(flat), np.nan)
-    # JSON has neither NaN nor infinity: a score that is not finite is null.
-    shown = [
-      [float(x) if np.isfinite(x) else None for x in each]
-      for each in (flat, heldout)
-    ]
     return [
       {
         "step": step + 1,
         "prompt": prompt,
         "completion": text,
-        "score": shown[0][i],
-        "test_score": shown[1][i],
+        "score": _shown(flat[i]),
+        "test_score": None if heldout is None else _shown(heldout[i]),
         "kept": i in chosen,
       }
       for i, (prompt, text) in enumerate(
@@ -91,6 +84,11 @@ class Rollout:
         )
       )
     ]
+
+
+def _shown(score: np.floating) -> float | None:
+  """A score in JSON, which has neither NaN nor infinity: null instead."""
+  return float(score) if np.isfinite(score) else None
 
 
 @dataclasses.dataclass(frozen=True)
