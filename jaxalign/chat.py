@@ -89,7 +89,6 @@ def run(argv: Sequence[str]) -> None:
       spec.model, spec.read(), spec.tokenizer, encoding, dialogues=dialogues
     )
     reward_model = RewardModel((scorer,))
-  turns = (templates.HUMAN, templates.ASSISTANT)
   generator = Generator(
     Sampler(loaded.model),
     tokenizer,
@@ -97,7 +96,9 @@ def run(argv: Sequence[str]) -> None:
       **chosen,
       eos_ids=tokenizer.end_ids,
       # A stream ends itself at the next turn; whole completions need stops.
-      stops=tokenizer.encode_batch(turns) if reward_model else (),
+      stops=tokenizer.encode_batch(tokenizer.format.turns)
+      if reward_model
+      else (),
       pad_id=tokenizer.pad_id,
     ),
     truncation="delimiters",
@@ -109,7 +110,10 @@ def run(argv: Sequence[str]) -> None:
   if args.system:
     messages.append({"role": "system", "content": args.system})
   for turn, question in enumerate([args.prompt] if once else typed_lines()):
-    if once and templates.is_prompt(question):
+    # A model without turns continues a text; a prompt may be written out.
+    if tokenizer.format.name == "raw" or (
+      once and templates.is_prompt(question)
+    ):
       prompt = question
     else:
       messages.append({"role": "user", "content": question})

@@ -223,6 +223,13 @@ class TrainingConfig(Section):
     "model to train: a hub id, a folder, lab, or init (see config.init)",
     also=("model", "model_name", "language_model_name", "model_name_or_path"),
   )
+  prompt_format: str = field(
+    "auto",
+    "how conversations are written: chat (the tokenizer's template), "
+    "human_assistant, raw (texts as they are), a template FILE.jinja; auto = "
+    "chat where the tokenizer has a template, else human_assistant",
+    also=("chat_template", "chat_template_path"),
+  )
   # Sections.
   optimizer: OptimizerConfig = OptimizerConfig()  # updates and their rate
   lora: AdapterConfig = field(AdapterConfig(), "adapters", also=("peft",))

@@ -140,14 +140,15 @@ def render(
   settings: JsonObject | None = None,
 ) -> str:
   """A role list as text, by the chat template or the role delimiters."""
-  if tokenizer is not None and tokenizer.has_chat_template:
-    return tokenizer.render_chat(messages, reply, settings)
-  if settings:
+  by_template = tokenizer is not None and tokenizer.has_chat_template
+  if settings and not by_template:
     raise BadRow(
       f"has {', '.join(settings)}, which only a tokenizer with a chat template "
       "can write"
     )
-  return templates.from_messages(messages, reply)
+  if tokenizer is None:
+    return templates.from_messages(messages, reply)
+  return tokenizer.render_chat(messages, reply, settings)
 
 
 def text_of(

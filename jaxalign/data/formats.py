@@ -28,6 +28,7 @@ from jaxalign.data.fields import (
   prompt_completion_of,
   truth_of,
 )
+from jaxalign.data.prompt_format import DIALOGUE, in_turns
 from jaxalign.data.rows import (
   CompletionRow,
   LoadedRows,
@@ -68,9 +69,11 @@ def load_completions(
   Raises:
     UserError: see `sources.read`; missing columns; nothing left.
   """
-
   # A preference passes as one row, because its halves are checked together.
+  form = DIALOGUE if tokenizer is None else tokenizer.format
+
   def build(row: sources.Row) -> list[CompletionRow | PreferenceRow]:
+    row = in_turns(row, form)
     who = _group(row, group) or str(row.get("category") or "")
     # Dolly.
     if "instruction" in row and "response" in row and not need:
@@ -124,8 +127,10 @@ def load_preferences(
 
   Args and raises: as `load_completions`.
   """
+  form = DIALOGUE if tokenizer is None else tokenizer.format
 
   def build(row: sources.Row) -> list[PreferenceRow]:
+    row = in_turns(row, form)
     prompt, chosen, rejected = preference_of(row, tokenizer)
     margin = number_of(row, "margin") or 0.0
     who = _group(row, group)

@@ -17,6 +17,7 @@ from jaxalign.data.fields import (
   settings_of,
   text_of,
 )
+from jaxalign.data.prompt_format import DIALOGUE, turns_of
 from jaxalign.data.rows import LoadedRows, PromptRow
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
@@ -59,15 +60,17 @@ def load_prompts(
   tokenizer: Tokenizer | None = None,
   max_bad_share: float = 0.01,
 ) -> LoadedRows[PromptRow]:
-  """Questions in the dialogue template, filtered and shuffled.
+  """Questions in the format of the policy, filtered and shuffled.
 
-  Only the first human question of a dialogue is used; it is put into the
-  template unless it already is. A role list is rendered up to that question.
+  Only the first human question of a dialogue is used, with what stands before
+  it. Without a chat template, a string is put between the role delimiters
+  unless it already is; with one, every prompt becomes a role list. Under the
+  format `raw` strings stay as they are.
 
   Args:
     source: see `sources.read`; columns as in COLUMNS.
     split: `train` or `test`.
-    max_chars: of a prompt with template and `system`; "< 1024" is 1023.
+    max_chars: of a prompt as it is written, with `system`; "< 1024" is 1023.
     unique: keep the first of equal prompts only.
     seed: of the shuffle over all sets.
     limit: prompts to return at most; 0 = all.
@@ -76,8 +79,9 @@ def load_prompts(
     holdout: the last rows of each set, for `test` only; 0 = the same rows in
       both splits (the paper's). By default HOLDOUT for the sets without a test
       split in PROMPT_SETS, 0 for others.
-    system: text that will stand in front; only its length counts here.
-    tokenizer: its chat template renders role lists, if it has one.
+    system: text directly before every prompt; with a chat template the system
+      turn of dialogues that have none.
+    tokenizer: the policy's, which has the format.
     max_bad_share: unusable rows are skipped up to this share.
 
   Raises:
@@ -87,14 +91,12 @@ def load_prompts(
     raise UserError(f"split must be train or test, got {split!r}")
   # Reading every set, so that their order below is that of the source.
   found = [
-    _questions(table, PROMPT_SETS.get(part), tokenizer, max_bad_share)
+    _questions(table, PROMPT_SETS.get(part), tokenizer, system, max_bad_share)
     for part in sources.part_names(source)
     for table in _read_set(part, split, holdout, max_bad_share)
   ]
   # Filtering: by length, then repeats over all sets.
-  sets, dropped = _filter(
-    [rows for rows, _ in found], max_chars, len(system), unique
-  )
+  sets, dropped = _filter([rows for rows, _ in found], max_chars, unique)
   rows = [row for one in sets for row in one[: limit_per_set or None]]
   bad = tuple(problem for _, problems in found for problem in problems)
   read = len(bad) + sum(len(rows) for rows, _ in found)
@@ -123,12 +125,11 @@ def _read_set(
 
 
 def _filter(
-  sets: list[list[PromptRow]], max_chars: int, extra: int, unique: bool
+  sets: list[list[PromptRow]], max_chars: int, unique: bool
 ) -> tuple[list[list[PromptRow]], tuple[tuple[str, int], ...]]:
   """Drops long and, over all sets, repeated prompts; counts both."""
   fitting = [
-    [row for row in rows if len(row.prompt) + extra <= max_chars]
-    for rows in sets
+    [row for row in rows if len(row.prompt) <= max_chars] for rows in sets
   ]
   # Length first: a long repeat counts as too long, not as repeated.
   seen: set[str] = set()
@@ -151,14 +152,18 @@ def _new_ones(rows: list[PromptRow], seen: set[str]) -> list[PromptRow]:
 
 
 def question_of(
-  row: sources.Row, tokenizer: Tokenizer | None = None, answer_mark: str = ""
+  row: sources.Row,
+  tokenizer: Tokenizer | None = None,
+  answer_mark: str = "",
+  system: str = "",
 ) -> tuple[str, tuple[templates.Message, ...]]:
   """The prompt in one row of any known format, and its messages if it has any.
 
   Args:
     row: with one of the columns that `load_prompts` names.
-    tokenizer: renders role lists.
+    tokenizer: has the format; None = role delimiters.
     answer_mark: the question ends before the first occurrence of this text.
+    system: what stands before it.
 
   Raises:
     BadRow: no known column, or no text in it.
@@ -170,11 +175,21 @@ def question_of(
   value = row[column]
   if column == "question" and isinstance(value, dict):  # WebGPT, nested
     value = value.get("full_text")
-  if isinstance(value, list):
-    first = first_turn(value, column, tokenizer)
-    return render(first, tokenizer, True, settings_of(row)), tuple(first)
-  text = text_of(value, column, tokenizer)
-  return wrap(text.partition(answer_mark)[0] if answer_mark else text), ()
+  form = DIALOGUE if tokenizer is None else tokenizer.format
+  if not isinstance(value, list):
+    text = text_of(value, column, tokenizer)
+    text = text.partition(answer_mark)[0] if answer_mark else text
+    if not text.strip():
+      raise BadRow("asks nothing")
+    if form.name == "raw":
+      return system + text, ()
+    if form.name == "human_assistant":
+      return system + wrap(text), ()
+    value = turns_of(text)
+  first = first_turn(value, column, tokenizer)
+  if system and first[0]["role"] != "system":
+    first = [{"role": "system", "content": system}, *first]
+  return render(first, tokenizer, True, settings_of(row)), tuple(first)
 
 
 def wrap(text: str) -> str:
@@ -182,10 +197,7 @@ def wrap(text: str) -> str:
   # A dialogue whose question is cut off gets its assistant delimiter here.
   if templates.HUMAN in text:
     return templates.first_question(text) or text.rstrip() + templates.ASSISTANT
-  question = text.strip()
-  if not question:
-    raise BadRow("asks nothing")
-  return templates.build_prompt(question)
+  return templates.build_prompt(text.strip())
 
 
 def first_turn(
@@ -217,6 +229,7 @@ def _questions(
   table: sources.Table,
   known: PromptSet | None,
   tokenizer: Tokenizer | None,
+  system: str,
   max_bad_share: float,
 ) -> tuple[list[PromptRow], list[str]]:
   lacking_columns(table, COLUMNS)
@@ -225,7 +238,7 @@ def _questions(
   def build(row: sources.Row) -> list[PromptRow]:
     # A known set has SuperHF's name; other rows may name theirs.
     group = name or str(row.get("prompt_set") or row.get("group") or "")
-    text, messages = question_of(row, tokenizer, mark)
+    text, messages = question_of(row, tokenizer, mark, system)
     return [PromptRow(text, group, messages)]
 
   rows, problems = collect(table, build)

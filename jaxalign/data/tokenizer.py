@@ -5,6 +5,7 @@ does not clean up spaces, needs no pad token (masks go by length), and counts
 every id that can occur in `vocab_size`.
 """
 
+import copy
 import dataclasses
 import json
 import os
@@ -13,6 +14,8 @@ from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
 from jaxalign.core.types import JsonObject
+from jaxalign.data import prompt_format
+from jaxalign.data.prompt_format import DIALOGUE, RAW, PromptFormat
 from jaxalign.errors import UserError
 from jaxalign.text import templates
 
@@ -48,6 +51,7 @@ class Tokenizer:
   end_ids: tuple[int, ...] = ()  # any of them ends a completion; eos is first
   # How the reward model that it belongs to was trained; "" = it does not say.
   reward_encoding: str = ""
+  format: PromptFormat = DIALOGUE  # of conversations
   # generation_config.json of the model's folder; written with the tokenizer.
   generation: JsonObject = dataclasses.field(
     default_factory=dict, compare=False
@@ -91,8 +95,8 @@ class Tokenizer:
 
   @property
   def has_chat_template(self) -> bool:
-    """Whether the tokenizer has its own format for conversations."""
-    return bool(self.inner.chat_template)
+    """Whether a chat template writes conversations."""
+    return self.format.name == "chat"
 
   def render_chat(
     self,
@@ -108,8 +112,13 @@ class Tokenizer:
       settings: for the template, such as `tools`.
 
     Raises:
-      UserError: the template refuses these messages.
+      UserError: the template refuses these messages, or the format is raw.
     """
+    if self.format.name == "raw":
+      raise UserError(
+        "prompt_format=raw has no turns, so it cannot write a list of "
+        "messages; choose chat or human_assistant"
+      )
     if not self.has_chat_template:
       return templates.from_messages(messages, reply)
     import jinja2
@@ -154,10 +163,10 @@ class Tokenizer:
     Args:
       prompts: prompt of each completion, system text included.
       completions: as many completions.
-      encoding: `concat`: prompt and completion as one segment, joined as they
-        are if the tokenizer has a chat template, else by one space, as SuperHF
-        feeds its reward models. `pair`: the bare question and the completion
-        as two segments, as the DeBERTa model's card does.
+      encoding: `concat`: prompt and completion as one segment, joined by one
+        space under the format `human_assistant`, as SuperHF feeds its reward
+        models, and as they are under others. `pair`: the bare question and the
+        completion as two segments, as the DeBERTa model's card does.
       max_length: tokens kept, special ones included; the rest is cut off on
         the right (of the longer segment under `pair`).
       eos: append the eos token to the text, for heads that read its state.
@@ -177,11 +186,11 @@ class Tokenizer:
     if not prompts:
       return []
     # One list of texts, or two that the tokenizer encodes as pairs.
-    by_template = self.has_chat_template and encoding == "concat"
+    as_written = self.format.name != "human_assistant" and encoding == "concat"
     if encoding == "concat":
       pairs = zip(prompts, completions, strict=True)
       # A chat template's seam and last newline are its own.
-      join = templates.join if by_template else templates.join_words
+      join = templates.join if as_written else templates.join_words
       texts = [[join(*pair) for pair in pairs]]
     else:
       texts = [
@@ -204,7 +213,7 @@ class Tokenizer:
       found["input_ids"], found["token_type_ids"], strict=True
     ):
       # What a chat template has written is not written twice.
-      if by_template:
+      if as_written:
         first = len(self.prefix) if _doubled(ids, self.prefix) else 0
         last = len(self.suffix) if _doubled(ids[::-1], self.suffix[::-1]) else 0
         ids, types = (x[first : len(x) - last] for x in (ids, types))
@@ -336,7 +345,62 @@ def wrap_tokenizer(inner: HFTokenizer, name: str = "tokenizer") -> Tokenizer:
     prefix=tuple(full[:at]),
     suffix=tuple(full[at + len(plain) :]),
     end_ids=() if inner.eos_token_id is None else (inner.eos_token_id,),
+    format=prompt_format.of_tokenizer(inner),
   )
+
+
+def with_format(tokenizer: Tokenizer, setting: str) -> Tokenizer:
+  """The tokenizer with the format of conversations that a run is given.
+
+  What the format ends a turn with ends a completion, too. The chat template of
+  what is returned writes the format, so that a saved folder carries it.
+
+  Args:
+    tokenizer: as its folder has it.
+    setting: `auto` = its chat template or, without one, `human_assistant`;
+      `chat`, `human_assistant`, `raw`; or a file with a chat template, whose
+      name ends in `.jinja`.
+
+  Raises:
+    UserError: no such format or file, or no chat template.
+  """
+  # A copy, because whoever else has the tokenizer keeps its template.
+  inner = copy.copy(tokenizer.inner)
+  if setting.endswith((".jinja", ".jinja2")):
+    try:
+      text = pathlib.Path(setting).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+      raise UserError(
+        f"config.prompt_format: {setting} cannot be read: {error}; name a file "
+        "with a chat template"
+      ) from error
+    inner.chat_template = text
+  elif setting not in ("auto", *prompt_format.NAMES):
+    raise UserError(
+      f"config.prompt_format must be auto, {', '.join(prompt_format.NAMES)} or "
+      f"a file that ends in .jinja, got {setting!r}"
+    )
+  found = prompt_format.of_tokenizer(inner)
+  if setting == "chat" and not inner.chat_template:
+    raise UserError(
+      f"config.prompt_format=chat: {tokenizer.name} has no chat template; take "
+      "human_assistant, or a file with one (FILE.jinja)"
+    )
+  if setting == "human_assistant" or not inner.chat_template:
+    inner.chat_template = prompt_format.HUMAN_ASSISTANT_TEMPLATE
+    found = DIALOGUE
+  if setting == "raw":
+    inner, found = tokenizer.inner, RAW
+  made = dataclasses.replace(
+    tokenizer,
+    inner=inner,
+    format=dataclasses.replace(found, plain=setting not in ("auto", "raw")),
+    end_ids=tuple(dict.fromkeys((*tokenizer.end_ids, *found.ends)))[:MOST_ENDS],
+  )
+  # A mistake in the template shows now, and not in every row.
+  if setting != "raw":
+    made.render_chat([{"role": "user", "content": "a question"}], reply=True)
+  return made
 
 
 def _doubled(ids: Sequence[int], special: tuple[int, ...]) -> bool:

@@ -14,7 +14,6 @@ from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.sampling.sampler import Sampler
 from jaxalign.text import templates, truncate
 
-TURNS = (templates.HUMAN, templates.ASSISTANT)
 UNFINISHED = "\ufffd"  # what decoding gives for a part of a character
 
 
@@ -84,7 +83,10 @@ class Generator:
     decoded = self.tokenizer.decode_batch(tokens)
     texts, ended = decoded, drawn.finish.astype(bool).tolist()
     if self.truncation is not None:
-      texts = [truncate.truncate(text, self.truncation) for text in decoded]
+      turns = self.tokenizer.format.turns
+      texts = [
+        truncate.truncate(text, self.truncation, turns) for text in decoded
+      ]
       # A completion whose text was cut had ended by itself.
       ended = [
         end or text != whole.strip()
@@ -119,18 +121,19 @@ class Generator:
     character is held back until more tokens are drawn.
     """
     (ids,) = self.tokenizer.encode_prompts([prompt])
+    turns = self.tokenizer.format.turns
     seen: list[int] = []
     shown, text = 0, ""
     for token in self.sampler.stream(params, ids, self.settings, key):
       seen.append(token)
       # All tokens again: a token alone may be half a character or lose a space.
       text = self.tokenizer.decode(seen).lstrip()
-      turns = [at for turn in TURNS if (at := text.find(turn)) >= 0]
-      if turns:
-        text = text[: min(turns)]
+      found = [at for turn in turns if (at := text.find(turn)) >= 0]
+      if found:
+        text = text[: min(found)]
         break
       # Trailing blanks wait as well: the end of the text is stripped.
-      settled = min(len(text) - _unsettled(text), len(text.rstrip()))
+      settled = min(len(text) - _unsettled(text, turns), len(text.rstrip()))
       if settled > shown:
         yield text[shown:settled]
         shown = settled
@@ -144,13 +147,13 @@ def _lead(whole: str, text: str) -> str:
   return whole[: len(whole) - len(whole.lstrip())] if text else ""
 
 
-def _unsettled(text: str) -> int:
+def _unsettled(text: str, turns: Sequence[str]) -> int:
   """Length of the ending that later tokens may change or cut off."""
   whole = text.rstrip(UNFINISHED)
   # The longest ending that a delimiter may begin with comes first.
-  for size in range(max(map(len, TURNS)), 0, -1):
+  for size in range(max(map(len, turns), default=0), 0, -1):
     ending = whole[-size:]
-    if ending and any(turn.startswith(ending) for turn in TURNS):
+    if ending and any(turn.startswith(ending) for turn in turns):
       return len(text) - len(whole) + min(size, len(whole))
   return len(text) - len(whole)
 

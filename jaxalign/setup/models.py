@@ -15,6 +15,7 @@ from jaxalign.data.tokenizer import (
   Tokenizer,
   check_vocabulary,
   load_tokenizer,
+  with_format,
   with_notes,
 )
 from jaxalign.errors import UserError
@@ -181,7 +182,9 @@ def open_policy(
   compute = compute_dtype(config.precision.compute)
   # A new model: the config takes the place of a folder's config.json.
   if config.policy == "init":
-    tokenizer = load_tokenizer(config.init.tokenizer)
+    tokenizer = with_format(
+      load_tokenizer(config.init.tokenizer), config.prompt_format
+    )
     model = hf.from_config(
       Fields(_config_json(config.init, tokenizer), "config.init"),
       "lm" if head == "auto" else head,
@@ -210,7 +213,9 @@ def open_policy(
     remat=config.remat,
     seed=config.seed,
   )
-  tokenizer = tokenizer_of(source, pretrained.model)
+  tokenizer = with_format(
+    tokenizer_of(source, pretrained.model), config.prompt_format
+  )
   return ModelSpec(pretrained.model, tokenizer, mesh, pretrained, config.seed)
 
 

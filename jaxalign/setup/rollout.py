@@ -13,7 +13,7 @@ from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.evals.best_of_n import BestOfN
 from jaxalign.models.model import Model
-from jaxalign.sampling import generator, settings
+from jaxalign.sampling import settings
 from jaxalign.sampling.generator import Generator
 from jaxalign.sampling.sampler import Sampler
 from jaxalign.scoring.reward_model import RewardModel
@@ -233,7 +233,7 @@ def sampling_params(
     min_new_tokens=sampling.min_new_tokens,
     max_new_tokens=sampling.max_new_tokens,
     eos_ids=tokenizer.end_ids,
-    stops=tokenizer.encode_batch(generator.TURNS) if cuts else (),
+    stops=tokenizer.encode_batch(tokenizer.format.turns) if cuts else (),
     pad_id=tokenizer.pad_id,
   )
 
@@ -270,16 +270,17 @@ def split_prompts(
   # Loading; a holdout of -1 leaves each set the number that is its own.
   found = load_prompts(
     config.prompts,
-    max_chars=config.max_prompt_chars,
+    max_chars=config.max_prompt_chars + len(config.system_prompt),
     unique=config.deduplicate,
     seed=config.seed,
     limit=config.num_prompts,
     limit_per_set=config.num_prompts_per_set,
     holdout=None if config.holdout < 0 else config.holdout,
+    system=config.system_prompt,
     tokenizer=tokenizer,
     max_bad_share=config.max_bad_share,
   )
-  texts = tuple(config.system_prompt + row.prompt for row in found.rows)
+  texts = tuple(row.prompt for row in found.rows)
   # The first ones are for evaluations; the seed has shuffled them all.
   aside = config.evaluation.num_prompts if config.evaluation.interval else 0
   if len(texts) <= aside:
@@ -311,12 +312,5 @@ def split_prompts(
       f"config.prompts holds no prompt but the {aside} that are kept aside; "
       "lower config.evaluation.num_prompts or give more"
     )
-  system: list[Message] = []
-  if config.system_prompt:
-    system = [{"role": "system", "content": config.system_prompt}]
-  dialogues = {
-    text: [*system, *row.messages]
-    for text, row in zip(texts, found.rows, strict=True)
-    if row.messages
-  }
+  dialogues = {row.prompt: row.messages for row in found.rows if row.messages}
   return train, texts[:aside], max(lengths), dialogues

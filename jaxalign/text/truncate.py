@@ -5,30 +5,38 @@ the scores they report depend on them. They cut much more than turns: `[^:]+`
 crosses newlines, so under `simple` and `medium` a blank line ends the
 completion if a colon follows *anywhere* later, `medium` also cuts at every word
 that contains "Human" or "Assistant", and `complex` keeps one line without
-double quotes or hyphens. The default cuts at the real role delimiters only.
+double quotes or hyphens. The default cuts at real turns only: those of the
+dialogue's own format.
 """
 
 import re
+from collections.abc import Sequence
 
 from jaxalign.errors import UserError
+from jaxalign.text.templates import ASSISTANT, HUMAN
 
 # In the order of how much they cut off.
 TRUNCATIONS: dict[str, re.Pattern | None] = {
   "none": None,
-  "delimiters": re.compile(r"\n\n(?:Human|Assistant):"),
+  "delimiters": None,  # at the texts that open a turn
   "simple": re.compile(r"\n\n[^:]+:"),
   "medium": re.compile(r"\n\n[^:]+:|Human|Assistant"),
   "complex": re.compile(r"\n\n[^:]+:|Human|Assistant|\n|\"|-"),
 }
 
 
-def truncate(completion: str, how: str = "delimiters") -> str:
+def truncate(
+  completion: str,
+  how: str = "delimiters",
+  turns: Sequence[str] = (HUMAN, ASSISTANT),
+) -> str:
   """The completion up to the first extra turn, stripped.
 
   Args:
     completion: the decoded text after the prompt.
     how: `none`, `delimiters`, or one of the released patterns: `simple`,
       `medium` (runs after April 2023), `complex` (the CS224N paper's).
+    turns: the texts at which `delimiters` cuts; see `PromptFormat.turns`.
 
   Returns:
     The part before the cut without surrounding blanks; may be empty.
@@ -41,6 +49,8 @@ def truncate(completion: str, how: str = "delimiters") -> str:
       f"truncation must be one of {', '.join(TRUNCATIONS)}, got {how!r}"
     )
   pattern = TRUNCATIONS[how]
+  if how == "delimiters" and turns:
+    pattern = re.compile("|".join(map(re.escape, turns)))
   if pattern is not None and (found := pattern.search(completion)):
     completion = completion[: found.start()]
   return completion.strip()

@@ -63,7 +63,7 @@ def test_length_counts_template_and_system(write):
   assert sorted(map(len, texts(found))) == [limit - 1, limit]
   assert found.dropped[0] == (f"longer than {limit} characters", 1)
   found = prompts.load_prompts(path, max_chars=limit, system="y")
-  assert texts(found) == [wire("x" * 9)]
+  assert texts(found) == ["y" + wire("x" * 9)]
   with pytest.raises(UserError, match="none of 3 rows has at most 5 charact"):
     prompts.load_prompts(path, max_chars=5)
 

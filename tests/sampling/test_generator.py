@@ -152,8 +152,7 @@ class Words(Tokenizer):
 
 
 def words():
-  fields = dataclasses.asdict(tokenizer())
-  return Words(**fields | {"name": "words", "eos_id": 1})
+  return Words(**vars(tokenizer()) | {"name": "words", "eos_id": 1})
 
 
 @pytest.mark.parametrize(

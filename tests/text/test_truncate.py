@@ -78,3 +78,9 @@ def test_truncation_is_stripped(text, how):
   once = truncate(text, how)
   assert once == once.strip()
   assert once in text
+
+
+def test_another_formats_turns():
+  text = "yes\nQ: and\n\nHuman: no"
+  assert truncate(text, turns=("\nQ:", "\nA:")) == "yes"
+  assert truncate(text, turns=()) == text

@@ -1,0 +1,152 @@
+r"""How conversations are written as text: one choice for all that reads them.
+
+| name              | a question and its answer                               |
+|-------------------|---------------------------------------------------------|
+| `chat`            | as the tokenizer's chat template writes them            |
+| `human_assistant` | `\n\nHuman: question\n\nAssistant: answer`, SuperHF's   |
+| `raw`             | the texts as they are; there are no turns               |
+
+A format also says where an answer ends: at the special tokens with which its
+template closes or opens a turn, or, where these are plain text, at that text.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jaxalign.text import templates
+from jaxalign.text.templates import ASSISTANT, HUMAN, Message
+
+NAMES = ("chat", "human_assistant", "raw")
+# What `templates.from_messages` writes, for transformers.
+HUMAN_ASSISTANT_TEMPLATE = (
+  "{% for message in messages %}"
+  "{% if message['role'] == 'system' %}{{ message['content'] }}"
+  "{% elif message['role'] == 'user' %}"
+  "{{ '\\n\\nHuman: ' + message['content'] }}"
+  "{% elif message['role'] == 'assistant' %}"
+  "{{ '\\n\\nAssistant: ' + message['content'] }}"
+  "{% else %}{{ raise_exception('roles are system, user and assistant') }}"
+  "{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
+)
+# What a template is asked to write, to see what it puts around it.
+_QUESTION, _ANSWER = "Whoisasked", "Whoanswers"
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptFormat:
+  """A format of conversations.
+
+  Attributes:
+    name: one of NAMES.
+    turns: texts that open a turn; a completion is cut at the first of them.
+    ends: special tokens that close or open a turn, as ids; a completion ends at
+      them.
+    plain: plain strings of data sets are turns too, as in `prompt="2+2="`.
+      Otherwise only dialogues are written in this format.
+  """
+
+  name: str
+  turns: tuple[str, ...] = ()
+  ends: tuple[int, ...] = ()
+  plain: bool = False
+
+
+DIALOGUE = PromptFormat("human_assistant", (HUMAN, ASSISTANT))
+RAW = PromptFormat("raw")
+
+
+def of_tokenizer(inner: Any) -> PromptFormat:
+  """The format of a transformers tokenizer: its chat template's, if it has one.
+
+  Args:
+    inner: a `transformers.PreTrainedTokenizerBase`.
+  """
+  if not inner.chat_template or (
+    inner.chat_template == HUMAN_ASSISTANT_TEMPLATE
+  ):
+    return DIALOGUE
+  # Between the turns of a made-up dialogue stands what closes and opens them.
+  asked = {"role": "user", "content": _QUESTION}
+  answered = {"role": "assistant", "content": _ANSWER}
+  try:
+    text = inner.apply_chat_template(
+      [asked, answered, {"role": "user", "content": "again"}], tokenize=False
+    )
+    _, rest = text.split(_QUESTION)
+    opens_answer, rest = rest.split(_ANSWER)
+    opens_question = rest[: rest.rindex("again")]
+  # A template may refuse this dialogue, or write it in some other way.
+  except Exception:
+    return PromptFormat("chat")
+  # Special tokens have an id; decoding leaves them out of a text.
+  special = {token: i for i, token in _special_tokens(inner)}
+  turns, ends = [], []
+  for opening in (opens_question, opens_answer):
+    at = {t: p for t in special if (p := opening.find(t)) >= 0}
+    first = min(at, key=lambda token: (at[token], -len(token)), default="")
+    before = opening[: at[first]] if first else opening
+    if before.strip():
+      turns.append(before.rstrip())
+    elif first:
+      ends.append(special[first])
+  return PromptFormat(
+    "chat", tuple(dict.fromkeys(turns)), tuple(dict.fromkeys(ends))
+  )
+
+
+def _special_tokens(inner: Any) -> list[tuple[int, str]]:
+  added = inner.added_tokens_decoder.items()
+  named = zip(inner.all_special_ids, inner.all_special_tokens, strict=True)
+  return [*named, *((i, str(token)) for i, token in added if token.special)]
+
+
+def turns_of(text: str) -> list[Message]:
+  """A text as turns: those of a dialogue, or one question."""
+  if HUMAN in text:
+    return templates.to_messages(text)
+  return [{"role": "user", "content": text.strip()}]
+
+
+def answer_of(text: str) -> list[Message]:
+  """A completion as turns: the answer, and what it goes on to say as others."""
+  return templates.to_messages(f"{ASSISTANT} {text}")
+
+
+def in_turns(row: dict[str, Any], form: PromptFormat) -> dict[str, Any]:
+  """A row of a data set with its dialogues as role lists.
+
+  Role lists are what a format writes. Strings become role lists where they are
+  a dialogue in the notation of SuperHF or an instruction with its response,
+  or where the format takes every string for a turn; others stay.
+
+  Args:
+    row: with the columns `prompt, completion`, `[prompt,] chosen, rejected` or
+      `instruction, response [, context]`.
+    form: the format that will write them.
+  """
+  keeps = form.name == "human_assistant" and not form.plain
+  if keeps or form.name == "raw":
+    return row
+  if "instruction" in row and isinstance(row.get("response"), str):
+    asked = str(row["instruction"])
+    if str(row.get("context") or "").strip():
+      asked = f"{asked}\n\nContext: {row['context']}"
+    new = {"prompt": turns_of(asked), "completion": answer_of(row["response"])}
+    kept = ("instruction", "response", "context")
+    return {k: x for k, x in row.items() if k not in kept} | new
+  names = ("chosen", "rejected") if "chosen" in row else ("completion",)
+  answers: Sequence[object] = [row.get(name) for name in names]
+  prompt = row.get("prompt")
+  if not all(isinstance(answer, str) for answer in answers):
+    return row
+  if prompt is None and len(names) == 2:
+    parts = templates.split_pair(*map(str, answers))
+    if parts is None:
+      return row
+    prompt, *answers = parts
+  if not isinstance(prompt, str) or not (form.plain or HUMAN in prompt):
+    return row
+  made = {n: answer_of(str(a)) for n, a in zip(names, answers, strict=True)}
+  return row | {"prompt": turns_of(prompt)} | made
