@@ -2,7 +2,8 @@
 
 A method's folder holds `config.py` (its dataclass, as `CONFIG`; imports no
 jax), `data.py` (its batches), `train.py` (the algorithm) and `setup.py`
-(`describe` and `run`, which `jaxalign.main` calls).
+(`describe`, which opens and checks all that the config names and raises a
+`UserError` where the run cannot start, and `run`; `run` below calls them).
 """
 
 import importlib

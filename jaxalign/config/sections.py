@@ -277,6 +277,11 @@ class TrainingConfig(Section):
     return self.micro_batch or self.batch_size
 
   @property
+  def micro_batches(self) -> int:
+    """M, the passes of an update."""
+    return self.batch_size // self.micro_rows
+
+  @property
   def held_out_metric(self) -> str:
     """The metric that `checkpoint.keep_best=held_out` means; empty = none."""
     return ""

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxalign.config import to_mapping
-from jaxalign.config.sections import MeshConfig, TrainingConfig
+from jaxalign.config.sections import TrainingConfig
 from jaxalign.core import optim
 from jaxalign.core.types import JsonObject, Params, TrainState
 from jaxalign.errors import UserError
@@ -37,7 +37,7 @@ from jaxalign.runtime import (
 from jaxalign.setup.models import Loaded, ModelSpec
 from jaxalign.setup.rollout import RolloutSpec
 from jaxalign.training.recorder import Recorder
-from jaxalign.training.run import Run
+from jaxalign.training.run import Dataset, Run
 
 # What may differ between a run's first start and a later one.
 MAY_CHANGE = (
@@ -49,6 +49,7 @@ MAY_CHANGE = (
 )
 
 C = TypeVar("C", bound=TrainingConfig)
+D = TypeVar("D", bound=Dataset)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,23 +58,26 @@ class RunSpec(Generic[C]):
 
   Attributes:
     config: final, what the data decide included.
-    mesh: the devices.
     policy: the model to train.
     batch_shape: M, B, T: micro-batches, rows of each, tokens at most.
     live_reference: whether the run keeps a reference policy in memory.
     rollout: prompts and reward models of a method that samples, or None.
     value_model: a separate value model, or None.
-    digest: of what is trained on; see `digest_of`.
+    rows: what is trained on; a run that continues has to find it unchanged.
   """
 
   config: C
-  mesh: Mesh
   policy: ModelSpec
   batch_shape: tuple[int, int, int]
   live_reference: bool = False
   rollout: RolloutSpec | None = None
   value_model: ModelSpec | None = None
-  digest: str = ""
+  rows: object = ()
+
+  @property
+  def mesh(self) -> Mesh:
+    """The devices."""
+    return self.policy.mesh
 
   @property
   def models(self) -> dict[str, ModelSpec]:
@@ -92,29 +96,29 @@ class RunSpec(Generic[C]):
     return found
 
 
-def digest_of(rows: object) -> str:
-  """A digest of encoded rows or of prompts, which tells them from others.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSpec(RunSpec[C], Generic[C, D]):
+  """A run on a data set, its encoded rows included."""
+
+  data: D
+
+
+def open_mesh(config: TrainingConfig, *, fills_rows: bool = False) -> Mesh:
+  """The mesh of `config.mesh`.
 
   Args:
-    rows: lists, tuples and dataclasses of numbers and texts.
-  """
-  text = json.dumps(rows, default=vars)
-  return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def make_mesh(config: MeshConfig) -> Mesh:
-  """The mesh of `config.mesh`."""
-  return meshes.make_mesh(config.replica, config.fsdp, config.tensor)
-
-
-def check_rows(config: TrainingConfig, mesh: Mesh) -> None:
-  """Refuses a config whose passes cannot be split evenly over the mesh.
+    config: of the run.
+    fills_rows: whether its method adds empty rows where the mesh needs them.
 
   Raises:
-    UserError: what to change.
+    UserError: it needs other devices, or cannot split a pass evenly.
   """
-  field = "micro_batch" if config.micro_batch else "batch_size"
-  meshes.check_rows(mesh, config.micro_rows, f"config.{field}")
+  axes = config.mesh
+  mesh = meshes.make_mesh(axes.replica, axes.fsdp, axes.tensor)
+  if not fills_rows:
+    field = "micro_batch" if config.micro_batch else "batch_size"
+    meshes.check_rows(mesh, config.micro_rows, f"config.{field}")
+  return mesh
 
 
 def check_folder(config: TrainingConfig, folder: pathlib.Path) -> None:
@@ -158,27 +162,31 @@ def reference_of(model: Model, params: Params) -> tuple[Model, Params]:
   return model, policy_of(params)
 
 
-def check_rows_kept(
-  spec: RunSpec[C], digest: str, folder: pathlib.Path
-) -> None:
-  """Refuses to continue a run on other rows than it began with.
+def digest_of(rows: object) -> str:
+  """Tells encoded rows or prompts from others: a digest of their JSON text.
 
   Args:
-    spec: of the run as it is now.
-    digest: of the rows that the checkpoint was trained on.
-    folder: the run's, for the message.
-
-  Raises:
-    UserError: they differ, and `checkpoint.allow_other_data` is off.
+    rows: a list or tuple of rows, or a dataclass of such columns.
   """
-  if digest == spec.digest or spec.config.checkpoint.allow_other_data:
-    return
-  field = "config.prompts" if spec.rollout else "config.data"
-  raise UserError(
-    f"{field} no longer gives the rows that {folder} was trained on: a file "
-    "has changed; restore it, start again in another --workdir, or continue "
-    "with --config.checkpoint.allow_other_data=true"
-  )
+  total = hashlib.blake2b(digest_size=16)
+  for part in _json_parts(rows):
+    total.update(part.encode())
+  return total.hexdigest()
+
+
+def _json_parts(rows: object) -> Iterator[str]:
+  # Row by row: the text of all rows takes more memory than they do.
+  if isinstance(rows, list | tuple):
+    for i, row in enumerate(rows):
+      yield (", " if i else "[") + json.dumps(row, default=vars)
+    yield "]"
+  elif dataclasses.is_dataclass(rows):
+    for i, (name, column) in enumerate(vars(rows).items()):
+      yield f"{', ' if i else '{'}{json.dumps(name)}: "
+      yield from _json_parts(column)
+    yield "}"
+  else:
+    yield json.dumps(rows)
 
 
 @contextlib.contextmanager
@@ -199,8 +207,11 @@ def open_run(
 
   Yields:
     The run that its method is handed.
+
+  Raises:
+    UserError: the folder is of another config, or of other rows.
   """
-  config, mesh = spec.config, spec.mesh
+  config, mesh, digest = spec.config, spec.mesh, digest_of(spec.rows)
   with (
     contextlib.closing(open_workdir(config, folder)) as run,
     contextlib.closing(
@@ -261,7 +272,14 @@ def open_run(
         leaf.delete()  # nor here
       state, done = restored.state, restored.step
       files, counters = restored.extra["files"], restored.extra["counters"]
-      check_rows_kept(spec, restored.extra.get("rows", spec.digest), run.path)
+      same = restored.extra.get("rows", digest) == digest
+      if not same and not config.checkpoint.allow_other_data:
+        field = "config.prompts" if spec.rollout else "config.data"
+        raise UserError(
+          f"{field} no longer gives the rows that {run.path} was trained on: a "
+          "file has changed; restore it, start again in another --workdir, or "
+          "continue with --config.checkpoint.allow_other_data=true"
+        )
 
     # Logs, signals, profiler and screen, closed in the reverse order.
     with (
@@ -299,7 +317,7 @@ def open_run(
         counters=dict(counters),
         every=config.metrics.every_steps,
         best_metric=config.best_metric,
-        digest=spec.digest,
+        digest=digest,
         past=metrics.iterate_jsonl(run.path / metrics.METRICS),
       )
       opened = Run(

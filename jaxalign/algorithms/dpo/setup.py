@@ -8,50 +8,28 @@ from jaxalign.algorithms.dpo.data import PairData, load_data
 from jaxalign.algorithms.dpo.train import PairMetrics, train
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.reference import cached_reference
-from jaxalign.setup.run import (
-  RunSpec,
-  check_rows,
-  digest_of,
-  finish,
-  make_mesh,
-  open_run,
-)
+from jaxalign.setup.run import DataSpec, finish, open_mesh, open_run
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DPOSpec(RunSpec[DPOConfig]):
-  """A DPO run, its data included."""
-
-  data: PairData
-
-
-def describe(config: DPOConfig) -> DPOSpec:
-  """Opens and checks what the config names; reads no parameter.
-
-  Raises:
-    UserError: anything that keeps the run from starting.
-  """
-  mesh = make_mesh(config.mesh)
-  check_rows(config, mesh)
-  policy = open_policy(config, mesh)
+def describe(config: DPOConfig) -> DataSpec[DPOConfig, PairData]:
+  """Opens and checks what the config names; reads no parameter."""
+  policy = open_policy(config, open_mesh(config))
   model = policy.model.config
   data = load_data(
     config, policy.tokenizer, model.max_positions, model.hidden_size
   )
-  micros = config.batch_size // config.micro_rows
-  return DPOSpec(
+  return DataSpec(
     data.config,
-    mesh,
     policy,
     # Two texts a pair, each at most so long.
-    batch_shape=(micros, 2 * config.micro_rows, data.length),
+    batch_shape=(config.micro_batches, 2 * config.micro_rows, data.length),
     live_reference=config.reference == "auto",
+    rows=data.pairs,
     data=data,
-    digest=digest_of(data.pairs),
   )
 
 
-def run(spec: DPOSpec, folder: pathlib.Path) -> int:
+def run(spec: DataSpec[DPOConfig, PairData], folder: pathlib.Path) -> int:
   """Trains; returns the exit status."""
   data = spec.data
   # The reference first: it is the policy before any update.

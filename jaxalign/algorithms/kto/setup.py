@@ -9,47 +9,25 @@ from jaxalign.algorithms.kto.evaluate import LabelledMetrics
 from jaxalign.algorithms.kto.train import train
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.reference import cached_reference
-from jaxalign.setup.run import (
-  RunSpec,
-  check_rows,
-  digest_of,
-  finish,
-  make_mesh,
-  open_run,
-)
+from jaxalign.setup.run import DataSpec, finish, open_mesh, open_run
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class KTOSpec(RunSpec[KTOConfig]):
-  """A KTO run, its data included."""
-
-  data: LabelledData
-
-
-def describe(config: KTOConfig) -> KTOSpec:
-  """Opens and checks what the config names; reads no parameter.
-
-  Raises:
-    UserError: anything that keeps the run from starting.
-  """
-  mesh = make_mesh(config.mesh)
-  check_rows(config, mesh)
-  policy = open_policy(config, mesh)
+def describe(config: KTOConfig) -> DataSpec[KTOConfig, LabelledData]:
+  """Opens and checks what the config names; reads no parameter."""
+  policy = open_policy(config, open_mesh(config))
   context = policy.model.config.max_positions
   data = load_data(config, policy.tokenizer, context)
-  micros = config.batch_size // config.micro_rows
-  return KTOSpec(
+  return DataSpec(
     data.config,
-    mesh,
     policy,
-    batch_shape=(micros, config.micro_rows, data.length),
+    batch_shape=(config.micro_batches, config.micro_rows, data.length),
     live_reference=config.reference == "auto",
+    rows=data.rows,
     data=data,
-    digest=digest_of(data.rows),
   )
 
 
-def run(spec: KTOSpec, folder: pathlib.Path) -> int:
+def run(spec: DataSpec[KTOConfig, LabelledData], folder: pathlib.Path) -> int:
   """Trains; returns the exit status."""
   data = spec.data
   # The reference first: it is the policy before any update.

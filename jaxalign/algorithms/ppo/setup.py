@@ -22,14 +22,7 @@ from jaxalign.setup.models import (
   open_reward_model,
 )
 from jaxalign.setup.rollout import describe_rollout
-from jaxalign.setup.run import (
-  RunSpec,
-  check_rows,
-  digest_of,
-  finish,
-  make_mesh,
-  open_run,
-)
+from jaxalign.setup.run import RunSpec, finish, open_mesh, open_run
 
 # Read by two tokenizers, to tell whether they are the same.
 PROBE = (
@@ -38,14 +31,8 @@ PROBE = (
 
 
 def describe(config: PPOConfig) -> RunSpec[PPOConfig]:
-  """Opens and checks what the config names; reads no parameter.
-
-  Raises:
-    UserError: anything that keeps the run from starting.
-  """
-  mesh = make_mesh(config.mesh)
-  check_rows(config, mesh)
-  policy = open_policy(config, mesh)
+  """Opens and checks what the config names; reads no parameter."""
+  policy = open_policy(config, open_mesh(config))
   rollout = describe_rollout(config, policy)
   # A value model that is named is opened here, like the other models.
   value_model = None
@@ -56,12 +43,11 @@ def describe(config: PPOConfig) -> RunSpec[PPOConfig]:
   length = rollout.prompt_length + config.sampling.max_new_tokens
   return RunSpec(
     config,
-    mesh,
     policy,
     batch_shape=(rollout.rows // config.micro_rows, config.micro_rows, length),
     live_reference=True,
     rollout=rollout,
-    digest=digest_of(rollout.prompts),
+    rows=rollout.prompts,
     value_model=value_model,
   )
 

@@ -142,8 +142,8 @@ class ScoredData:
     config = self.config
     # An epoch has whole batches only; a few rows are left out of each.
     epoch, at = divmod(step, len(self.rows.ids) // config.batch_size)
-    micros = config.batch_size // config.micro_rows
-    return self.rows.pack(self.order(epoch)[at], self.length, micros)
+    chosen = self.order(epoch)[at]
+    return self.rows.pack(chosen, self.length, config.micro_batches)
 
   @functools.lru_cache(maxsize=2)  # noqa: B019, a run has one of these
   def order(self, epoch: int) -> Int[np.ndarray, "N B"]:

@@ -9,32 +9,14 @@ from jaxalign.algorithms.reward_model.evaluate import Agreement
 from jaxalign.algorithms.reward_model.train import train
 from jaxalign.errors import UserError
 from jaxalign.setup.models import open_policy, with_groups
-from jaxalign.setup.run import (
-  RunSpec,
-  check_rows,
-  digest_of,
-  finish,
-  make_mesh,
-  open_run,
-)
+from jaxalign.setup.run import DataSpec, finish, open_mesh, open_run
+
+Spec = DataSpec[RewardModelConfig, ScoredData]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RewardModelSpec(RunSpec[RewardModelConfig]):
-  """The training of a reward model, its data included."""
-
-  data: ScoredData
-
-
-def describe(config: RewardModelConfig) -> RewardModelSpec:
-  """Opens and checks what the config names; reads no parameter.
-
-  Raises:
-    UserError: anything that keeps the run from starting.
-  """
-  mesh = make_mesh(config.mesh)
-  check_rows(config, mesh)
-  policy = open_policy(config, mesh, config.head)
+def describe(config: RewardModelConfig) -> Spec:
+  """Opens and checks what the config names; reads no parameter."""
+  policy = open_policy(config, open_mesh(config), config.head)
   model = policy.model.config
   if model.head == "lm":
     raise UserError(
@@ -54,18 +36,16 @@ def describe(config: RewardModelConfig) -> RewardModelSpec:
   data = load_data(
     config, policy.tokenizer, model.max_positions, model.head, model.groups
   )
-  micros = config.batch_size // config.micro_rows
-  return RewardModelSpec(
+  return DataSpec(
     data.config,
-    mesh,
     with_groups(policy, data.config.groups),
-    batch_shape=(micros, config.micro_rows, data.length),
+    batch_shape=(config.micro_batches, config.micro_rows, data.length),
+    rows=data.rows,
     data=data,
-    digest=digest_of(data.rows),
   )
 
 
-def run(spec: RewardModelSpec, folder: pathlib.Path) -> int:
+def run(spec: Spec, folder: pathlib.Path) -> int:
   """Trains; returns the exit status."""
   policy = spec.policy.load()
   with open_run(spec, policy, folder) as run:

@@ -7,34 +7,22 @@ from jaxalign.algorithms.superhf.data import update_shape
 from jaxalign.algorithms.superhf.train import train
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.rollout import describe_rollout
-from jaxalign.setup.run import (
-  RunSpec,
-  digest_of,
-  finish,
-  make_mesh,
-  open_run,
-)
+from jaxalign.setup.run import RunSpec, finish, open_mesh, open_run
 
 
 def describe(config: SuperHFConfig) -> RunSpec[SuperHFConfig]:
-  """Opens and checks what the config names; reads no parameter.
-
-  Raises:
-    UserError: anything that keeps the run from starting.
-  """
-  mesh = make_mesh(config.mesh)
-  policy = open_policy(config, mesh)
-  size, micro = update_shape(config, mesh)
+  """Opens and checks what the config names; reads no parameter."""
+  policy = open_policy(config, open_mesh(config, fills_rows=True))
+  size, micro = update_shape(config, policy.mesh)
   length = min(config.max_length, policy.model.config.max_positions)
   rollout = describe_rollout(config, policy)
   return RunSpec(
     config,
-    mesh,
     policy,
     batch_shape=(size // micro, micro, length),
     live_reference=config.uses_reference,
     rollout=rollout,
-    digest=digest_of(rollout.prompts),
+    rows=rollout.prompts,
   )
 
 

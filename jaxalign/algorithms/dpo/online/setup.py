@@ -12,14 +12,7 @@ from jaxalign.feedback.judges import (
 )
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.rollout import describe_rollout
-from jaxalign.setup.run import (
-  RunSpec,
-  check_rows,
-  digest_of,
-  finish,
-  make_mesh,
-  open_run,
-)
+from jaxalign.setup.run import RunSpec, finish, open_mesh, open_run
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,27 +23,19 @@ class OnlineDPOSpec(RunSpec[OnlineDPOConfig]):
 
 
 def describe(config: OnlineDPOConfig) -> OnlineDPOSpec:
-  """Opens and checks what the config names; reads no parameter.
-
-  Raises:
-    UserError: anything that keeps the run from starting.
-  """
-  mesh = make_mesh(config.mesh)
-  check_rows(config, mesh)
+  """Opens and checks what the config names; reads no parameter."""
   # The user's file runs before any model is opened: mistakes show early.
   function = open_judge(config.judge)
-  policy = open_policy(config, mesh)
-  micros = config.batch_size // config.micro_rows
+  policy = open_policy(config, open_mesh(config))
   length = min(config.max_length, policy.model.config.max_positions)
   rollout = describe_rollout(config, policy)
   return OnlineDPOSpec(
     config,
-    mesh,
     policy,
-    batch_shape=(micros, 2 * config.micro_rows, length),
+    batch_shape=(config.micro_batches, 2 * config.micro_rows, length),
     live_reference=True,
     rollout=rollout,
-    digest=digest_of(rollout.prompts),
+    rows=rollout.prompts,
     function=function,
   )
 

@@ -1,0 +1,38 @@
+"""What tells the rows of a run from others."""
+
+import dataclasses
+import hashlib
+import json
+
+import pytest
+
+from jaxalign.algorithms.reward_model.data import ScoredRows
+from jaxalign.data.encode import Encoded
+from jaxalign.setup.run import digest_of
+
+TEXT = Encoded((1, 2, 3), 1, (False, True, True), True)
+COLUMNS = ScoredRows(
+  [[1, 2], [3]],
+  [[0, 1], [0]],
+  [0.5, None],
+  [0.0] * 2,
+  [0, 1],
+  [3, 1],
+  ["é"] * 2,
+)
+
+
+@pytest.mark.parametrize(
+  "rows",
+  [
+    ("first prompt", "sécond\n"),
+    [[TEXT], [TEXT, TEXT]],
+    [(TEXT, TEXT)],
+    COLUMNS,
+    dataclasses.replace(COLUMNS, head=[0, 1]),
+  ],
+)
+def test_a_digest_row_by_row_is_that_of_one_text(rows):
+  """Checkpoints of earlier versions hold the digest of the whole JSON text."""
+  text = json.dumps(rows, default=vars).encode()
+  assert digest_of(rows) == hashlib.blake2b(text, digest_size=16).hexdigest()
