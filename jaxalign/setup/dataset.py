@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 from jaxalign.config.supervised import SupervisedConfig
 from jaxalign.data.rows import LoadedRows
@@ -11,17 +11,11 @@ from jaxalign.errors import UserError
 from jaxalign.setup.models import locate
 
 
-class Source(NamedTuple):
-  """Where rows come from, and how `data.formats` is to read them."""
-
-  name: str  # hub id, file or glob; several with commas
-  options: dict[str, Any]  # keywords of `formats.load_...`
-
-
+# Any: the keywords of `formats.load_...`.
 def source_of(
   config: SupervisedConfig, tokenizer: Tokenizer, validation: bool, lab: str
-) -> Source:
-  """A run's source of rows.
+) -> tuple[str, dict[str, Any]]:
+  """Where a run's rows come from, and how `data.formats` is to read them.
 
   Args:
     config: names the source in `data` and `validation_data`.
@@ -31,14 +25,11 @@ def source_of(
   """
   source = config.validation_data if validation else config.data
   names = [name.strip() for name in source.split(",")]
-  return Source(
-    ",".join(locate(name, lab) for name in names),
-    {
-      "tokenizer": tokenizer,
-      "split": "test" if validation else "train",
-      "max_bad_share": config.max_bad_share,
-    },
-  )
+  return ",".join(locate(name, lab) for name in names), {
+    "tokenizer": tokenizer,
+    "split": "test" if validation else "train",
+    "max_bad_share": config.max_bad_share,
+  }
 
 
 def fits(config: SupervisedConfig, prompt: str, *completions: str) -> bool:

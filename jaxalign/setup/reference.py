@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from jaxalign.config.supervised import PreferenceConfig
 from jaxalign.errors import UserError
-from jaxalign.setup.models import Loaded, ModelSpec
+from jaxalign.setup.models import Loaded
 from jaxalign.setup.run import RunSpec, open_workdir, reference_of
 from jaxalign.training import reference_cache
 from jaxalign.training.reference_cache import ReferenceCache
@@ -50,7 +50,26 @@ def cached_reference(
   # Checked before the policy's parameters are read.
   if path.is_file():
     cache = reference_cache.read(path)
-    check_cache(config, path, cache, spec.policy, batches())
+    remedy = "restore these, or start again in another --workdir"
+    if config.reference_logps:
+      remedy = "leave out config.reference_logps to compute them again"
+    # The texts: KTO's mismatched pairs also depend on how rows are drawn.
+    missing, count = cache.count_missing(batches())
+    if missing:
+      pairs = ", seed, batch_size or steps" if config.algorithm == "kto" else ""
+      raise UserError(
+        f"{path} lacks {missing} of this run's {count} texts: it was made with "
+        "other data, another tokenizer, max_length or "
+        f"train_eos{pairs}; {remedy}"
+      )
+    # The model that computed the log-probs.
+    wanted = spec.policy.fingerprint()
+    other = [name for name in wanted if cache.model.get(name) != wanted[name]]
+    if other:
+      raise UserError(
+        f"{path} was made by another reference than config.policy="
+        f"{config.policy}: {' and '.join(other)} differ; {remedy}"
+      )
     return spec.policy.load(), cache
 
   # Run the policy, before it is trained, over every text.
@@ -65,36 +84,3 @@ def cached_reference(
   seconds = time.perf_counter() - start
   print(f"{path}: reference of {len(cache.logps)} texts, {seconds:.1f} s")
   return policy, cache
-
-
-def check_cache(
-  config: PreferenceConfig,
-  path: pathlib.Path,
-  cache: ReferenceCache,
-  policy: ModelSpec,
-  batches: Iterable[PyTree],
-) -> None:
-  """Refuses log-probs that are not of this run's texts and policy.
-
-  Raises:
-    UserError: it lacks texts, or another model made it.
-  """
-  remedy = "restore these, or start again in another --workdir"
-  if config.reference_logps:
-    remedy = "leave out config.reference_logps to compute them again"
-  # The texts: KTO's mismatched pairs also depend on how rows are drawn.
-  missing, count = cache.count_missing(batches)
-  if missing:
-    pairs = ", seed, batch_size or steps" if config.algorithm == "kto" else ""
-    raise UserError(
-      f"{path} lacks {missing} of this run's {count} texts: it was made with "
-      f"other data, another tokenizer, max_length or train_eos{pairs}; {remedy}"
-    )
-  # The model that computed the log-probs.
-  wanted = policy.fingerprint()
-  other = [name for name in wanted if cache.model.get(name) != wanted[name]]
-  if other:
-    raise UserError(
-      f"{path} was made by another reference than config.policy="
-      f"{config.policy}: {' and '.join(other)} differ; {remedy}"
-    )

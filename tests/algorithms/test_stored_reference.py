@@ -18,6 +18,7 @@ from jaxalign.config.sections import OptimizerConfig
 from jaxalign.core.types import PairBatch
 from jaxalign.parallel import mesh as meshes
 from jaxalign.training import reference_cache
+from jaxalign.training.run import fit
 
 # Adam whose eps is as good as alone: a step is the gradient itself.
 STEADY = OptimizerConfig(
@@ -44,6 +45,10 @@ def pairs(toy, micro):
   )
 
 
+def dpo_update(run):
+  return dpo.make_update(run, run.config)
+
+
 def labelled(toy, micro):
   others = [answer for _, answer in [*REJECTED[1:], REJECTED[0]]]
   crossed = [(p, a) for (p, _), a in zip(CHOSEN, others, strict=True)]
@@ -61,16 +66,16 @@ def on_host(tree):
 
 @pytest.mark.parametrize("micro", [4, 1], ids=["whole", "micro-batches"])
 @pytest.mark.parametrize(
-  ("train", "evaluator", "cfg", "make"),
+  ("make_update", "evaluator", "cfg", "make"),
   [
     (
-      dpo.train,
+      dpo_update,
       dpo.PairMetrics,
       DPOConfig(steps=2, optimizer=STEADY, beta=0.5),
       pairs,
     ),
     (
-      kto.train,
+      kto.make_update,
       kto_evaluate.LabelledMetrics,
       KTOConfig(steps=2, optimizer=STEADY, beta=0.5),
       labelled,
@@ -79,7 +84,7 @@ def on_host(tree):
   ids=["dpo", "kto"],
 )
 def test_updates_and_validation_are_those_of_a_live_reference(
-  train, evaluator, cfg, make, micro, toy
+  make_update, evaluator, cfg, make, micro, toy
 ):
   model, reference = toy.build()
   _, other = toy.build(seed=1)
@@ -98,7 +103,7 @@ def test_updates_and_validation_are_those_of_a_live_reference(
   def trained(batch, held, reference):
     run = toy.run(cfg, model, params, reference)
     run.evaluators.append(evaluator(run, [held]))
-    train(run, types.SimpleNamespace(batch=lambda step: batch))
+    fit(run, types.SimpleNamespace(batch=lambda step: batch), make_update(run))
     return run.recorder
 
   live = trained(batch, held, (model, reference))

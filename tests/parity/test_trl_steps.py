@@ -14,7 +14,7 @@ import optax
 import pytest
 
 from jaxalign.algorithms.dpo.config import DPOConfig
-from jaxalign.algorithms.dpo.loss import pair_losses
+from jaxalign.algorithms.dpo.train import pair_losses
 from jaxalign.algorithms.kto import train as kto
 from jaxalign.algorithms.kto.config import KTOConfig
 from jaxalign.algorithms.kto.data import LabelledBatch

@@ -5,10 +5,11 @@ import pathlib
 
 from jaxalign.algorithms.dpo.config import DPOConfig
 from jaxalign.algorithms.dpo.data import PairData, load_data
-from jaxalign.algorithms.dpo.train import PairMetrics, train
+from jaxalign.algorithms.dpo.train import PairMetrics, make_update
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.reference import cached_reference
 from jaxalign.setup.run import DataSpec, finish, open_mesh, open_run
+from jaxalign.training.run import fit
 
 
 def describe(config: DPOConfig) -> DataSpec[DPOConfig, PairData]:
@@ -38,5 +39,5 @@ def run(spec: DataSpec[DPOConfig, PairData], folder: pathlib.Path) -> int:
   with open_run(spec, policy, folder) as run:
     if data.validation_pairs:
       run.evaluators.append(PairMetrics(run, data.validation()))
-    state = train(run, data)
+    state = fit(run, data, make_update(run, run.config))
   return finish(run, state, policy, folder)

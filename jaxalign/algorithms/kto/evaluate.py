@@ -20,7 +20,7 @@ from jaxalign.training.run import Run
 
 
 class LabelledMetrics:
-  """An evaluator: the metrics over held-out rows, and `agreement`.
+  """An evaluator: metrics and `agreement` over held-out numpy rows `[1, B, T]`.
 
   z₀ is that of all held-out rows.
   """
@@ -28,12 +28,6 @@ class LabelledMetrics:
   name = "labelled"
 
   def __init__(self, run: Run[KTOConfig], batches: Sequence[LabelledBatch]):
-    """Compiles nothing yet.
-
-    Args:
-      run: its policy, reference and devices.
-      batches: numpy rows `[1, B, T]`.
-    """
     self.every = run.config.validation_interval
     self._run, self._batches = run, batches
 

@@ -6,10 +6,11 @@ import pathlib
 from jaxalign.algorithms.kto.config import KTOConfig
 from jaxalign.algorithms.kto.data import LabelledData, load_data
 from jaxalign.algorithms.kto.evaluate import LabelledMetrics
-from jaxalign.algorithms.kto.train import train
+from jaxalign.algorithms.kto.train import make_update
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.reference import cached_reference
 from jaxalign.setup.run import DataSpec, finish, open_mesh, open_run
+from jaxalign.training.run import fit
 
 
 def describe(config: KTOConfig) -> DataSpec[KTOConfig, LabelledData]:
@@ -36,5 +37,5 @@ def run(spec: DataSpec[KTOConfig, LabelledData], folder: pathlib.Path) -> int:
   with open_run(spec, policy, folder) as run:
     if data.validation_rows:
       run.evaluators.append(LabelledMetrics(run, data.validation()))
-    state = train(run, data)
+    state = fit(run, data, make_update(run))
   return finish(run, state, policy, folder)

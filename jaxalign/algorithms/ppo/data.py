@@ -38,9 +38,7 @@ class Experience:
   logp: Float[AnyArray, "*C B T-1"]  # of the policy that drew
   value: Float[AnyArray, "*C B T-1"]  # V before the token is drawn
   reference: Float[AnyArray, "*C B T-1"]  # log-probs of the reference
-  weight: Float[
-    AnyArray, "*C B T-1"
-  ]  # min(π/μ, sampling_correction); 1 if that is 0
+  weight: Float[AnyArray, "*C B T-1"]  # see `sampling_correction`; else 1
   advantage: Float[AnyArray, "*C B T-1"]
   returns: Float[AnyArray, "*C B T-1"]
 

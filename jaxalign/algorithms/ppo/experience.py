@@ -61,10 +61,11 @@ def make_experience(
     config, batch, seen["kl"], state.extra_state
   )
   advantage, returns = estimate_advantages(config, shaped, seen["value"], mask)
-  # What was drawn from another distribution is weighted by π/μ.
-  weight = importance_weight(
-    config.sampling_correction, seen["logp"] - batch.sampling_logps
-  )
+  # min(π/μ, cap) corrects for drawing from μ (Espeholt 2018).
+  weight = jnp.ones_like(seen["logp"])
+  if config.sampling_correction:
+    weight = jnp.exp(seen["logp"] - batch.sampling_logps)
+    weight = jnp.minimum(weight, config.sampling_correction)
   tokens = jnp.maximum(mask.sum(), 1)
   # Sampler and trainer compute these apart: they differ by rounding alone.
   gap = jnp.abs(seen["logp"] - batch.model_logps)
@@ -237,15 +238,6 @@ def estimate_advantages(
   found = jnp.where(mask, found, 0)
   # Without a value model nothing reads the returns.
   return found, jnp.zeros_like(found)
-
-
-def importance_weight(
-  cap: float, log_weight: Float[Array, "C B T"]
-) -> Float[Array, "C B T"]:
-  """min(π/μ, cap), which corrects for drawing from μ (Espeholt 2018)."""
-  if not cap:
-    return jnp.ones_like(log_weight)
-  return jnp.minimum(jnp.exp(log_weight), cap)
 
 
 def explained_variance(

@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -15,7 +15,6 @@ from jaxtyping import Bool, Float, Int
 from jaxalign.algorithms.reward_model.config import RewardModelConfig
 from jaxalign.core.types import AnyArray
 from jaxalign.data import batches, formats
-from jaxalign.data.rows import CompletionRow, PreferenceRow
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models.groups import listed
@@ -147,8 +146,44 @@ class ScoredData:
 
   @functools.lru_cache(maxsize=2)  # noqa: B019, a run has one of these
   def order(self, epoch: int) -> Int[np.ndarray, "N B"]:
-    """The batches of an epoch."""
-    return grouped_order(self.config, self.rows, epoch)
+    """Batches of an epoch, completions of one prompt next to each other.
+
+    Each prompt's completions are shuffled and cut into groups; the groups are
+    shuffled; within a window of batches they are sorted by length, so that a
+    batch holds little padding; the batches are shuffled again. A group of fewer
+    completions than the others may end in the next pass, which costs its pairs.
+    """
+    config, rows = self.config, self.rows
+    size, count = config.batch_size, len(rows.ids)
+    most = 2 if config.loss == "pairwise" else config.answers_per_prompt
+    # Each row's place in the random order of this epoch.
+    rank = np.argsort(batches.permutation(config.seed, epoch, count))
+
+    # Groups of at most `most` completions, in random order.
+    group = np.array(rows.group)
+    order = np.lexsort((rank, group))
+    # The rows of a prompt lie side by side; every `most` of them are a group.
+    start = np.r_[True, group[order][1:] != group[order][:-1]]
+    first = np.maximum.accumulate(np.where(start, np.arange(count), 0))
+    opens = (np.arange(count) - first) % most == 0
+    groups = np.split(order, np.flatnonzero(opens)[1:])
+    groups.sort(key=lambda members: rank[members].min())
+
+    # Windows of batches, sorted by length within.
+    def longest(members: Int[np.ndarray, " N"]) -> int:
+      return max(len(rows.ids[i]) for i in members)
+
+    flat, window, held = [], [], 0
+    for members in groups:
+      window.append(members)
+      held += len(members)
+      if held >= WINDOW * size:
+        flat += sorted(window, key=longest)
+        window, held = [], 0
+    flat += sorted(window, key=longest)
+    # Whole batches, in random order: the sorting put short ones first.
+    whole = np.concatenate(flat)[: count // size * size].reshape(-1, size)
+    return whole[batches.permutation(config.seed + 1, epoch, len(whole))]
 
 
 def load_data(
@@ -291,16 +326,35 @@ def load_rows(
     "part": "all" if validation else config.half,
     "group": config.group_column,
   }
-  # Comparisons give two completions each, scored rows give one.
+  scored: list[_Scored] = []
   if config.loss == "pairwise":
+    # Both completions of each comparison, with rewards 1 and 0.
     found = formats.load_preferences(source, **options)
-    scored = _compared(config, found.rows)
+    pairs = [
+      r for r in found.rows if fits(config, r.prompt, r.chosen, r.rejected)
+    ]
+    for number, row in enumerate(pairs):
+      judge = row.group if config.group_column else ""
+      # Only the better row's margin is read.
+      margin = row.margin if config.margin else 0.0
+      scored += [
+        _Scored(row.prompt, row.chosen, 1.0, margin, number, judge),
+        _Scored(row.prompt, row.rejected, 0.0, 0.0, number, judge),
+      ]
   else:
+    # Scored completions; those by one judge of one prompt are compared.
     columns = {"reward": config.reward_column}
     found = formats.load_completions(
       source, need="reward", columns=columns, **options
     )
-    scored = _graded(config, found.rows)
+    numbers: dict[tuple[str, str], int] = {}
+    for row in found.rows:
+      if fits(config, row.prompt, row.completion):
+        judge = row.group if config.group_column else ""
+        group = numbers.setdefault((row.prompt, judge), len(numbers))
+        scored.append(
+          _Scored(row.prompt, row.completion, row.reward, 0.0, group, judge)
+        )
   encoded = tokenizer.encode_rewards(
     [row.prompt for row in scored],
     [row.completion for row in scored],
@@ -336,78 +390,3 @@ def load_rows(
     chars=[len(row.completion) for row in scored],
     judge=[row.judge for row in scored],
   )
-
-
-def _compared(
-  config: RewardModelConfig, rows: Iterable[PreferenceRow]
-) -> list[_Scored]:
-  """Both completions of each comparison, with rewards 1 and 0."""
-  kept = [r for r in rows if fits(config, r.prompt, r.chosen, r.rejected)]
-  scored = []
-  for number, row in enumerate(kept):
-    judge = row.group if config.group_column else ""
-    # Only the better row's margin is read.
-    margin = row.margin if config.margin else 0.0
-    scored += [
-      _Scored(row.prompt, row.chosen, 1.0, margin, number, judge),
-      _Scored(row.prompt, row.rejected, 0.0, 0.0, number, judge),
-    ]
-  return scored
-
-
-def _graded(
-  config: RewardModelConfig, rows: Iterable[CompletionRow]
-) -> list[_Scored]:
-  """Scored completions; those by one judge of one prompt are compared."""
-  numbers: dict[tuple[str, str], int] = {}
-  scored = []
-  for row in rows:
-    if fits(config, row.prompt, row.completion):
-      judge = row.group if config.group_column else ""
-      group = numbers.setdefault((row.prompt, judge), len(numbers))
-      scored.append(
-        _Scored(row.prompt, row.completion, row.reward, 0.0, group, judge)
-      )
-  return scored
-
-
-def grouped_order(
-  config: RewardModelConfig, rows: ScoredRows, epoch: int
-) -> Int[np.ndarray, "N B"]:
-  """Batches of an epoch, completions of one prompt next to each other.
-
-  Each prompt's completions are shuffled and cut into groups; the groups are
-  shuffled; within a window of batches they are sorted by length, so that a
-  batch holds little padding; the batches are shuffled again. A group of fewer
-  completions than the others may end in the next pass, which costs its pairs.
-  """
-  size, count = config.batch_size, len(rows.ids)
-  most = 2 if config.loss == "pairwise" else config.answers_per_prompt
-  # Each row's place in the random order of this epoch.
-  rank = np.argsort(batches.permutation(config.seed, epoch, count))
-
-  # Groups of at most `most` completions, in random order.
-  group = np.array(rows.group)
-  order = np.lexsort((rank, group))
-  # The rows of a prompt lie side by side; every `most` of them are a group.
-  start = np.r_[True, group[order][1:] != group[order][:-1]]
-  first = np.maximum.accumulate(np.where(start, np.arange(count), 0))
-  opens = (np.arange(count) - first) % most == 0
-  groups = np.split(order, np.flatnonzero(opens)[1:])
-  groups.sort(key=lambda members: rank[members].min())
-
-  # Windows of batches, sorted by length within.
-  def longest(members: Int[np.ndarray, " N"]) -> int:
-    return max(len(rows.ids[i]) for i in members)
-
-  flat, window, held = [], [], 0
-  for members in groups:
-    window.append(members)
-    held += len(members)
-    if held >= WINDOW * size:
-      flat += sorted(window, key=longest)
-      window, held = [], 0
-  flat += sorted(window, key=longest)
-  # Whole batches, in random order: the sorting put short ones first.
-  whole = np.concatenate(flat)[: count // size * size].reshape(-1, size)
-  return whole[batches.permutation(config.seed + 1, epoch, len(whole))]

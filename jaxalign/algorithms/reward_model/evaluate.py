@@ -16,19 +16,13 @@ MOST = 100  # completions of one group whose pairs are compared
 
 
 class Agreement:
-  """An evaluator: agreement over held-out pairs, by group if there are any."""
+  """An evaluator over held-out numpy rows `[1, B, T]`: agreement, by group."""
 
   name = "agreement"
 
   def __init__(
     self, run: Run[RewardModelConfig], batches: Sequence[ScoredBatch]
   ):
-    """Compiles nothing yet.
-
-    Args:
-      run: its model and devices.
-      batches: numpy rows `[1, B, T]`.
-    """
     self.every = run.config.validation_interval
     self._run, self._batches = run, batches
 

@@ -6,10 +6,11 @@ import pathlib
 from jaxalign.algorithms.reward_model.config import RewardModelConfig
 from jaxalign.algorithms.reward_model.data import ScoredData, load_data
 from jaxalign.algorithms.reward_model.evaluate import Agreement
-from jaxalign.algorithms.reward_model.train import train
+from jaxalign.algorithms.reward_model.train import make_update
 from jaxalign.errors import UserError
 from jaxalign.setup.models import open_policy, with_groups
 from jaxalign.setup.run import DataSpec, finish, open_mesh, open_run
+from jaxalign.training.run import fit
 
 Spec = DataSpec[RewardModelConfig, ScoredData]
 
@@ -51,7 +52,7 @@ def run(spec: Spec, folder: pathlib.Path) -> int:
   with open_run(spec, policy, folder) as run:
     if spec.data.validation:
       run.evaluators.append(Agreement(run, spec.data.validation))
-    state = train(run, spec.data)
+    state = fit(run, spec.data, make_update(run))
   # The model remembers how it has to be read.
   tokenizer = dataclasses.replace(
     spec.policy.tokenizer, reward_encoding=spec.config.encoding

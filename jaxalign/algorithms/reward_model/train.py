@@ -18,7 +18,7 @@ Differs from SuperHF's released reward models: padding never enters a score.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float
 
 from jaxalign.algorithms.reward_model.config import RewardModelConfig
 from jaxalign.algorithms.reward_model.data import ScoredBatch
@@ -26,12 +26,7 @@ from jaxalign.core import gradients, losses
 from jaxalign.core.types import Metrics, Params, TrainState
 from jaxalign.models import lora
 from jaxalign.models.model import Model
-from jaxalign.training.run import Dataset, Run, Update, fit
-
-
-def train(run: Run[RewardModelConfig], data: Dataset) -> TrainState:
-  """Trains for the config's steps."""
-  return fit(run, data, make_update(run))
+from jaxalign.training.run import Run, Update
 
 
 def pair_loss(
@@ -100,8 +95,11 @@ def make_update(run: Run[RewardModelConfig]) -> Update:
     key: Array,
   ) -> tuple[TrainState, Metrics]:
     del reference
-    # Of the whole batch, because the losses of its passes add up.
-    pair_count, rows = count_pairs(batch)
+    # Pairs and rows of the whole batch, because the losses of its passes add
+    # up. Which rows form pairs depends on their rewards, not on their scores.
+    pairs = jax.vmap(lambda b: pair_loss(jnp.zeros_like(b.reward), b)[1])(batch)
+    pair_count = jnp.maximum(pairs.sum(), 1)
+    rows = jnp.maximum(batch.real.sum(), 1)
 
     def loss(params: Params, micro: ScoredBatch, key: Array):
       whole = lora.join(params, frozen)
@@ -135,12 +133,3 @@ def make_update(run: Run[RewardModelConfig]) -> Update:
     return state, update_metrics | metrics | {"loss/total": value}
 
   return update
-
-
-def count_pairs(
-  batch: ScoredBatch,
-) -> tuple[Int[Array, ""], Int[Array, ""]]:
-  """Pairs and rows of the whole batch, at least 1 each."""
-  # Which rows form pairs depends on their rewards, not on their scores.
-  pairs = jax.vmap(lambda b: pair_loss(jnp.zeros_like(b.reward), b)[1])(batch)
-  return jnp.maximum(pairs.sum(), 1), jnp.maximum(batch.real.sum(), 1)

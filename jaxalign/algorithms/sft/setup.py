@@ -4,9 +4,10 @@ import pathlib
 
 from jaxalign.algorithms.sft.config import SFTConfig
 from jaxalign.algorithms.sft.data import SFTData, load_data
-from jaxalign.algorithms.sft.train import Perplexity, train
+from jaxalign.algorithms.sft.train import Perplexity, make_update
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.run import DataSpec, finish, open_mesh, open_run
+from jaxalign.training.run import fit
 
 
 def describe(config: SFTConfig) -> DataSpec[SFTConfig, SFTData]:
@@ -29,5 +30,5 @@ def run(spec: DataSpec[SFTConfig, SFTData], folder: pathlib.Path) -> int:
   with open_run(spec, policy, folder) as run:
     if spec.data.validation:
       run.evaluators.append(Perplexity(run, spec.data.validation))
-    state = train(run, spec.data)
+    state = fit(run, spec.data, make_update(run))
   return finish(run, state, policy, folder)

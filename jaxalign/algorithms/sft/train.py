@@ -20,12 +20,7 @@ from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models import lora
 from jaxalign.models.model import Model
 from jaxalign.training.forward import forward
-from jaxalign.training.run import Dataset, Run, Update, fit
-
-
-def train(run: Run[SFTConfig], data: Dataset) -> TrainState:
-  """Trains for the config's steps."""
-  return fit(run, data, make_update(run))
+from jaxalign.training.run import Run, Update
 
 
 def sum_nll(

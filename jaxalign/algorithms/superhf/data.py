@@ -2,7 +2,6 @@
 
 import dataclasses
 import typing
-from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -54,7 +53,7 @@ def kept_batches(
   rollout: Rollout,
   kept: Int[np.ndarray, " K"],
 ) -> list[KeptBatch]:
-  """The kept completions in updates of one size, micro-batches first.
+  """Some of a rollout's completions, in updates of one size.
 
   Args:
     config: of the run.
@@ -82,7 +81,9 @@ def kept_batches(
     for row, (text, i) in enumerate(zip(part, indices, strict=True)):
       drawn = samples.tokens[i][: samples.lengths[i]]
       # Past the first token that differs, the contexts differ as well.
-      same = _common_start(text.ids[text.prompt_length :], drawn)
+      ids = text.ids[text.prompt_length :][: len(drawn)]
+      differ = np.flatnonzero(np.array(ids) != drawn[: len(ids)])
+      same = int(differ[0]) if len(differ) else len(ids)
       span = slice(text.prompt_length, text.prompt_length + same)
       logps[row, span] = samples.model_logps[i][:same]
       known[row, span] = True
@@ -95,10 +96,3 @@ def kept_batches(
       )
     )
   return batches
-
-
-def _common_start(a: Sequence[int], b: Int[np.ndarray, " N"]) -> int:
-  """Length of the common start of two id lists."""
-  size = min(len(a), len(b))
-  differ = np.flatnonzero(np.array(a[:size]) != b[:size])
-  return int(differ[0]) if len(differ) else size

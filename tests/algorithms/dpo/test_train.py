@@ -9,10 +9,10 @@ import pytest
 
 from jaxalign.algorithms.dpo import train as dpo
 from jaxalign.algorithms.dpo.config import DPOConfig
-from jaxalign.algorithms.dpo.loss import make_update
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.core.types import PairBatch
 from jaxalign.models.layers import LoraConfig
+from jaxalign.training.run import fit
 
 # (prompt, chosen, rejected)
 PAIRS = [("ab", "cde", "f"), ("c", "a", "gh"), ("def", "ab", "cdea")]
@@ -57,7 +57,7 @@ def prepared(toy, cfg, seed=0):
 
 def update_of(run, batch):
   """The state and the metrics after one update of a run."""
-  return run.jit(make_update(run, run.config))(run.state, batch, run.key)
+  return run.jit(dpo.make_update(run, run.config))(run.state, batch, run.key)
 
 
 def updated(toy, cfg, batch):
@@ -207,7 +207,7 @@ def test_run_learns_to_prefer(toy):
   run = toy.run(cfg, model, params, reference=(model, params))
   run.evaluators.append(dpo.PairMetrics(run, held))
   data = types.SimpleNamespace(batch=lambda step: batches[step % 4])
-  dpo.train(run, data)
+  fit(run, data, dpo.make_update(run, cfg))
   log = run.recorder
   assert log.metrics[-1]["rewards/accuracies"] > 0.9
   assert log.metrics[-1]["eval_rewards/accuracies"] > 0.9

@@ -12,6 +12,7 @@ from jaxalign.algorithms.kto.data import LabelledBatch
 from jaxalign.algorithms.kto.evaluate import LabelledMetrics
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.models.layers import LoraConfig
+from jaxalign.training.run import fit
 
 # (prompt, answer, desirable); each prompt's mismatched answer is the last one's
 ROWS = [
@@ -294,7 +295,7 @@ def test_run_learns_which_answers_are_good(toy):
   run = toy.run(cfg, model, params, reference=(model, params))
   run.evaluators.append(LabelledMetrics(run, held))
   data = types.SimpleNamespace(batch=lambda step: batches[step % 4])
-  kto.train(run, data)
+  fit(run, data, kto.make_update(run))
   log = run.recorder
   last = log.metrics[-1]
   assert last["rewards/margins"] > 0.2

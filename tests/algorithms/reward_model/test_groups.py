@@ -18,6 +18,7 @@ from jaxalign.algorithms.reward_model.evaluate import (
 )
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.models import groups
+from jaxalign.training.run import fit
 
 LN2 = math.log(2)
 NAMES = ("plain", "fancy")
@@ -199,7 +200,7 @@ def learned(toy, model, params, heads):
   run = toy.run(cfg, model, params)
   run.evaluators.append(Agreement(run, held))
   data = types.SimpleNamespace(batch=lambda step: train[step % 4])
-  reward_model.train(run, data)
+  fit(run, data, reward_model.make_update(run))
   return run.recorder.metrics[-1]
 
 

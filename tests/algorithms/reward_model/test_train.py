@@ -14,6 +14,7 @@ from jaxalign.algorithms.reward_model.data import ScoredBatch
 from jaxalign.algorithms.reward_model.evaluate import Agreement
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.models.layers import LoraConfig
+from jaxalign.training.run import fit
 
 LN2 = math.log(2)
 
@@ -208,7 +209,7 @@ def test_run_learns_to_prefer(toy):
   run = toy.run(cfg, model, params)
   run.evaluators.append(Agreement(run, held))
   data = types.SimpleNamespace(batch=lambda step: batches[step % 4])
-  state = reward_model.train(run, data)
+  state = fit(run, data, reward_model.make_update(run))
   log = run.recorder
   assert int(state.step) == len(log.states) == 40
   at = [i + 1 for i, m in enumerate(log.metrics) if "eval_accuracy" in m]

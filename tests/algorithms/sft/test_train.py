@@ -13,6 +13,7 @@ from jaxalign.algorithms.sft.config import SFTConfig
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.core.types import TextBatch
 from jaxalign.models.layers import LoraConfig
+from jaxalign.training.run import fit
 
 PAIRS = [("ab", "cde"), ("c", "fghi"), ("ab", "j"), ("", "kla")]
 
@@ -159,7 +160,7 @@ def test_run_learns_reports_and_validates(toy):
   data = types.SimpleNamespace(batch=lambda step: toy.text_batch(PAIRS, 8))
   run = toy.run(cfg, model, params)
   run.evaluators.append(sft.Perplexity(run, held))
-  state = sft.train(run, data)
+  state = fit(run, data, sft.make_update(run))
   log = run.recorder
   assert int(state.step) == len(log.states) == 50
   losses = [float(m["loss/nll"]) for m in log.metrics]

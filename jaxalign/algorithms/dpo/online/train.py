@@ -2,7 +2,7 @@
 
 Guo 2024 (OAIF): every prompt is completed twice with the policy as it is, a
 judge says which completion is better (a reward model, a function, people), and
-the policy learns from that by DPO's loss (`dpo/loss.py`).
+the policy learns from that by DPO's loss (`dpo/train.py`).
 """
 
 import functools
@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from jaxtyping import Array, Int
 
-from jaxalign.algorithms.dpo.loss import make_update
 from jaxalign.algorithms.dpo.online.config import OnlineDPOConfig
 from jaxalign.algorithms.dpo.online.data import sampled_pairs
+from jaxalign.algorithms.dpo.train import make_update
 from jaxalign.core.types import Metrics, TrainState
 from jaxalign.feedback.judges import Judge
 from jaxalign.training.rollout import RolloutSource, collect
