@@ -49,13 +49,9 @@ def make_judge(
   missing_eos_penalty: float,
   folder: pathlib.Path,
 ) -> Judge:
-  """The judge that `config.judge` names.
+  """The judge that `config.judge` names, with its function if it has one.
 
-  Args:
-    name: people, reward_model or FILE.py:FUNCTION.
-    function: from `open_judge`.
-    missing_eos_penalty: see `by_score`.
-    folder: the run's, for the queue that people answer.
+  People answer a queue in the run's folder.
   """
 
   def judge(
@@ -82,10 +78,8 @@ def make_judge(
 def by_score(rollout: Rollout, missing_eos_penalty: float = 0.0) -> Choice:
   """The completion with the higher score; the first one where they are equal.
 
-  Args:
-    rollout: two completions a prompt; without a finite score there is no
-      choice.
-    missing_eos_penalty: taken off the score of a completion that was cut.
+  The penalty is taken off the score of a completion that was cut. Without two
+  finite scores there is no choice.
   """
   cut = ~np.array(rollout.completions.ended).reshape(rollout.scores.shape)
   scores = rollout.scores - missing_eos_penalty * cut

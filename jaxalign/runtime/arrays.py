@@ -68,10 +68,7 @@ def check(
 ) -> None:
   """Raises a `UserError` naming the first arrays that do not fit.
 
-  Args:
-    place: the checkpoint's folder.
-    saved: name -> `spec` of what it holds.
-    wanted: name -> what the run needs.
+  `saved` is what the checkpoint's folder `place` holds, by name.
   """
   needed = {name: spec(leaf) for name, leaf in wanted.items()}
   wrong = [

@@ -26,14 +26,7 @@ def forward(
   text: TextBatch,
   dropout_key: Array | None = None,
 ) -> Predictions:
-  """Runs `[B, T]` texts through a causal model.
-
-  Args:
-    model: of the policy, the reference or a value model.
-    params: all of its parameters.
-    text: one micro-batch.
-    dropout_key: turns LoRA dropout on; None turns it off.
-  """
+  """Runs `[B, T]` texts through a causal model; a key turns LoRA dropout on."""
   module = model.bind(params)
   prompt_segment_ids = None
   if isinstance(text, PairBatch):
@@ -56,10 +49,7 @@ def completion_logps(
 ) -> Float[Array, " N"]:
   """log π(completion | prompt) of N texts, in nats, without dropout.
 
-  Args:
-    model: of the policy or the reference.
-    params: all of its parameters.
-    text: `[B, T]`; its `completion_mask` says what each text's completion is.
+  `completion_mask` of the `[B, T]` rows says what each text's completion is.
   """
   p = forward(model, params, text)
   logps = target_logprobs(p.hidden, p.targets, p.mask, p.unembed)
@@ -73,12 +63,9 @@ def completion_logps(
 def reference_logps(
   reference: tuple[Model, Params] | None, text: TextBatch
 ) -> Float[Array, " N"]:
-  """log π₀(completion | prompt) of N texts, without gradient.
+  """log π₀(completion | prompt) of N texts, in nats, without gradient.
 
-  Args:
-    reference: a live reference; None = the texts bring their log-probs, which
-      were precomputed.
-    text: as in `completion_logps`.
+  Without a live reference the texts bring their log-probs, precomputed.
   """
   if text.reference_logps is not None:
     return text.reference_logps

@@ -74,12 +74,8 @@ def precompute(
 ) -> ReferenceCache:
   """Runs the reference over the texts of batches, mostly once each.
 
-  Args:
-    model: the reference.
-    params: all of its parameters.
-    batches: numpy rows `[M, B, T]`; few shapes, each compiles a program.
-    mesh: the devices.
-    name: see `ReferenceCache.model`.
+  Each shape `[M, B, T]` of the numpy batches compiles a program. For `name` see
+  `ReferenceCache.model`.
   """
 
   @jax.jit

@@ -239,16 +239,7 @@ class Run(Generic[C]):
 
 
 def fit(run: Run[C], data: Dataset, update: Update) -> TrainState:
-  """The loop of the methods that learn from a data set.
-
-  Args:
-    run: its evaluators validate.
-    data: gives each step its batch.
-    update: not compiled yet.
-
-  Returns:
-    The state after the last step.
-  """
+  """The loop of the methods that learn from a data set; the last state."""
   state, compiled = run.state, run.jit(update)
   for step in run.steps():
     with run.stage("data"):

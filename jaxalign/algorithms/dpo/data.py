@@ -69,13 +69,7 @@ class PairData:
 def load_data(
   config: DPOConfig, tokenizer: Tokenizer, context: int, hidden_size: int
 ) -> PairData:
-  """Loads and encodes the comparisons; settles how many steps the run has.
-
-  Args:
-    config: its data and lengths.
-    tokenizer: the policy's.
-    context: tokens the model can read.
-    hidden_size: of the model.
+  """Pairs of texts of at most `context` tokens; settles the run's steps.
 
   Raises:
     UserError: a bad source, or no pair is left.

@@ -65,15 +65,7 @@ def pair_losses(
   reference: tuple[Model, Params] | None,
   batch: PairBatch,
 ) -> dict[str, Float[Array, " B"]]:
-  """Loss and metrics of each pair; 0 for filler pairs.
-
-  Args:
-    config: the losses' settings.
-    model: of the policy.
-    params: all of the policy's parameters.
-    reference: see `reference_logps`.
-    batch: `[B, T]`, 2B texts, first the chosen ones, then the rejected ones.
-  """
+  """Loss and metrics of each pair of a micro-batch; 0 for filler pairs."""
   logps = completion_logps(model, params, batch)
   ratio = logps - reference_logps(reference, batch)
   lengths = jnp.maximum(batch.completion_mask.sum(axis=1), 1)

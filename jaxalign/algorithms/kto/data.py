@@ -139,12 +139,7 @@ class LabelledData:
 def load_data(
   config: KTOConfig, tokenizer: Tokenizer, context: int
 ) -> LabelledData:
-  """Loads and encodes the rows; settles how many steps the run has.
-
-  Args:
-    config: its data and lengths.
-    tokenizer: the policy's.
-    context: tokens the model can read.
+  """Rows of at most `context` tokens, encoded; settles the run's steps.
 
   Raises:
     UserError: a bad source, or no row is left.

@@ -46,15 +46,10 @@ class Experience:
 def encode_rollout(
   config: PPOConfig, pad_id: int, rollout: Rollout
 ) -> tuple[Int[np.ndarray, " K"], PPOBatch]:
-  """The rollout as numpy rows, the drawn tokens themselves.
+  """Flat indices of the completions to learn from, and all as numpy rows.
 
-  Args:
-    config: of the run.
-    pad_id: fills rows.
-    rollout: of completions of whole tokens, at least one of them usable.
-
-  Returns:
-    Flat indices of the completions that are learned from, and the batch.
+  The rows hold the drawn tokens themselves, so texts are cut at whole tokens;
+  at least one completion is usable.
   """
   completions, samples = rollout.completions, rollout.completions.samples
   each, scores = completions.samples_per_prompt, rollout.scores.reshape(-1)

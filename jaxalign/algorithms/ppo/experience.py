@@ -39,13 +39,7 @@ def make_experience(
 ) -> tuple[Experience, ExtraState, Metrics]:
   """Policy, value and reference passes, rewards and advantages; in a trace.
 
-  Args:
-    run: its config, policy and reference.
-    value_model: see `train.train`.
-    state: before the step's updates.
-    frozen: the base under adapters.
-    reference: parameters of the reference.
-    batch: of the step.
+  For `value_model` see `train.train`.
   """
   config = run.config
   params = lora.join(state.params, frozen)
@@ -209,11 +203,8 @@ def estimate_advantages(
 ) -> tuple[Float[Array, "C B T"], Float[Array, "C B T"]]:
   """Advantages and returns of a step's completions, by `config.advantage`.
 
-  Args:
-    config: of the run.
-    shaped: rewards.
-    value: V before each token; read by `gae`.
-    mask: True = a token of a completion; rows go prompt by prompt.
+  `shaped` holds rewards, `value` is V before each token, read by `gae`; rows go
+  prompt by prompt, and the mask is True on tokens of completions.
   """
   if config.advantage == "gae":
     # GAE runs along each row, whichever pass the row is in.

@@ -31,11 +31,8 @@ def policy_and_value(
 ]:
   """Predictions, log-probs, entropies and values of `[B, T]` texts.
 
-  Args:
-    model: of the policy.
-    value_model: see `train.train`.
-    params: of the policy, those of the value model under `value`.
-    text: one micro-batch.
+  `params` are the policy's, with those of the value model under `value`; see
+  `train.train`.
   """
   # No dropout key, so the ratio is exactly 1 before the first update.
   p = forward(model, policy_of(params), text)
@@ -84,15 +81,7 @@ def make_loss(
   reference: Params,
   kl_coefficient: Float[Array, ""],
 ) -> Loss:
-  """The loss of a micro-batch, divided by the tokens of its minibatch.
-
-  Args:
-    run: its config, policy and reference.
-    value_model: see `train.train`.
-    frozen: the base under adapters.
-    reference: parameters of the reference.
-    kl_coefficient: of the step.
-  """
+  """The loss of a micro-batch, divided by the tokens of its minibatch."""
   config = run.config
 
   def loss(params: Params, part: Experience, tokens: Array):

@@ -115,12 +115,7 @@ def ppo_epochs(
 ) -> tuple[TrainState, Metrics]:
   """The epochs over minibatches, each cut into passes of `micro_rows`.
 
-  Args:
-    run: of the config.
-    loss: from `make_loss`.
-    state: before the first update.
-    experience: of the step.
-    key: shuffles the rows.
+  The key shuffles the rows, but not in the first epoch.
   """
   config = run.config
   rows = config.rollout.rows

@@ -53,15 +53,9 @@ def kept_batches(
   rollout: Rollout,
   kept: Int[np.ndarray, " K"],
 ) -> list[KeptBatch]:
-  """Some of a rollout's completions, in updates of one size.
+  """The completions `kept`, flat indices, in updates of one size.
 
-  Args:
-    config: of the run.
-    mesh: the devices.
-    tokenizer: the policy's.
-    context: tokens the policy can read.
-    rollout: of a step.
-    kept: flat indices of its completions.
+  A text has at most `context` tokens, which is what the policy can read.
   """
   size, micro = update_shape(config, mesh)
   # A text that is cut and encoded again may gain a token.

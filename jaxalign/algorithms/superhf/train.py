@@ -73,10 +73,8 @@ def keep_best(
 ) -> Int[np.ndarray, " K"]:
   """Flat indices of the completions to train on.
 
-  Args:
-    scores: of a superbatch, -inf = unusable; at least one is finite.
-    superbatch: see `mode`, `keep` and `percentile`.
-    progress: of the run, in [0, 1]; a percentile grows with it.
+  Of the scores, where -inf is unusable, at least one is finite. A percentile
+  grows with the progress of the run, in [0, 1].
   """
   # Mixed prompts compete with each other, as one group.
   groups = scores if superbatch.filters_per_prompt else scores.reshape(1, -1)

@@ -19,16 +19,9 @@ def sampled_pairs(
   better: Int[np.ndarray, " N"],
   worse: Int[np.ndarray, " N"],
 ) -> PairBatch:
-  """Pairs filled up to `config.batch_size`, `[M, B, T]`.
+  """Pairs of at most `context` tokens a text, filled up to `batch_size`.
 
-  Args:
-    config: of the run.
-    tokenizer: the policy's.
-    context: tokens the policy can read.
-    hidden_size: of the policy.
-    completions: of one step.
-    better: flat indices of the preferred completions.
-    worse: of the others, in the same order.
+  `better` and `worse` are flat indices of a step's completions, in one order.
   """
   length = min(config.max_length, context)
   # All texts in one call: the better ones, then the worse ones.
