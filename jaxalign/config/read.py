@@ -193,13 +193,7 @@ def current_names(
 def rename_aliases(
   cls: type, mapping: Mapping[str, Any], path: str = "config"
 ) -> dict[str, Any]:
-  """A stored config with today's field names, so that it can be compared.
-
-  Args:
-    cls: the config's class.
-    mapping: nested, say a run's config.json; its values are any JSON.
-    path: name of this section in messages.
-  """
+  """A stored config (nested JSON) with today's field names, to compare it."""
   kinds, renamed = get_type_hints(cls), current_names(cls, mapping, path)
   for name, value in renamed.items():
     if dataclasses.is_dataclass(kinds.get(name)) and isinstance(value, Mapping):

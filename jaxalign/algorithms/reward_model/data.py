@@ -227,7 +227,14 @@ def load_data(
       f"config.max_example_chars={config.max_example_chars}, fewer than "
       f"config.batch_size={size}; lower it or give more data"
     )
-  groups = groups or config.groups or _find_groups(config, rows)
+  groups = groups or config.groups
+  if config.group_column and not groups:
+    groups = tuple(sorted(set(rows.judge)))
+    if len(groups) == 1:
+      raise UserError(
+        f"config.group_column: {config.group_column} is {groups[0]!r} in every "
+        f"row of {config.data}, and one group is one head; leave it empty"
+      )
   _assign_heads(rows, groups, "data", config.data)
   # Held-out rows, sorted by length so that a batch holds little padding.
   validation = []
@@ -244,19 +251,6 @@ def load_data(
   steps = config.steps or math.ceil(config.epochs * (count // size))
   config = dataclasses.replace(config, steps=steps, groups=groups)
   return ScoredData(config, rows, length, validation)
-
-
-def _find_groups(
-  config: RewardModelConfig, rows: ScoredRows
-) -> tuple[str, ...]:
-  """The names in `group_column`, sorted; () where none is asked for."""
-  names = tuple(sorted(set(rows.judge)))
-  if config.group_column and len(names) == 1:
-    raise UserError(
-      f"config.group_column: {config.group_column} is {names[0]!r} in every "
-      f"row of {config.data}, and one group is one head; leave it empty"
-    )
-  return names if config.group_column else ()
 
 
 def _assign_heads(
@@ -310,15 +304,7 @@ def load_rows(
   end: bool,
   validation: bool = False,
 ) -> ScoredRows:
-  """Loads rows and encodes their completions.
-
-  Args:
-    config: its data and lengths.
-    tokenizer: the model's.
-    length: tokens of a row at most.
-    end: append the end of text, which the score head reads.
-    validation: the held-out rows.
-  """
+  """Completions of at most `length` tokens; `end` = with an end of text."""
   source, options = source_of(
     config, tokenizer, validation, "comparisons.jsonl"
   )
