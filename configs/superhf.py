@@ -42,6 +42,7 @@ Settings, in the papers' words and ours:
   precision                   fp32       fp32    fp32     bf16
   repetition penalty          1.05       1.05    1.05     1.0
   temperature, top-p          1.0, 0.9   1.0, 0.95 0.9, 0.95 1.0, 0.95
+  top-k (see below)           50         50      50       50
   inverse-loss penalty        0          0.01    0.001    0
   length penalty              0          0.01    0.01     0
   KL coefficient              none       none    none     0.35
@@ -53,13 +54,19 @@ Deviations of every paper preset: the defects of the released code stay
 repaired (head of jaxalign/algorithms/superhf/train.py); the sources do not
 give the order of the four sets, so the prompts come in another order; all of a
 superbatch is sampled at once, which changes no result.
+ * top-k is named in neither paper nor config files: the code leaves it to
+   transformers 4.29, whose default is 50. That version also takes out spaces
+   before punctuation when it decodes (`clean_up_tokenization_spaces`), which is
+   not done here.
  * `pythia-1b`, `-repo`, `-cs224n` and `-mixed` use all rows of the sets' train
    splits, as the paper did (`holdout=0`); the later runs keep the last 2300
    of red-team and WebGPT aside. Neither drops repeated prompts.
  * `llama-7b` and the sizes need reward models that the authors trained
    themselves and did not name; `configs/reward_model.py:superhf-train` and
    `:superhf-test` make them. Base parameters are kept in bfloat16, which the
-   source leaves open, and validation runs every 10 superbatches.
+   source leaves open, and validation runs every 10 superbatches. The code
+   samples with LoRA's dropout on (it never calls `eval()`); here dropout is
+   for updates alone.
  * `pythia-12b` takes the sweep's own 1e-4 and KL 0.23.
  * `raft`: 20 stages of 1024 prompts x 8 samples (top share 0.125), the best of
    each, temperature 0.85, constant 2e-5, 128 tokens, no KL. Each stage is
@@ -179,6 +186,7 @@ def pythia_1b() -> ConfigDict:
   config.sampling = {
     "temperature": 1.0,
     "top_p": 0.9,
+    "top_k": 50,
     "repetition_penalty": 1.05,
     "max_new_tokens": 64,
     "truncation": "complex",
@@ -281,6 +289,7 @@ def llama_7b() -> ConfigDict:
   config.sampling = {
     "temperature": 1.0,
     "top_p": 0.95,
+    "top_k": 50,
     "max_new_tokens": 64,
     "truncation": "medium",
   }

@@ -69,6 +69,8 @@ def test_pythia_1b_is_table_2():
   assert optimizer.clip_norm == 0
   sampling = config.sampling
   assert (sampling.temperature, sampling.top_p) == (1.0, 0.9)
+  # Neither paper nor config names it: the default of transformers 4.29.
+  assert sampling.top_k == load("superhf", "llama-7b").sampling.top_k == 50
   assert (sampling.repetition_penalty, sampling.max_new_tokens) == (1.05, 64)
   assert sampling.truncation == "complex"
   assert config.batch_size == 8

@@ -238,12 +238,30 @@ class Tokenizer:
     return known | {"pad_token_id": pad if pad == self.pad_id else None}
 
   def save(self, folder: str | pathlib.Path) -> None:
-    """Writes the files that transformers loads a tokenizer from."""
+    """Writes the files that transformers loads a tokenizer from.
+
+    Versions since 4.45 read them: version 5 would name a class, write lists and
+    put the chat template into a file that the fourth does not know.
+    """
+    place = pathlib.Path(folder)
     try:
-      self.inner.save_pretrained(str(folder))
+      self.inner.save_pretrained(str(folder), save_jinja_files=False)
+      file = place / "tokenizer_config.json"
+      settings = json.loads(file.read_text(encoding="utf-8"))
+      if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+      if isinstance(settings.get("extra_special_tokens"), list):
+        more = settings.pop("extra_special_tokens")
+        settings["additional_special_tokens"] = more
+      # How it was loaded here is nobody else's concern.
+      for name in ("backend", "is_local", "local_files_only"):
+        settings.pop(name, None)
+      written = {file: settings}
       if self.generation:
-        text = json.dumps(self.generation, indent=2) + "\n"
-        (pathlib.Path(folder) / GENERATION).write_text(text, encoding="utf-8")
+        written[place / GENERATION] = self.generation
+      for path, values in written.items():
+        text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+        path.write_text(text, encoding="utf-8")
     except Exception as error:  # the Rust library's error for a full disk
       reason = (str(error).splitlines() or [type(error).__name__])[0]
       raise UserError(

@@ -1,4 +1,5 @@
 import dataclasses
+import json
 
 import pytest
 from hypothesis import given
@@ -188,3 +189,14 @@ def test_a_pad_token_alone_may_lie_outside(tiny):
   assert check_vocabulary(padded, 258, "m").pad_id == 1
   with pytest.raises(UserError, match="2 ids beyond"):
     check_vocabulary(padded, 257, "m")
+
+
+def test_older_versions_of_transformers_can_read_what_is_saved(
+  tiny_chat, tmp_path
+):
+  """4.45 has no `TokenizersBackend`, and reads templates from this file."""
+  tiny_chat.save(tmp_path)
+  saved = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
+  assert saved["chat_template"] == tiny_chat.inner.chat_template
+  assert load_tokenizer(tmp_path).format == tiny_chat.format
