@@ -43,7 +43,8 @@ def train(argv: Sequence[str]) -> int:
     parser.print_help()
     print(f"\nfields of {args.config}:\n{field_help(config)}")
     return 0
-  return run(config, pathlib.Path(args.workdir or workdir))
+  folder = pathlib.Path(args.workdir or workdir)
+  return run(config, folder, quiet=args.quiet)
 
 
 def make_parser() -> cli.Parser:
@@ -58,6 +59,11 @@ def make_parser() -> cli.Parser:
     "--profile_steps",
     metavar="A:B",
     help="traces steps A to B-1 with jax.profiler",
+  )
+  parser.add_argument(
+    "--quiet",
+    action="store_true",
+    help="prints no example of what is trained on",
   )
   return parser
 

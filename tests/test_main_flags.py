@@ -28,7 +28,7 @@ def started(monkeypatch):
   """What `run` was called with, in place of running it."""
   calls = []
 
-  def run(config, workdir):
+  def run(config, workdir, *, quiet):
     calls.append((config, workdir))
     return 0
 
@@ -65,7 +65,7 @@ def test_the_exit_status_is_that_of_the_run(monkeypatch):
 
 
 def test_an_error_of_the_run_is_one_line_too(monkeypatch, capsys):
-  def run(config, workdir):
+  def run(config, workdir, *, quiet):
     raise UserError("the disk is full\nhere")
 
   monkeypatch.setattr(main, "run", run)

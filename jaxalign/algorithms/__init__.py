@@ -70,7 +70,9 @@ def read_config(
   return read(kind, mapping, flags)
 
 
-def run(config: TrainingConfig, folder: pathlib.Path) -> int:
+def run(
+  config: TrainingConfig, folder: pathlib.Path, *, quiet: bool = False
+) -> int:
   """Trains until the config's steps are done or someone asks to stop.
 
   The cheap checks come first, and the folder is made only once everything
@@ -79,12 +81,15 @@ def run(config: TrainingConfig, folder: pathlib.Path) -> int:
   Args:
     config: from `read_config`.
     folder: the run's; a run that is there already continues.
+    quiet: print no example of what is trained on.
 
   Returns:
     The exit status: 0, or 130 and 143 after SIGINT and SIGTERM.
   """
   # Imported late: jax takes seconds to start, a mistake in a config should not.
+  from jaxalign.parallel import hosts
   from jaxalign.runtime import cache, workdir
+  from jaxalign.setup.example import example_of
   from jaxalign.setup.run import check_folder
 
   check_folder(config, folder)
@@ -96,4 +101,7 @@ def run(config: TrainingConfig, folder: pathlib.Path) -> int:
   # "Go to definition" ends here: for superhf this is `describe` and `run` in
   # jaxalign/algorithms/superhf/setup.py.
   method = importlib.import_module(f"{METHODS[config.algorithm]}.setup")
-  return method.run(method.describe(config), folder)
+  spec = method.describe(config)
+  if hosts.is_lead() and not quiet:
+    print(example_of(spec.rows, spec.policy.tokenizer))
+  return method.run(spec, folder)

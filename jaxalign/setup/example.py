@@ -1,0 +1,64 @@
+"""One example of what a run reads, as its model sees it."""
+
+import dataclasses
+from collections.abc import Iterable
+
+from jaxalign.data.encode import Encoded
+from jaxalign.data.tokenizer import Tokenizer
+
+SHOWN = 400  # characters of a part; of a longer one both ends
+OPEN, CLOSE = "⟦", "⟧"  # around what the loss counts
+
+
+def example_of(rows: object, tokenizer: Tokenizer) -> str:
+  """The first text of a run with its special tokens, on one line.
+
+  Args:
+    rows: see `RunSpec.rows`: encoded texts, or prompts to complete.
+    tokenizer: of the policy.
+
+  Returns:
+    A training text, the part that counts in the loss in ⟦brackets⟧; or what a
+    completion is sampled after. "" where there is no row.
+  """
+  first = _first(rows)
+  name = tokenizer.format.name
+  if isinstance(first, Encoded):
+    shown, ids, mask = "", first.ids, first.loss_mask
+    start = 0
+    for i in range(1, len(ids) + 1):
+      if i == len(ids) or mask[i] != mask[start]:
+        part = _text(tokenizer, ids[start:i])
+        shown += f"{OPEN}{part}{CLOSE}" if mask[start] else part
+        start = i
+    return f"first text ({name}; the loss counts {OPEN}{CLOSE}): {shown}"
+  if isinstance(first, str):
+    (ids,) = tokenizer.encode_prompts([first])
+    return f"first prompt ({name}): {_text(tokenizer, ids)}"
+  if isinstance(first, tuple):
+    return f"first text ({name}): {_text(tokenizer, first)}"
+  return ""
+
+
+def _first(rows: object) -> Encoded | str | tuple[int, ...] | None:
+  """The first text, prompt or list of ids in nested rows."""
+  if isinstance(rows, Encoded | str):
+    return rows
+  if isinstance(rows, list | tuple):
+    if rows and isinstance(rows[0], int):
+      return tuple(rows)
+    found = map(_first, rows)
+  elif dataclasses.is_dataclass(rows):
+    found = map(_first, vars(rows).values())
+  else:
+    return None
+  return next((x for x in found if x is not None), None)
+
+
+def _text(tokenizer: Tokenizer, ids: Iterable[int]) -> str:
+  r"""Ids as text with special tokens, line breaks written as \n."""
+  text = tokenizer.inner.decode(list(ids), clean_up_tokenization_spaces=False)
+  text = text.replace("\\", "\\\\").replace("\n", "\\n")
+  if len(text) > SHOWN:
+    text = f"{text[: SHOWN // 2]} […] {text[-SHOWN // 2 :]}"
+  return text
