@@ -6,22 +6,35 @@ from collections.abc import Mapping, Sequence
 
 from jaxalign.runtime.console import block_means
 
-WIDTH, HEIGHT = 460, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 52, 10, 12, 24
+WIDTH, HEIGHT = 460, 236
+# Where the axes are in that box; below them stand ticks and the x axis's name.
+LEFT, RIGHT, TOP, BOTTOM = 52, WIDTH - 10, 12, HEIGHT - 40
 _POINTS = 300  # more cannot be told apart at this width
 _SMOOTH_FROM = 40  # shorter curves are drawn as they are
 
-Points = Sequence[tuple[int, float]]  # (step, value), steps rising
+Points = Sequence[tuple[int | float, float]]  # (x, value), x rising
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+  """What is drawn in one color: a curve, or the mean of several runs."""
+
+  name: str  # for people
+  points: Points  # running mean of a long curve; finite values only
+  # Drawn thin: the values that `points` is a running mean or a mean of.
+  thin: Sequence[Points] = ()
+  # Least and greatest value at each of the points; () = no band.
+  band: Sequence[tuple[float, float]] = ()
 
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-  """One line of a chart."""
+  """One line as SVG; positions are in a box of WIDTH x HEIGHT."""
 
-  name: str  # for people
-  values: list[float]  # one for each step of the chart; NaN = none
-  faint: str  # SVG path of the values, "" if `path` is of the values
-  path: str  # SVG path of the values or of their running mean
+  name: str
+  path: str  # "" if there are fewer than two points
+  thin: list[str]  # paths
+  band: str  # a closed path, or ""
   dots: list[tuple[float, float]]  # the value, if there is only one
 
 
@@ -31,92 +44,131 @@ class Chart:
 
   title: str
   unit: str
-  steps: list[int]
-  positions: list[float]  # x of each step
+  x_name: str
   curves: list[Curve]
   x_ticks: list[tuple[float, str]]
   y_ticks: list[tuple[float, str]]
-
-  @property
-  def hover(self) -> dict[str, list]:
-    """The data of the page's script: JSON, NaN as None."""
-    curves = []
-    for curve in self.curves:
-      values = [float(f"{v:.6g}") for v in curve.values]
-      y = [v if math.isfinite(v) else None for v in values]
-      curves.append({"name": curve.name, "y": y})
-    return {"x": self.positions, "step": self.steps, "curves": curves}
+  # The data of the page's script: {"x": name of the axis, "curves": [{"name",
+  # "at": positions, "x": and "y": values, "band": pairs}]}.
+  hover: dict[str, object]
 
 
 def draw(title: str, unit: str, series: Mapping[str, Points]) -> Chart | None:
-  """Draws curves over one pair of axes.
+  """Draws curves over the steps, on one pair of axes.
 
   Args:
     title: for people.
     unit: of all curves; "" for none.
-    series: {curve's name: points}; values that are not finite leave gaps.
+    series: {curve's name: (step, value) points}. A curve joins its finite
+      values, also those that are measured every N steps only.
 
   Returns:
     The chart, or None if there is no finite value.
   """
-  # A column of values for each curve, thinned to means of blocks of steps.
-  steps = sorted({step for points in series.values() for step, _ in points})
-  columns = {}
-  for name, points in series.items():
-    table = dict(points)
-    values = [table.get(step, math.nan) for step in steps]
-    columns[name] = block_means(values, _POINTS)
-  finite = [v for c in columns.values() for v in c if math.isfinite(v)]
-  if not finite:
-    return None
-  # A block is drawn at its last step.
-  count = min(len(steps), _POINTS)
-  ends = [round((i + 1) * len(steps) / count) - 1 for i in range(count)]
-  steps = [steps[end] for end in ends]
+  lines = [line(name, points) for name, points in series.items()]
+  return draw_lines(title, unit, "step", lines)
 
-  # The axes: a little air above and below; a constant is in the middle.
-  low, high = min(finite), max(finite)
+
+def line(name: str, points: Points) -> Line:
+  """One run's curve; a long one is smoothed, its own values drawn thin."""
+  known = thinned([(x, v) for x, v in points if math.isfinite(v)])
+  smooth = smoothed(known)
+  return Line(name, smooth, (known,) if smooth != known else ())
+
+
+def thinned(points: Points) -> Points:
+  """At most 300 points: means of blocks, each at the last x of its block."""
+  count = min(len(points), _POINTS)
+  means = block_means([v for _, v in points], _POINTS)
+  ends = [round((i + 1) * len(points) / count) - 1 for i in range(count)]
+  return [
+    (points[end][0], mean) for end, mean in zip(ends, means, strict=False)
+  ]
+
+
+def smoothed(points: Points) -> Points:
+  """The running mean over some 4 % of a curve of 40 points or more."""
+  if len(points) < _SMOOTH_FROM:
+    return points
+  reach, smooth = max(1, len(points) // 50), []
+  for i, (x, _) in enumerate(points):
+    near = [v for _, v in points[max(0, i - reach) : i + reach + 1]]
+    smooth.append((x, math.fsum(near) / len(near)))
+  return smooth
+
+
+def draw_lines(
+  title: str, unit: str, x_name: str, lines: Sequence[Line]
+) -> Chart | None:
+  """Draws lines over one pair of axes.
+
+  Args:
+    title: for people.
+    unit: of the values; "" for none.
+    x_name: of the horizontal axis.
+    lines: in the order of their colors; one without points is left out, but
+      keeps its color.
+
+  Returns:
+    The chart, or None if there is no point.
+  """
+  # Everything that has to fit between the axes.
+  drawn = [points for item in lines for points in (item.points, *item.thin)]
+  xs = [x for points in drawn for x, _ in points]
+  values = [v for points in drawn for _, v in points]
+  values += [v for item in lines for pair in item.band for v in pair]
+  if not values:
+    return None
+  # A little air above and below; a constant is in the middle.
+  low, high = min(values), max(values)
   pad = (high - low) * 0.06 or abs(low) * 0.5 or 1.0
   low, high = low - pad, high + pad
-  first, last = steps[0], steps[-1]
+  first, last = min(xs), max(xs)
 
-  def x(step: int | float) -> float:
-    share = (step - first) / ((last - first) or 1)
-    return round(_LEFT + share * (WIDTH - _LEFT - _RIGHT), 1)
+  def x(value: int | float) -> float:
+    share = (value - first) / ((last - first) or 1)
+    return round(LEFT + share * (RIGHT - LEFT), 1)
 
   def y(value: float) -> float:
-    share = (value - low) / (high - low)
-    return round(HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM), 1)
+    return round(BOTTOM - (value - low) / (high - low) * (BOTTOM - TOP), 1)
 
-  # A curve joins its known values, also those measured every N steps only: a
-  # missing value and a NaN are both skipped.
-  curves = []
-  for name, column in columns.items():
-    known = [
-      (x(s), v) for s, v in zip(steps, column, strict=True) if not math.isnan(v)
-    ]
-    path, faint = _path([(px, y(v)) for px, v in known]), ""
-    # A long curve is smoothed over some 4 % of it; its values stay, faint.
-    if len(known) >= _SMOOTH_FROM:
-      reach = max(1, len(known) // 50)
-      smooth = []
-      for i, (px, _) in enumerate(known):
-        near = [v for _, v in known[max(0, i - reach) : i + reach + 1]]
-        smooth.append((px, y(math.fsum(near) / len(near))))
-      path, faint = _path(smooth), path
-    dots = [(px, y(v)) for px, v in known] if len(known) == 1 else []
-    curves.append(Curve(name, column, faint, path, dots))
-  x_marks = nice_ticks(first, max(last, first + 1), whole=True)
+  curves, hovers = [], []
+  for item in lines:
+    places = [(x(at), y(v)) for at, v in item.points]
+    # The band: its upper edge to the right, its lower edge back.
+    edges = list(zip((px for px, _ in places), item.band, strict=False))
+    upper = [(px, y(top)) for px, (_, top) in edges]
+    lower = [(px, y(bottom)) for px, (bottom, _) in reversed(edges)]
+    curves.append(
+      Curve(
+        item.name,
+        _path(places),
+        [_path([(x(at), y(v)) for at, v in points]) for points in item.thin],
+        f"{_path([*upper, *lower])}Z" if len(edges) > 1 else "",
+        places if len(places) == 1 else [],
+      )
+    )
+    hovers.append(
+      {
+        "name": item.name,
+        "at": [px for px, _ in places],
+        "x": [float(f"{at:.9g}") for at, _ in item.points],
+        "y": [float(f"{v:.6g}") for _, v in item.points],
+        "band": [[float(f"{v:.4g}") for v in pair] for pair in item.band],
+      }
+    )
+  whole = all(float(value).is_integer() for value in xs)
+  x_marks = nice_ticks(first, last if last > first else first + 1, whole)
   return Chart(
     title=title,
     unit=unit,
-    steps=steps,
-    positions=[x(step) for step in steps],
+    x_name=x_name,
     curves=curves,
     x_ticks=[(x(s), label(s)) for s in x_marks if first <= s <= last],
     y_ticks=[
       (y(v), label(v)) for v in nice_ticks(low, high) if low <= v <= high
     ],
+    hover={"x": x_name, "curves": hovers},
   )
 
 

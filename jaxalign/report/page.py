@@ -5,6 +5,7 @@ algorithm: whatever is in metrics.jsonl is plotted. Text from models and data
 sets is escaped.
 """
 
+import itertools
 import json
 import math
 import os
@@ -16,8 +17,8 @@ from typing import NamedTuple
 import jinja2
 
 from jaxalign.core import best_of
-from jaxalign.report import charts, overoptimization, samples
-from jaxalign.runtime import environment, files, metrics
+from jaxalign.report import charts, logged, overoptimization, samples
+from jaxalign.runtime import files, metrics
 from jaxalign.runtime.console import short
 
 NAME = "report.html"
@@ -28,11 +29,12 @@ _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
   (
     "Reward",
     "reward model's logit",
-    {
-      "score/mean": "train",
-      "test_score/mean": "held-out",
-      "score/kept_mean": "train, kept",
-    },
+    {"score/mean": "train", "test_score/mean": "held-out"},
+  ),
+  (
+    "Reward of the completions that are kept",
+    "reward model's logit",
+    {"score/kept_mean": "train", "test_score/kept_mean": "held-out"},
   ),
   ("Divergence from the reference", "nats a token", {"kl/mean": "KL"}),
   ("Length", "tokens", {"completion/tokens_mean": "mean of completions"}),
@@ -41,7 +43,12 @@ _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     "0 = nothing in common, 1 = the same",
     {"diversity/overlap": "word overlap", "diversity/meteor": "METEOR, kept"},
   ),
-  ("Loss", "", {"loss/total": "total", "loss/nll": "negative log-likelihood"}),
+  ("Loss", "", {"loss/total": "total", "eval_loss/total": "held-out"}),
+  (
+    "Negative log-likelihood",
+    "nats a token",
+    {"loss/nll": "trained on", "eval_loss/nll": "held-out"},
+  ),
   (
     "Throughput",
     "sampled tokens a second",
@@ -58,6 +65,11 @@ _PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
     {"logps/chosen": "chosen", "logps/rejected": "rejected"},
   ),
 )
+# Of the completions of held-out prompts: title -> metrics, up to their n.
+_BEST_OF = {
+  "Reward of the best of n": "eval_score/best_of_",
+  "Held-out reward of the best of n": "eval_test_score/best_of_",
+}
 # Metric -> (title, whether a rise is good; None: neither).
 _TILES = {
   "score/mean": ("Train reward", True),
@@ -74,8 +86,12 @@ _TILES = {
   "objective/rlhf_reward": ("Reward", True),
   "objective/kl": ("KL", None),
   "loss/total": ("Loss", False),
+  "loss/nll": ("Loss", False),
 }
 _MOST_TILES = 5
+# Standard errors. Of series of noise alone, 4 to 400 values long, 1 to 5 % have
+# a change beyond that.
+_NOISE = 2.5
 
 
 class Tile(NamedTuple):
@@ -85,7 +101,8 @@ class Tile(NamedTuple):
   title: str
   first: float  # mean over the finite values of the first quarter of steps
   last: float  # and of the last
-  good: bool | None  # None: no judgement
+  change: str  # "better", "worse" or "", for a change beyond the noise
+  noise: bool  # whether the change is within the noise
 
 
 class BestOf(NamedTuple):
@@ -110,79 +127,76 @@ def write_report(folder: str | os.PathLike) -> pathlib.Path:
   Returns:
     The page's path.
   """
-  folder = pathlib.Path(folder)
-  rows = metrics.read_jsonl(folder / metrics.METRICS)
-  config, machine = (
-    json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    for path in (folder / "config.json", folder / environment.NAME)
-  )
-
-  # The head of the page. The folder is marked as finished after the report.
+  run = logged.read_run(folder, empty=True)
+  config = run.config
   names = [str(config[k]) for k in ("algorithm", "policy") if config.get(k)]
-  done, steps = rows[-1]["step"] if rows else 0, config.get("steps") or 0
-  if (folder / "finished.json").exists() or done == steps > 0:
-    status = f"finished after {done} steps"
-  else:
-    status = f"{done} of {steps} steps so far" if steps else f"{done} steps"
-
-  # What the rows hold, then the template.
-  series = metric_series(rows)
+  series = run.series()
   tiles = summary(series)
-  turn = overoptimization.find_turn(overoptimization.validations(rows))
+  turn = overoptimization.find_turn(overoptimization.validations(run.rows))
   panels, others = draw_charts(series)
-  # Foreign text is escaped; a misspelt name in the template is an error.
-  loader = jinja2.Environment(
-    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
-    autoescape=True,
-    trim_blocks=True,
-    lstrip_blocks=True,
-    undefined=jinja2.StrictUndefined,
-  )
-  loader.filters["short"] = short
-  page = loader.get_template("page.html.j2").render(
-    title=" · ".join(names) or folder.absolute().name,
-    status=status,
+  page = render(
+    "page.html.j2",
+    title=" · ".join(names) or run.folder.absolute().name,
+    status=run.status,
+    facts=run.facts(),
     tiles=tiles,
     remarks=remarks(tiles, turn),
     panels=panels,
     others=others,
     best_of=best_of_table(series),
-    samples=samples.pick_samples(folder / metrics.SAMPLES),
+    samples=samples.pick_samples(run.folder / metrics.SAMPLES),
     config={k: json.dumps(v) for k, v in files.flatten(config).items()},
-    environment=files.flatten(machine),
-    width=charts.WIDTH,
-    height=charts.HEIGHT,
+    environment=files.flatten(run.machine),
   )
-  files.write_atomic(folder / NAME, page)
-  return folder / NAME
+  files.write_atomic(run.folder / NAME, page)
+  return run.folder / NAME
 
 
-def metric_series(
-  rows: Sequence[metrics.LogRow],
-) -> dict[str, list[tuple[int, float]]]:
-  """{metric: [(step, value), ...]} of metrics.jsonl; numbers only."""
-  series: dict[str, list[tuple[int, float]]] = {}
-  for row in rows:
-    for name, value in row.items():
-      if name != "step" and (number := metrics.number(value)) is not None:
-        series.setdefault(name, []).append((row["step"], number))
-  return series
+def render(template: str, **values: object) -> bytes:
+  """A page from a template of this folder, as UTF-8.
+
+  Args:
+    template: its file name.
+    **values: what the template shows; texts in it are escaped.
+  """
+  loader = jinja2.Environment(
+    loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+    autoescape=True,
+    trim_blocks=True,
+    lstrip_blocks=True,
+    undefined=jinja2.StrictUndefined,  # a misspelt name is an error
+  )
+  loader.filters["short"] = short
+  page = loader.get_template(template).render(values, box=charts)
+  # A lone surrogate, in a file's name or a model's text, has no UTF-8 form.
+  return page.encode("utf-8", "replace")
 
 
 def summary(series: Mapping[str, charts.Points]) -> list[Tile]:
-  """First against last quarter of the headline metrics that a run has."""
+  """First against last quarter of the headline metrics that a run has.
+
+  A change is called better or worse if it is more than 2.5 times its standard
+  error σ √(2 / n), n the values in a quarter. σ² is half the mean squared step
+  from one value to the next, which a trend hardly changes.
+  """
   tiles = []
   for name, (title, rise_is_good) in _TILES.items():
     values = [v for _, v in series.get(name, ()) if math.isfinite(v)]
-    if not values:
+    # The tile of the loss shows what is minimized.
+    if not values or (name == "loss/nll" and "loss/total" in series):
       continue
-    quarter = max(1, len(values) // 4)
-    first = math.fsum(values[:quarter]) / quarter
-    last = math.fsum(values[-quarter:]) / quarter
-    good = None
-    if rise_is_good is not None and first != last:
-      good = (last > first) == rise_is_good
-    tiles.append(Tile(name, title, first, last, good))
+    n = max(1, len(values) // 4)
+    first = math.fsum(values[:n]) / n
+    last = math.fsum(values[-n:]) / n
+    steps = [(b - a) ** 2 for a, b in itertools.pairwise(values)]
+    variance = math.fsum(steps) / (2 * max(1, len(steps)))
+    noise = abs(last - first) <= _NOISE * math.sqrt(2 * variance / n)
+    # Nor is a change called one that the rounding of both numbers hides.
+    noise = noise or short(first) == short(last)
+    change = ""
+    if rise_is_good is not None and not noise:
+      change = "better" if (last > first) == rise_is_good else "worse"
+    tiles.append(Tile(name, title, first, last, change, noise))
   return tiles[:_MOST_TILES]
 
 
@@ -196,7 +210,7 @@ def remarks(
   # The test with standard errors, or else first against last quarters.
   if turn:
     sentences.append(overoptimization.message(turn))
-  elif train and test and train.good and test.good is False:
+  elif train and test and train.change == "better" and test.change == "worse":
     sentences.append(
       "The train reward rose while the held-out reward fell: the policy may be "
       "learning the reward model's mistakes."
@@ -218,7 +232,7 @@ def best_of_table(series: Mapping[str, charts.Points]) -> list[BestOf]:
   for n in sorted(int(match[1]) for match in matches if match):
     step, train = series[f"eval_score/best_of_{n}"][-1]
     held_out = series.get(f"eval_test_score/best_of_{n}", [(step, None)])[-1][1]
-    rows.append(BestOf(n, step, best_of.kl_bound(n), train, held_out))
+    rows.append(BestOf(n, int(step), best_of.kl_bound(n), train, held_out))
   return rows
 
 
@@ -227,19 +241,26 @@ def draw_charts(
 ) -> tuple[list[charts.Chart], list[charts.Chart]]:
   """The charts to look at first, and one for each of the other metrics.
 
-  The times of a step's stages share a chart.
+  The best of 1, 2, 4 ... completions share a chart, and so do the times of a
+  step's stages.
   """
+  names = sorted(series, key=logged.metric_order)
   panels = []
-  for title, unit, names in _PANELS:
-    part = {names[n]: series[n] for n in names if n in series}
+  for title, unit, curves in _PANELS:
+    part = {curves[n]: series[n] for n in curves if n in series}
     panels.append(charts.draw(title, unit, part))
-  used = {name for _, _, names in _PANELS for name in names}
+  used = {name for _, _, curves in _PANELS for name in curves}
+  for title, prefix in _BEST_OF.items():
+    best = {n.removeprefix(prefix): n for n in names if n.startswith(prefix)}
+    part = {f"best of {n}": series[name] for n, name in best.items()}
+    panels.append(charts.draw(title, "reward model's logit", part))
+    used |= set(best.values())
   others, times = [], {}
-  for name in sorted(series.keys() - used):
+  for name in names:
     if name.startswith("time/"):
       stage = name.removeprefix("time/").removesuffix("_s")
       times[stage] = series[name]
-    else:
+    elif name not in used:
       others.append(charts.draw(name, "", {name: series[name]}))
   others.append(charts.draw("Time a step", "seconds", times))
   return [c for c in panels if c], [c for c in others if c]

@@ -3,11 +3,14 @@
 import html.parser
 import json
 import math
+import pathlib
 import re
+import sys
+import types
 
 import pytest
 
-from jaxalign.report import charts, page, samples
+from jaxalign.report import charts, logged, page, samples
 from jaxalign.runtime import environment, files
 from jaxalign.runtime.metrics import MetricsLog
 
@@ -23,6 +26,10 @@ def make_run(folder, values, rows=(), config=None):
   log.close()
   files.write_json(folder / "config.json", config or {"algorithm": "superhf"})
   return folder
+
+
+def series_of(rows):
+  return logged.LoggedRun(pathlib.Path("run"), {}, {}, rows).series()
 
 
 def superhf(step):
@@ -45,13 +52,13 @@ def sample(step, prompt, score, kept, test_score=None):
 
 def test_summary_compares_the_quarters():
   """40 steps of step/10: quarters 1..10 and 31..40 have means 0.55, 3.55."""
-  series = page.metric_series([{"step": s, **superhf(s)} for s in range(1, 41)])
+  series = series_of([{"step": s, **superhf(s)} for s in range(1, 41)])
   train, held_out, kl = page.summary(series)
   assert (train.first, train.last) == pytest.approx((0.55, 3.55))
-  assert train.good is True
+  assert train.change == "better"
   assert (held_out.first, held_out.last) == pytest.approx((-1, -4))
-  assert held_out.good is False
-  assert kl.good is None
+  assert held_out.change == "worse"
+  assert kl.change == ""
   (remark,) = page.remarks([train, held_out, kl])
   assert "held-out reward fell" in remark
 
@@ -62,9 +69,48 @@ def test_summary_survives_nan_and_tells_collapse():
     {"step": 2, "diversity/overlap": 0.1, "score/mean": None},
     {"step": 3, "diversity/overlap": 0.3},
   ]
-  (tile,) = page.summary(page.metric_series(rows))
+  (tile,) = page.summary(series_of(rows))
   assert (tile.first, tile.last) == (0.1, 0.3)
   assert "3.0 times as alike" in page.remarks([tile])[0]
+
+
+def test_noise_is_neither_better_nor_worse():
+  """Steps of ±1 have σ² = 2; quarters of 10 values differ by 0.89 at 1 SE."""
+
+  def tile(values):
+    rows = [{"step": s, "score/mean": v} for s, v in enumerate(values, 1)]
+    (found,) = page.summary(series_of(rows))
+    return found.noise, found.change
+
+  noise = [(-1.0) ** i for i in range(40)]
+  assert tile([v + 0.02 * i for i, v in enumerate(noise)]) == (True, "")
+  assert tile([v + 0.10 * i for i, v in enumerate(noise)]) == (False, "better")
+  # No noise at all, but the rounded numbers are the same.
+  assert tile([2.0 + 1e-6 * i for i in range(40)]) == (True, "")
+  assert tile([2.0] * 40) == (True, "")
+  assert tile([2.0, 1.0]) == (True, "")  # two values say nothing of noise
+
+
+def test_charts_are_grouped_and_in_natural_order():
+  row = {
+    "step": 1,
+    "loss/total": 3.0,
+    "loss/nll": 2.0,
+    "score/mean": 1.0,
+    "score/kept_mean": 4.0,
+    **{f"eval_score/best_of_{n}": 1.0 * n for n in (16, 4, 2, 1)},
+    **{f"layer_{n}": 1.0 * n for n in (10, 9)},
+  }
+  panels, others = page.draw_charts(series_of([row]))
+  curves = {c.title: [curve.name for curve in c.curves] for c in panels}
+  assert curves == {
+    "Reward": ["train"],
+    "Reward of the completions that are kept": ["train"],
+    "Loss": ["total"],
+    "Negative log-likelihood": ["trained on"],
+    "Reward of the best of n": [f"best of {n}" for n in (1, 2, 4, 16)],
+  }
+  assert [c.title for c in others] == ["layer_9", "layer_10"]
 
 
 def test_the_page_names_the_step_of_the_turn(tmp_path):
@@ -85,7 +131,7 @@ def test_best_of_n_is_a_table_of_the_last_evaluation():
     {"step": step, **{f"eval_score/best_of_{n}": n + step for n in (16, 2, 1)}}
     for step in (5, 10)
   ]
-  table = page.best_of_table(page.metric_series(rows))
+  table = page.best_of_table(series_of(rows))
   assert [row.n for row in table] == [1, 2, 16]
   assert [row.train for row in table] == [11, 12, 26]
   assert {(row.step, row.held_out) for row in table} == {(10, None)}
@@ -93,7 +139,7 @@ def test_best_of_n_is_a_table_of_the_last_evaluation():
   assert [row.kl for row in table] == pytest.approx(kls)
   for row in rows:
     row |= {f"eval_test_score/best_of_{n}": -n for n in (1, 2, 16)}
-  table = page.best_of_table(page.metric_series(rows))
+  table = page.best_of_table(series_of(rows))
   assert [row.held_out for row in table] == [-1, -2, -16]
   assert page.best_of_table({"score/mean": [(1, 0.0)]}) == []
 
@@ -136,11 +182,45 @@ def test_page_is_whole_and_stands_alone(tmp_path):
     assert not attributes.keys() & {"src", "href", "srcset", "action"}
   assert not re.search(r"https?:|url\(|@import", text)
   titles = [a["aria-label"] for t, a in outline.tags if t == "svg"]
-  assert "Reward over the steps" in titles
-  assert "new_group/thing over the steps" in titles
+  assert "Reward over: step" in titles
+  assert "new_group/thing over: step" in titles
   shown = " ".join(outline.text)
   assert "40 steps" in shown
   assert "jaxlib" in shown
+
+
+def test_the_head_says_what_was_run_and_for_how_long(tmp_path, monkeypatch):
+  """40 steps of 1.5 s are a minute; a second start keeps the first's date."""
+  spec = types.SimpleNamespace(name="jaxalign.main")
+  monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
+  monkeypatch.setattr(sys, "argv", ["x", "--config", "a b.py", "--fresh"])
+  environment.write(tmp_path)
+  place = tmp_path / environment.NAME
+  first = json.loads(place.read_text()) | {"started_at": "2026-01-02 03:04:05"}
+  files.write_json(place, first)
+  monkeypatch.setattr(sys, "argv", ["x", "--config=a.py"])
+  environment.write(tmp_path)
+  config = {"policy": "a/model", "prompts": "lab", "reward_model": "b<i>"}
+  make_run(tmp_path, lambda step: {"time/step_s": 1.5}, config=config)
+  assert first["command"] == "python -m jaxalign.main --config 'a b.py' --fresh"
+  assert logged.read_run(tmp_path).facts() == {
+    "Command": "python -m jaxalign.main --config=a.py",
+    "Model": "a/model",
+    "Data": "lab",
+    "Reward model": "b<i>",
+    "Started": "2026-01-02 03:04:05",
+    "Duration": "1m 00s in steps",
+    "Machine": first["devices"],
+  }
+  text, outline = read_page(tmp_path)
+  assert "b<i>" in "".join(outline.text)
+  assert "<dd>a/model</dd>" in text
+
+
+def test_lone_surrogates_do_not_break_the_page(tmp_path):
+  rows = [sample(1, "p \ud800", 1.0, True)]
+  _, outline = read_page(make_run(tmp_path, superhf, rows))
+  assert "p ?" in "".join(outline.text)
 
 
 def test_text_of_models_is_only_text(tmp_path):
@@ -152,8 +232,8 @@ def test_text_of_models_is_only_text(tmp_path):
   assert [t for t, _ in outline.tags].count("script") == 1
   assert "<script>alert" not in text
   assert f"answer 1.0 {NASTY}" in "".join(outline.text)
-  (figure,) = [a for t, a in outline.tags if t == "figure"]
-  hover = json.loads(figure["data-hover"])
+  (hover,) = [a["data-hover"] for _, a in outline.tags if "data-hover" in a]
+  hover = json.loads(hover)
   assert hover["curves"][0]["name"] == f"group/{NASTY}"
 
 
@@ -231,19 +311,19 @@ def test_labels(value, text):
 
 
 def test_a_chart_maps_steps_and_values_to_its_box():
-  chart = charts.draw("t", "", {"a": [(1, 0.0), (3, 10.0)], "b": [(2, 5.0)]})
-  left, middle, right = chart.positions
-  assert (left, right) == (52, charts.WIDTH - 10)
-  assert middle == (left + right) / 2
+  series = {"a": [(1, 0.0), (2, math.nan), (3, 10.0)], "b": [(2, 5.0)]}
+  chart = charts.draw("t", "", series)
   a, b = chart.curves
-  assert b.dots[0][0] == middle
+  ((middle, height),) = b.dots
+  assert middle == (charts.LEFT + charts.RIGHT) / 2
   # Values 0 and 10 lie equally far from the middle, 6/112 of the inner height.
   first, last = (tuple(map(float, p.split(","))) for p in a.path[1:].split("L"))
-  assert (first[0], last[0]) == (left, right)
-  assert first[1] + last[1] == pytest.approx(2 * b.dots[0][1], abs=0.2)
-  inner = charts.HEIGHT - 12 - 24
-  assert last[1] == pytest.approx(12 + inner * 0.6 / 11.2, abs=0.1)
-  assert chart.hover["curves"][1]["y"] == [None, 5.0, None]
+  assert (first[0], last[0]) == (charts.LEFT, charts.RIGHT)
+  assert first[1] + last[1] == pytest.approx(2 * height, abs=0.2)
+  inner = charts.BOTTOM - charts.TOP
+  assert last[1] == pytest.approx(charts.TOP + inner * 0.6 / 11.2, abs=0.1)
+  assert [c["x"] for c in chart.hover["curves"]] == [[1, 3], [2]]
+  assert [c["y"] for c in chart.hover["curves"]] == [[0, 10], [5]]
 
 
 def test_a_chart_of_nothing_finite_is_none():
@@ -253,7 +333,7 @@ def test_a_chart_of_nothing_finite_is_none():
 
 def test_a_long_curve_is_thinned_to_block_means():
   points = [(step, float(step % 2)) for step in range(1, 6001)]
-  chart = charts.draw("t", "", {"a": points})
-  assert len(chart.steps) == 300
-  assert chart.steps[-1] == 6000
-  assert set(chart.curves[0].values) == {0.5}
+  points = charts.line("a", points).points
+  assert len(points) == 300
+  assert points[-1] == (6000, 0.5)
+  assert {value for _, value in points} == {0.5}
