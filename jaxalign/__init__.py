@@ -1,6 +1,6 @@
 """Language models aligned by preference: SuperHF, RLHF and others, in JAX.
 
-Five functions for notebooks; everything else is `python -m jaxalign.main`.
+Six functions for notebooks; everything else is `python -m jaxalign.main`.
 Importing this package imports neither jax nor starts a backend.
 """
 
@@ -14,11 +14,21 @@ from jaxalign.errors import UserError
 if TYPE_CHECKING:
   import jax
   import numpy as np
+  import pandas as pd
 
   from jaxalign.data.tokenizer import Tokenizer
   from jaxalign.setup.models import Loaded
 
-__all__ = ["Loaded", "UserError", "generate", "load", "logits", "save", "score"]
+__all__ = [
+  "Loaded",
+  "UserError",
+  "generate",
+  "load",
+  "logits",
+  "read_run",
+  "save",
+  "score",
+]
 
 T = TypeVar("T")
 
@@ -282,6 +292,39 @@ def save(
   write.save(
     model.model, model.params, folder, dtype=dtype, config=ids, also=also
   )
+
+
+def read_run(
+  folder: str | pathlib.Path,
+) -> "pd.DataFrame | list[dict[str, int | float]]":
+  """The metrics of a run, finished or not.
+
+  Args:
+    folder: the run's folder (`--workdir`).
+
+  Returns:
+    A pandas frame with a row for each line of metrics.jsonl, steps rising: the
+    steps are its index, the metrics its columns, NaN where a step has no such
+    value. Where pandas is not installed, the rows as dicts with "step".
+
+  Raises:
+    UserError: no such folder, no metrics in it, or a damaged file.
+  """
+  from jaxalign.report import logged
+  from jaxalign.runtime.metrics import number
+
+  rows = []
+  for row in logged.read_run(folder).rows:
+    numbers = {name: number(value) for name, value in row.items()}
+    known = {
+      name: value for name, value in numbers.items() if value is not None
+    }
+    rows.append(known | {"step": row["step"]})
+  try:
+    import pandas as pd
+  except ImportError:
+    return rows
+  return pd.DataFrame(rows).set_index("step")
 
 
 def _tokenizer(model: "Loaded") -> "Tokenizer":

@@ -12,6 +12,7 @@ from jaxalign.errors import UserError
 COMMANDS = {
   "main": "trains what a config file describes",
   "chat": "answers prompts in the terminal",
+  "compare": "lays the curves of several runs over each other in one page",
   "convert": "writes a run or a checkpoint as a Hugging Face folder",
 }
 

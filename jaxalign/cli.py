@@ -98,7 +98,8 @@ class Parser(argparse.ArgumentParser):
     words, fields = list(argv), []
     if self.reads_config:
       words, fields = take_fields(words)
-    args, rest = self.parse_known_args(words)
+    # Intermixed: argparse would end a list of words at the first flag.
+    args, rest = self.parse_known_intermixed_args(words)
     # A misspelt flag explains the words around it that found no place.
     flags = [word for word in rest if re.match(r"--\w", word)]
     if flags:

@@ -152,7 +152,7 @@ def draw_lines(
       {
         "name": item.name,
         "at": [px for px, _ in places],
-        "x": [float(f"{at:.9g}") for at, _ in item.points],
+        "x": [_round(at) for at, _ in item.points],
         "y": [float(f"{v:.6g}") for _, v in item.points],
         "band": [[float(f"{v:.4g}") for v in pair] for pair in item.band],
       }
@@ -212,3 +212,8 @@ def _path(points: Sequence[tuple[float, float]]) -> str:
   if len(points) < 2:
     return ""
   return "M" + "L".join(f"{px:g},{py:g}" for px, py in points)
+
+
+def _round(x: int | float) -> int | float:
+  """A step whole, other places to six digits."""
+  return int(x) if float(x).is_integer() else float(f"{x:.6g}")

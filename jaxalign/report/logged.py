@@ -1,6 +1,7 @@
 """A run as its folder's files tell it: settings, machine and metrics."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -32,6 +33,7 @@ class LoggedRun:
   machine: JsonObject  # environment.json, or {}
   rows: list[metrics.LogRow]  # of metrics.jsonl, steps rising
 
+  @functools.cached_property
   def series(self) -> dict[str, list[tuple[int, float]]]:
     """{metric: [(step, value), ...]}; numbers only, NaN and infinities too."""
     series: dict[str, list[tuple[int, float]]] = {}
@@ -48,7 +50,7 @@ class LoggedRun:
     `metrics.every_steps` may have left out some.
     """
     total, before, sums = 0.0, 0, []
-    for step, value in self.series().get(metric, ()):
+    for step, value in self.series.get(metric, ()):
       if math.isfinite(value):
         total += value * (step - before)
         before = step

@@ -71,7 +71,7 @@ _BEST_OF = {
   "Held-out reward of the best of n": "eval_test_score/best_of_",
 }
 # Metric -> (title, whether a rise is good; None: neither).
-_TILES = {
+HEADLINES = {
   "score/mean": ("Train reward", True),
   "test_score/mean": ("Held-out reward", True),
   "kl/mean": ("KL, nats a token", None),
@@ -130,7 +130,7 @@ def write_report(folder: str | os.PathLike) -> pathlib.Path:
   run = logged.read_run(folder, empty=True)
   config = run.config
   names = [str(config[k]) for k in ("algorithm", "policy") if config.get(k)]
-  series = run.series()
+  series = run.series
   tiles = summary(series)
   turn = overoptimization.find_turn(overoptimization.validations(run.rows))
   panels, others = draw_charts(series)
@@ -180,7 +180,7 @@ def summary(series: Mapping[str, charts.Points]) -> list[Tile]:
   from one value to the next, which a trend hardly changes.
   """
   tiles = []
-  for name, (title, rise_is_good) in _TILES.items():
+  for name, (title, rise_is_good) in HEADLINES.items():
     values = [v for _, v in series.get(name, ()) if math.isfinite(v)]
     # The tile of the loss shows what is minimized.
     if not values or (name == "loss/nll" and "loss/total" in series):

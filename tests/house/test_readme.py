@@ -76,8 +76,8 @@ def test_links_exist(root):
 
 
 @pytest.mark.parametrize(
-  "name", ["load", "logits", "generate", "score", "save"]
+  "name", ["load", "logits", "generate", "score", "save", "read_run"]
 )
-def test_the_five_functions(name):
+def test_the_functions(name):
   package = importlib.import_module("jaxalign")
   assert callable(getattr(package, name))

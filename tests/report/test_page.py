@@ -29,7 +29,7 @@ def make_run(folder, values, rows=(), config=None):
 
 
 def series_of(rows):
-  return logged.LoggedRun(pathlib.Path("run"), {}, {}, rows).series()
+  return logged.LoggedRun(pathlib.Path("run"), {}, {}, rows).series
 
 
 def superhf(step):
