@@ -212,6 +212,9 @@ def group_facts(group: Group) -> list[dict[str, str]]:
 def result(metric: str, group: Group) -> Cell | None:
   """What the runs of a group reached in a metric; None if none has it."""
   ends, bests, rise_is_good = [], [], page.HEADLINES[metric][1]
+  # Next to another loss it is not what is minimized.
+  if metric == "loss/nll" and "loss/total" in group.runs[0].series:
+    rise_is_good = None
   for run in group.runs:
     points = [
       (v, step) for step, v in run.series.get(metric, ()) if math.isfinite(v)
