@@ -14,6 +14,11 @@ class ModelConfig(Protocol):
   __dataclass_fields__: ClassVar[dict[str, dataclasses.Field]]
 
   @property
+  def model_type(self) -> str:
+    """Hugging Face's name of the architecture, as in `config.json`."""
+    ...
+
+  @property
   def vocab_size(self) -> int:
     """V, rows of the embedding."""
     ...
@@ -89,7 +94,7 @@ class CausalConfig(ModelConfig, Protocol):
 
   @property
   def windows(self) -> tuple[int, ...] | None:
-    """How many positions back each layer sees, 0 = all; None = all layers."""
+    """Positions each layer sees, its own included, 0 = all; None = all layers."""
     ...
 
   @property

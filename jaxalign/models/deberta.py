@@ -85,6 +85,8 @@ class DebertaConfig:
   dtype: str = "float32"
   remat: bool = False
 
+  model_type = "deberta-v2"
+
   @property
   def head_dim(self) -> int:
     """H, features of one head."""

@@ -46,6 +46,8 @@ class GPTNeoConfig:
   dtype: str = "float32"
   remat: bool = False
 
+  model_type = "gpt_neo"
+
   @property
   def kv_heads(self) -> int:
     """Key and value heads: as many as query heads."""

@@ -1,7 +1,12 @@
-"""LLaMA 1, 2 and 3.x (Touvron et al. 2023; Dubey et al. 2024)."""
+"""LLaMA (Touvron et al. 2023) and its relatives.
+
+These are Mistral (Jiang et al. 2023), Qwen2, Qwen2.5 and Qwen3 (Yang et al. 2024,
+2025), and Phi-3 and Phi-4 (Abdin et al. 2024). They differ in switches.
+"""
 
 import dataclasses
 
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -12,12 +17,21 @@ from jaxalign.models.layers import ACTIVATIONS, Linear, RMSNorm, adapter
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-  """Sizes and switches of a LLaMA model.
+  """Sizes and switches of LLaMA or one of its relatives.
 
   Attributes:
     kv_heads: key and value heads; each serves heads / kv_heads query heads.
     head_dim: features of a head; heads * head_dim may differ from hidden_size.
+    model_type: Hugging Face's name, which folders are written under.
+    rotary_fraction: share of each head's features that is rotated.
     rotary_scaling: stretches the context, see `rope.Scaling`.
+    windows: for each layer how many positions it sees, the token's own
+      included, 0 = all; None = every layer sees all.
+    attention_bias: queries, keys and values have a bias.
+    output_bias: attention's output projection has one.
+    mlp_bias: all projections of the MLP have one.
+    qk_norm: each head's queries and keys are normalised before the rotation.
+    fused: one projection makes queries, keys and values, one gate and up.
     tied: the output matrix is the embedding.
     groups: whose score each column of the score head is; () = one column.
     eos_id: end-of-text id, read by the `score_eos` head only.
@@ -32,21 +46,25 @@ class LlamaConfig:
   kv_heads: int
   head_dim: int
   intermediate_size: int
+  model_type: str = "llama"
   max_positions: int = 2048
+  rotary_fraction: float = 1.0
   rotary_base: float = 10000.0
   rotary_scaling: rotary.Scaling | None = None
   eps: float = 1e-6
   activation: str = "silu"
+  windows: tuple[int, ...] | None = None
   attention_bias: bool = False
+  output_bias: bool = False
   mlp_bias: bool = False
+  qk_norm: bool = False
+  fused: bool = False
   tied: bool = False
   head: str = "lm"
   groups: tuple[str, ...] = ()
   eos_id: int = 2
   dtype: str = "float32"
   remat: bool = False
-
-  windows = None  # every layer attends to everything before it
 
   @property
   def module(self) -> type[nnx.Module]:
@@ -70,16 +88,29 @@ class LlamaBlock(nnx.Module):
     width, inner = config.hidden_size, config.intermediate_size
     queries = config.heads * config.head_dim
     keys = config.kv_heads * config.head_dim
-    bias = config.attention_bias
     self.input_layernorm = config.norm()
     self.post_attention_layernorm = config.norm()
-    self.q_proj = linear("q_proj", width, queries, bias)
-    self.k_proj = linear("k_proj", width, keys, bias)
-    self.v_proj = linear("v_proj", width, keys, bias)
-    self.o_proj = linear("o_proj", queries, width, bias)
-    self.gate_proj = linear("gate_proj", width, inner, config.mlp_bias)
-    self.up_proj = linear("up_proj", width, inner, config.mlp_bias)
-    self.down_proj = linear("down_proj", inner, width, config.mlp_bias)
+    # Attention. Phi-3's files, and adapters to it, have the fused layers, so
+    # they stay fused here.
+    bias = config.attention_bias
+    if config.fused:
+      self.qkv_proj = linear("qkv_proj", width, queries + 2 * keys, bias)
+    else:
+      self.q_proj = linear("q_proj", width, queries, bias)
+      self.k_proj = linear("k_proj", width, keys, bias)
+      self.v_proj = linear("v_proj", width, keys, bias)
+    if config.qk_norm:
+      self.q_norm = RMSNorm(config.head_dim, eps=config.eps)
+      self.k_norm = RMSNorm(config.head_dim, eps=config.eps)
+    self.o_proj = linear("o_proj", queries, width, config.output_bias)
+    # The MLP.
+    bias = config.mlp_bias
+    if config.fused:
+      self.gate_up_proj = linear("gate_up_proj", width, 2 * inner, bias)
+    else:
+      self.gate_proj = linear("gate_proj", width, inner, bias)
+      self.up_proj = linear("up_proj", width, inner, bias)
+    self.down_proj = linear("down_proj", inner, width, bias)
 
   def __call__(self, x: Float[Array, "B T D"], attend, rope, key):
     """One layer; `attend(q, k, v, scale=...)` knows masks and caches."""
@@ -88,11 +119,19 @@ class LlamaBlock(nnx.Module):
 
   def _attention(self, x, attend, rope, key):
     config = self.config
-    shape = (*x.shape[:2], -1, config.head_dim)
-    # -1: queries and keys differ in their number of heads.
-    q = rotary.rotate(self.q_proj(x, key).reshape(shape), rope)
-    k = rotary.rotate(self.k_proj(x, key).reshape(shape), rope)
-    v = self.v_proj(x, key).reshape(shape)
+    # Queries and keys differ in their number of heads.
+    if config.fused:
+      qkv = self.qkv_proj(x, key).reshape(*x.shape[:2], -1, config.head_dim)
+      ends = [config.heads, config.heads + config.kv_heads]
+      q, k, v = jnp.split(qkv, ends, axis=2)
+    else:
+      q, k, v = (
+        proj(x, key).reshape(*x.shape[:2], -1, config.head_dim)
+        for proj in (self.q_proj, self.k_proj, self.v_proj)
+      )
+    if config.qk_norm:
+      q, k = self.q_norm(q), self.k_norm(k)
+    q, k = rotary.rotate(q, rope), rotary.rotate(k, rope)
     # Fewer key heads than query heads: `attend` shares them in runs.
     out = attend(q, k, v, scale=config.head_dim**-0.5)
     return self.o_proj(out.reshape(*x.shape[:2], -1), key)
@@ -100,22 +139,26 @@ class LlamaBlock(nnx.Module):
   def _mlp(self, x, key):
     # A gated linear unit, with silu the SwiGLU of Shazeer (2020).
     act = ACTIVATIONS[self.config.activation]
-    return self.down_proj(
-      act(self.gate_proj(x, key)) * self.up_proj(x, key), key
-    )
+    if self.config.fused:
+      gate, up = jnp.split(self.gate_up_proj(x, key), 2, axis=-1)
+    else:
+      gate, up = self.gate_proj(x, key), self.up_proj(x, key)
+    return self.down_proj(act(gate) * up, key)
 
 
 class Llama(CausalLM[LlamaConfig]):
-  """A LLaMA language model or score model."""
+  """A language model or score model of LLaMA's kind."""
 
   block = LlamaBlock
 
   def rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
     """Rotary angles of these positions."""
     config = self.config
+    # Rounded down as in transformers.
+    width = int(config.head_dim * config.rotary_fraction)
     return rotary.angles(
       positions,
-      config.head_dim,
+      width,
       config.rotary_base,
       scaling=config.rotary_scaling,
       max_positions=config.max_positions,

@@ -46,6 +46,7 @@ class NeoXConfig:
   dtype: str = "float32"
   remat: bool = False
 
+  model_type = "gpt_neox"
   windows = None  # every layer attends to everything before it
 
   @property

@@ -24,7 +24,7 @@ ROWS = ("replica", "fsdp")  # the axes over which a batch's rows are split
 SPLIT_OUTPUTS = {
   *("query_key_value", "dense_h_to_4h", "q_proj", "k_proj", "v_proj"),
   *("gate_proj", "up_proj", "c_fc", "query_proj", "key_proj", "value_proj"),
-  "intermediate",
+  *("intermediate", "qkv_proj", "gate_up_proj"),
 }
 SPLIT_INPUTS = {
   *("dense", "dense_4h_to_h", "o_proj", "down_proj", "out_proj", "c_proj"),

@@ -23,6 +23,19 @@ CONFIGS = {
   "llama": LlamaConfig(
     31, 18, 2, 6, 3, 4, 20, rotary_scaling=Scaling("linear", 2.0), tied=True
   ),
+  "qwen3": LlamaConfig(
+    *(31, 18, 2, 3, 1, 10, 20, "qwen3"),
+    windows=(3, 0),
+    attention_bias=True,
+    output_bias=True,
+    qk_norm=True,
+  ),
+  "phi3": LlamaConfig(
+    *(31, 18, 2, 3, 1, 6, 20, "phi3"),
+    rotary_fraction=0.7,
+    windows=(4, 4),
+    fused=True,
+  ),
   "gpt-neo": GPTNeoConfig(31, 18, 2, 3, 24, windows=(0, 3), max_positions=32),
 }
 

@@ -30,6 +30,7 @@ LLAMA = {
   "num_hidden_layers": 2,
   "intermediate_size": 44,
 }
+RELATIVES = ("mistral", "qwen2", "qwen3", "phi3")
 LLAMA3 = {
   "rope_type": "llama3",
   "rope_theta": 10000.0,
@@ -93,6 +94,50 @@ CASES = {
     },
   ),
   "llama-3": ("Llama", LLAMA | {"rope_parameters": LLAMA3, "head_dim": 8}),
+  "mistral": (
+    "Mistral",
+    LLAMA
+    | {
+      "num_attention_heads": 3,
+      "num_key_value_heads": 1,
+      "head_dim": 10,
+      "sliding_window": 5,
+    },
+  ),
+  "qwen2": (
+    "Qwen2",
+    LLAMA
+    | {
+      "num_hidden_layers": 3,
+      "use_sliding_window": True,
+      "sliding_window": 4,
+      "max_window_layers": 1,
+      "tie_word_embeddings": True,
+    },
+  ),
+  "qwen3": (
+    "Qwen3",
+    LLAMA
+    | {
+      "num_attention_heads": 3,
+      "num_key_value_heads": 1,
+      "head_dim": 10,
+      "attention_bias": True,
+      "use_sliding_window": True,
+      "sliding_window": 6,
+      "layer_types": ["sliding_attention", "full_attention"],
+    },
+  ),
+  "phi3": (
+    "Phi3",
+    LLAMA
+    | {
+      "num_attention_heads": 3,
+      "num_key_value_heads": 1,
+      "sliding_window": 7,
+      "rope_parameters": rope("default", partial_rotary_factor=0.5),
+    },
+  ),
   "gpt-neo": (
     "GPTNeo",
     {
@@ -162,7 +207,7 @@ def language_model(request, tmp_path_factory):
   return theirs(request.param, "CausalLM", path), *folder.load(path)
 
 
-@pytest.fixture(scope="module", params=["neox", "llama", "gpt-neo"])
+@pytest.fixture(scope="module", params=["neox", "llama", "gpt-neo", *RELATIVES])
 def classifier(request, tmp_path_factory):
   path = tmp_path_factory.mktemp(request.param)
   reference = theirs(request.param, "SequenceClassification", path)

@@ -1,14 +1,23 @@
 """The architectures that folders may hold.
 
-To add one: a file like `neox.py` and a line here. `Any` stands for a config of
-the class that the file names as `CONFIG`.
+To add one: a file like `neox.py` and a line here. `Any` stands for a config
+whose `model_type` is the file's.
 """
 
 from collections.abc import Mapping
 from typing import Any, Protocol, Unpack, runtime_checkable
 
 from jaxalign.models.config import ModelConfig
-from jaxalign.models.hf import deberta, gpt_neo, llama, neox
+from jaxalign.models.hf import (
+  deberta,
+  gpt_neo,
+  llama,
+  mistral,
+  neox,
+  phi3,
+  qwen2,
+  qwen3,
+)
 from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 from jaxalign.models.hf.table import Entry
 from jaxalign.models.model import Model
@@ -21,10 +30,6 @@ class Architecture(Protocol):
   @property
   def MODEL_TYPE(self) -> str:
     """The architecture's name in `config.json`."""
-
-  @property
-  def CONFIG(self) -> type:
-    """Our class of its configs."""
 
   @property
   def BASE(self) -> str:
@@ -58,13 +63,19 @@ class Architecture(Protocol):
     """Our modules -> theirs, see `table.entries`."""
 
 
-_MODULES: tuple[Architecture, ...] = (deberta, gpt_neo, llama, neox)
+_MODULES: tuple[Architecture, ...] = (
+  deberta,
+  gpt_neo,
+  llama,
+  mistral,
+  neox,
+  phi3,
+  qwen2,
+  qwen3,
+)
 ARCHITECTURES = {module.MODEL_TYPE: module for module in _MODULES}
 
 
 def architecture(model: Model) -> Architecture:
   """The module that knows this model's files."""
-  for module in ARCHITECTURES.values():
-    if module.CONFIG is type(model.config):
-      return module
-  raise AssertionError(type(model.config))
+  return ARCHITECTURES[model.config.model_type]

@@ -79,6 +79,14 @@ class Fields:
       return Fields({name: value[0]}, self.where).get(int, name)
     return self.get(int, name, default=default)
 
+  def over(self, defaults: JsonObject) -> "Fields":
+    """The fields with values for those that are absent; null stays null.
+
+    transformers tells the two apart: without `sliding_window` Mistral has one
+    of 4096 positions, with null it has none.
+    """
+    return dataclasses.replace(self, values=defaults | self.values)
+
   @property
   def model_type(self) -> str:
     """Hugging Face's name of the architecture, "" if the file has none."""

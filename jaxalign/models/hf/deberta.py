@@ -9,7 +9,6 @@ from jaxalign.models.hf.table import Entry
 from jaxalign.models.layers import ACTIVATIONS
 
 MODEL_TYPE = "deberta-v2"
-CONFIG = DebertaConfig
 BASE = "deberta."
 CLASSES = {
   "score_context": "DebertaV2ForSequenceClassification",

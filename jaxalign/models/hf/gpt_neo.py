@@ -7,7 +7,6 @@ from jaxalign.models.gpt_neo import GPTNeoConfig
 from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 
 MODEL_TYPE = "gpt_neo"
-CONFIG = GPTNeoConfig
 BASE = "transformer."
 CLASSES = {
   "lm": "GPTNeoForCausalLM",

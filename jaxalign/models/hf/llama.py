@@ -1,29 +1,61 @@
-"""LLaMA folders: `config.json` and tensor names."""
+"""LLaMA folders, and what the folders of its relatives share with them."""
 
+import dataclasses
 from typing import Unpack
 
+from jaxalign.errors import UserError
 from jaxalign.models.hf import rotary
 from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 from jaxalign.models.llama import LlamaConfig
 
+
+
+def classes(name: str) -> dict[str, str]:
+  """Head -> class, of the causal architecture that transformers calls so."""
+  scores = ("score_last", "score_eos", "score_mean")
+  scorer = f"{name}ForSequenceClassification"
+  return {"lm": f"{name}ForCausalLM"} | dict.fromkeys(scores, scorer)
+
+
 MODEL_TYPE = "llama"
-CONFIG = LlamaConfig
 BASE = "model."
-CLASSES = {
-  "lm": "LlamaForCausalLM",
-  "score_last": "LlamaForSequenceClassification",
-  "score_eos": "LlamaForSequenceClassification",
-  "score_mean": "LlamaForSequenceClassification",
-}
+CLASSES = classes("Llama")
 HEADS = ("score_head",)
 ALIASES = (("score.", "v_head."),)
 # Buffers of older files, and the head that another task would use.
 IGNORED = (r"rotary_emb\.inv_freq$", r"^(lm_head|score|v_head)\.")
+# What transformers takes where the file lacks a field.
+DEFAULTS: JsonObject = {"max_position_embeddings": 2048, "eos_token_id": 2}
 
 
 def from_hf(fields: Fields, **switches: Unpack[Switches]) -> LlamaConfig:
   """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
-  base, _, scaling = rotary.read(fields)
+  config = read(fields.over(DEFAULTS), **switches)
+  bias = fields.get(bool, "attention_bias", default=False)
+  return dataclasses.replace(
+    config,
+    attention_bias=bias,
+    output_bias=bias,
+    mlp_bias=fields.get(bool, "mlp_bias", default=False),
+  )
+
+
+def read(
+  fields: Fields, *, partial: bool = False, **switches: Unpack[Switches]
+) -> LlamaConfig:
+  """What the files of all relatives have in common; see `from_hf`.
+
+  Args:
+    fields: of the file, and what its architecture takes where they lack.
+    partial: whether a part of a head may be left unrotated.
+    **switches: head, groups, dtype, remat.
+  """
+  base, fraction, scaling = rotary.read(fields)
+  if fraction != 1 and not partial:
+    raise UserError(
+      f"{fields.where}: partial_rotary_factor must be 1 for a "
+      f"{fields.model_type} model, got {fraction}"
+    )
   heads = fields.size("num_attention_heads")
   width = fields.size("hidden_size")
   return LlamaConfig(
@@ -31,26 +63,35 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> LlamaConfig:
     hidden_size=width,
     layers=fields.size("num_hidden_layers"),
     heads=heads,
-    # Absent in LLaMA 1's files: each query head has keys of its own.
+    # Null, and absent in LLaMA 1's files: as many as query heads.
     kv_heads=fields.size("num_key_value_heads", default=heads),
     # Absent in older files, whose heads share the width evenly.
     head_dim=fields.size("head_dim", default=width // heads),
     intermediate_size=fields.size("intermediate_size"),
-    max_positions=fields.size("max_position_embeddings", default=2048),
+    model_type=fields.model_type,
+    max_positions=fields.size("max_position_embeddings"),
+    rotary_fraction=fraction,
     rotary_base=base,
     rotary_scaling=scaling,
     eps=fields.get(float, "rms_norm_eps", default=1e-6),
     activation=fields.get(str, "hidden_act", default="silu"),
-    attention_bias=fields.get(bool, "attention_bias", default=False),
-    mlp_bias=fields.get(bool, "mlp_bias", default=False),
     tied=fields.get(bool, "tie_word_embeddings", default=False),
-    eos_id=fields.token_id("eos_token_id", default=2),
+    eos_id=fields.token_id("eos_token_id", default=-1),  # null: it has none
     **switches,
   )
 
 
 def to_hf(config: LlamaConfig) -> JsonObject:
   """The architecture's part of `config.json`, for old and new readers."""
+  return write(config) | {
+    "attention_bias": config.attention_bias,
+    "mlp_bias": config.mlp_bias,
+  }
+
+
+def write(config: LlamaConfig) -> JsonObject:
+  """The inverse of `read`."""
+  fraction = None if config.rotary_fraction == 1 else config.rotary_fraction
   return {
     "vocab_size": config.vocab_size,
     "hidden_size": config.hidden_size,
@@ -62,18 +103,16 @@ def to_hf(config: LlamaConfig) -> JsonObject:
     "max_position_embeddings": config.max_positions,
     # transformers 4 reads this; `write` adds what version 5 reads.
     "rope_theta": config.rotary_base,
-    **rotary.write(config.rotary_base, None, config.rotary_scaling),
+    **rotary.write(config.rotary_base, fraction, config.rotary_scaling),
     "rms_norm_eps": config.eps,
     "hidden_act": config.activation,
-    "attention_bias": config.attention_bias,
-    "mlp_bias": config.mlp_bias,
     "tie_word_embeddings": config.tied,
-    "eos_token_id": config.eos_id,
+    "eos_token_id": config.eos_id if config.eos_id >= 0 else None,
   }
 
 
 def names(config: LlamaConfig) -> dict[str, str]:
-  """Our modules -> theirs."""
+  """Our modules -> theirs; a model has those that its switches ask for."""
   del config
   layer = "model.layers.{i}"
   return {
@@ -83,9 +122,13 @@ def names(config: LlamaConfig) -> dict[str, str]:
     "blocks.q_proj": f"{layer}.self_attn.q_proj",
     "blocks.k_proj": f"{layer}.self_attn.k_proj",
     "blocks.v_proj": f"{layer}.self_attn.v_proj",
+    "blocks.qkv_proj": f"{layer}.self_attn.qkv_proj",
+    "blocks.q_norm": f"{layer}.self_attn.q_norm",
+    "blocks.k_norm": f"{layer}.self_attn.k_norm",
     "blocks.o_proj": f"{layer}.self_attn.o_proj",
     "blocks.gate_proj": f"{layer}.mlp.gate_proj",
     "blocks.up_proj": f"{layer}.mlp.up_proj",
+    "blocks.gate_up_proj": f"{layer}.mlp.gate_up_proj",
     "blocks.down_proj": f"{layer}.mlp.down_proj",
     "final_norm": "model.norm",
     "lm_head": "lm_head",

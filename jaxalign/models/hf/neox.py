@@ -7,7 +7,6 @@ from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 from jaxalign.models.neox import NeoXConfig
 
 MODEL_TYPE = "gpt_neox"
-CONFIG = NeoXConfig
 BASE = "gpt_neox."
 CLASSES = {
   "lm": "GPTNeoXForCausalLM",
