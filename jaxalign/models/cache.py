@@ -43,6 +43,7 @@ def attend(
   parts: Sequence[tuple[Array, Array, Array]],
   *,
   scale: float,
+  cap: float = 0.0,
 ) -> Float[Array, "B T N H"]:
   """softmax(q kᵀ · scale) v over the keys of all parts together.
 
@@ -51,6 +52,7 @@ def attend(
     parts: `(k, v, mask)` with k and v `[G, K, C, H]`, G dividing B, and mask
       bool, broadcastable to `[B, T, C]`; True = attended to.
     scale: multiplies the dot products, usually 1 / sqrt(H).
+    cap: above 0, the products x become cap tanh(x / cap) (Gemma 2).
 
   Returns:
     The attended values, in q's dtype; softmax in float32.
@@ -58,7 +60,7 @@ def attend(
   rows, length, heads, width = q.shape
   # Queries are scaled instead of logits: fewer numbers where C > H.
   q = q * jnp.asarray(scale, q.dtype)
-  logits = [_logits(q, k, mask) for k, _, mask in parts]
+  logits = [_logits(q, k, mask, cap) for k, _, mask in parts]
   # One softmax over all parts, then a sum of values part by part: the keys are
   # never copied into one array.
   sizes = [x.shape[-1] for x in logits]
@@ -71,7 +73,9 @@ def attend(
   return out.reshape(rows, length, heads, width)
 
 
-def _logits(q: Array, k: Array, mask: Array) -> Float[Array, "B K R T C"]:
+def _logits(
+  q: Array, k: Array, mask: Array, cap: float
+) -> Float[Array, "B K R T C"]:
   rows, length, heads, width = q.shape
   groups, kv_heads = k.shape[:2]
   # Rows of a group are consecutive, so a reshape separates the two axes.
@@ -84,6 +88,7 @@ def _logits(q: Array, k: Array, mask: Array) -> Float[Array, "B K R T C"]:
     preferred_element_type=jnp.float32,
   )
   x = x.reshape(rows, *x.shape[2:])
+  x = cap * jnp.tanh(x / cap) if cap else x
   # [B, T, C] to [B, 1, 1, T, C]: all heads have the same mask.
   return jnp.where(mask[:, None, None], x, NEGATIVE)
 

@@ -62,10 +62,17 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     del positions
     return self.embedding(tokens).astype(self.config.dtype)
 
-  def rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array] | None:
-    """Rotary `(cos, sin)` for these positions, or None without rotation."""
-    del positions
+  def rope(
+    self, positions: Int[Array, "B T"], lengths: Int[Array, "B T"]
+  ) -> tuple[Array, Array] | None:
+    """Rotary `(cos, sin)`, or None without rotation; see `rope.angles`."""
+    del positions, lengths
     return None
+
+  def layer_rope(self, rope, window):
+    """What a layer with this window gets of `rope`; Gemma 3 has two kinds."""
+    del window
+    return rope
 
   def __call__(
     self,
@@ -97,24 +104,28 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     # What each token attends to is the same in every layer but for the window.
     near = positions[:, :, None] - positions[:, None, :]
     mask = _attended(segment_ids, prompt_segment_ids)
-    rope = self.rope(positions)
+    # Of texts that share a prompt the longest counts, as the prompt is theirs.
+    texts = segment_ids if prompt_segment_ids is None else prompt_segment_ids
+    same = texts[:, :, None] == texts[:, None, :]
+    lengths = jnp.where(same, positions[:, None, :], 0).max(axis=2) + 1
+    rope = self.rope(positions, lengths)
 
     # One block, on its slice of each array in `xs`.
     def layer(x, xs):
       params, window, past_kv, key = xs
       kept = []
 
-      def attention(q, k, v, scale):
+      def attention(q, k, v, scale, cap=0.0):
         # [B, T, K, H] to [B, K, T, H], as a cache keeps them.
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         own = (k, v, mask & _within(near, window))
         shared = _past_parts(past, past_kv, positions, window)
         kept.append((k, v))
-        return attend(q, [*shared, own], scale=scale)
+        return attend(q, [*shared, own], scale=scale, cap=cap)
 
       # The block calls `attention` once, which leaves its keys in `kept`.
       block = nnx.merge(graph, params)
-      x = block(x, attention, rope, key)
+      x = block(x, attention, self.layer_rope(rope, window), key)
       return x, kept if keep else []
 
     # Scanning the stacked blocks: one is compiled, whatever the depth.
@@ -160,7 +171,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     """
     # The new token is the last, so every key that is real may be attended to.
     positions = positions[:, None]
-    rope = self.rope(positions)
+    rope = self.rope(positions, positions + 1)
     own_positions = own.positions.at[:, column].set(positions[:, 0])
     own_mask = own.mask.at[:, column].set(True)
     near = positions[:, :, None] - own_positions[:, None, :]
@@ -169,7 +180,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     cache = []  # filled layer by layer
 
     def attention_of(layer, window):
-      def attention(q, k, v, scale):
+      def attention(q, k, v, scale, cap=0.0):
         # In place: the cache is a loop's carry, or donated.
         at = (0, 0, column, 0)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
@@ -179,7 +190,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
         past_kv = [(p.k[layer], p.v[layer]) for p in past]
         shared = _past_parts(past, past_kv, positions, window)
         mine = (k, v, own_mask[:, None, :] & _within(near, window))
-        return attend(q, [*shared, mine], scale=scale)
+        return attend(q, [*shared, mine], scale=scale, cap=cap)
 
       return attention
 
@@ -189,7 +200,8 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     for layer, params in enumerate(layers or self.unstack()):
       window = None if windows is None else jnp.asarray(windows[layer])
       block = nnx.merge(graph, params)
-      x = block(x, attention_of(layer, window), rope, None)
+      angles = self.layer_rope(rope, window)
+      x = block(x, attention_of(layer, window), angles, None)
     k, v = zip(*cache, strict=True)
     return self._states(x)[:, 0], KV(k, v, own_positions, own_mask)
 

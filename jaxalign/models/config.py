@@ -94,7 +94,12 @@ class CausalConfig(ModelConfig, Protocol):
 
   @property
   def windows(self) -> tuple[int, ...] | None:
-    """Positions each layer sees, its own included, 0 = all; None = all layers."""
+    """Positions each layer sees, its own too; 0 = all, None = all always."""
+    ...
+
+  @property
+  def context_switch(self) -> int:
+    """Texts of up to so many tokens rotate otherwise than longer; 0 = alike."""
     ...
 
   @property

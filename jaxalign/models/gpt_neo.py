@@ -47,6 +47,7 @@ class GPTNeoConfig:
   remat: bool = False
 
   model_type = "gpt_neo"
+  context_switch = 0
 
   @property
   def kv_heads(self) -> int:

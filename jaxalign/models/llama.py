@@ -1,14 +1,14 @@
 """LLaMA (Touvron et al. 2023) and its relatives.
 
-These are Mistral (Jiang et al. 2023), Qwen2, Qwen2.5 and Qwen3 (Yang et al. 2024,
-2025), and Phi-3 and Phi-4 (Abdin et al. 2024). They differ in switches.
+These are Mistral (Jiang et al. 2023), Qwen2, Qwen2.5 and Qwen3 (Yang et al.
+2024, 2025), and Phi-3 and Phi-4 (Abdin et al. 2024). They differ in switches.
 """
 
 import dataclasses
 
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxalign.models import rope as rotary
 from jaxalign.models.causal import CausalLM
@@ -32,6 +32,7 @@ class LlamaConfig:
     mlp_bias: all projections of the MLP have one.
     qk_norm: each head's queries and keys are normalised before the rotation.
     fused: one projection makes queries, keys and values, one gate and up.
+    attention_cap: attention's logits stay below it; 0 = no cap.
     tied: the output matrix is the embedding.
     groups: whose score each column of the score head is; () = one column.
     eos_id: end-of-text id, read by the `score_eos` head only.
@@ -59,6 +60,7 @@ class LlamaConfig:
   mlp_bias: bool = False
   qk_norm: bool = False
   fused: bool = False
+  attention_cap: float = 0.0
   tied: bool = False
   head: str = "lm"
   groups: tuple[str, ...] = ()
@@ -67,13 +69,23 @@ class LlamaConfig:
   remat: bool = False
 
   @property
+  def scale(self) -> float:
+    """What attention's products are multiplied by."""
+    return self.head_dim**-0.5
+
+  @property
+  def context_switch(self) -> int:
+    """The longest text that longrope rotates as a short one; 0 = no other."""
+    return self.rotary_scaling.switch if self.rotary_scaling else 0
+
+  @property
   def module(self) -> type[nnx.Module]:
     """The module that these sizes describe."""
     return Llama
 
-  def norm(self) -> nnx.Module:
-    """A new normalisation layer."""
-    return RMSNorm(self.hidden_size, eps=self.eps)
+  def norm(self, width: int = 0) -> nnx.Module:
+    """A new normalisation layer, of the hidden states or of a head."""
+    return RMSNorm(width or self.hidden_size, eps=self.eps)
 
 
 class LlamaBlock(nnx.Module):
@@ -100,8 +112,8 @@ class LlamaBlock(nnx.Module):
       self.k_proj = linear("k_proj", width, keys, bias)
       self.v_proj = linear("v_proj", width, keys, bias)
     if config.qk_norm:
-      self.q_norm = RMSNorm(config.head_dim, eps=config.eps)
-      self.k_norm = RMSNorm(config.head_dim, eps=config.eps)
+      self.q_norm = config.norm(config.head_dim)
+      self.k_norm = config.norm(config.head_dim)
     self.o_proj = linear("o_proj", queries, width, config.output_bias)
     # The MLP.
     bias = config.mlp_bias
@@ -113,7 +125,7 @@ class LlamaBlock(nnx.Module):
     self.down_proj = linear("down_proj", inner, width, bias)
 
   def __call__(self, x: Float[Array, "B T D"], attend, rope, key):
-    """One layer; `attend(q, k, v, scale=...)` knows masks and caches."""
+    """One layer; `attend(q, k, v, scale=, cap=)` knows masks and caches."""
     x = x + self._attention(self.input_layernorm(x), attend, rope, key)
     return x + self._mlp(self.post_attention_layernorm(x), key)
 
@@ -133,7 +145,7 @@ class LlamaBlock(nnx.Module):
       q, k = self.q_norm(q), self.k_norm(k)
     q, k = rotary.rotate(q, rope), rotary.rotate(k, rope)
     # Fewer key heads than query heads: `attend` shares them in runs.
-    out = attend(q, k, v, scale=config.head_dim**-0.5)
+    out = attend(q, k, v, scale=config.scale, cap=config.attention_cap)
     return self.o_proj(out.reshape(*x.shape[:2], -1), key)
 
   def _mlp(self, x, key):
@@ -151,13 +163,14 @@ class Llama(CausalLM[LlamaConfig]):
 
   block = LlamaBlock
 
-  def rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+  def rope(self, positions, lengths):
     """Rotary angles of these positions."""
     config = self.config
     # Rounded down as in transformers.
     width = int(config.head_dim * config.rotary_fraction)
     return rotary.angles(
       positions,
+      lengths,
       width,
       config.rotary_base,
       scaling=config.rotary_scaling,

@@ -3,7 +3,7 @@
 import dataclasses
 
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from jaxalign.models import rope as rotary
 from jaxalign.models.causal import CausalLM
@@ -48,6 +48,7 @@ class NeoXConfig:
 
   model_type = "gpt_neox"
   windows = None  # every layer attends to everything before it
+  context_switch = 0
 
   @property
   def kv_heads(self) -> int:
@@ -119,13 +120,14 @@ class NeoX(CausalLM[NeoXConfig]):
   block = NeoXBlock
   outputs = ("embed_out", "lm_head")  # in files, and in newer transformers
 
-  def rope(self, positions: Int[Array, "B T"]) -> tuple[Array, Array]:
+  def rope(self, positions, lengths):
     """Rotary angles of these positions."""
     config = self.config
     # Rounded down as in transformers; Pythia rotates a quarter of a head.
     width = int(config.head_dim * config.rotary_fraction)
     return rotary.angles(
       positions,
+      lengths,
       width,
       config.rotary_base,
       scaling=config.rotary_scaling,

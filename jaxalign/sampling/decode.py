@@ -64,10 +64,13 @@ def begin(
     return jnp.repeat(x, samples_per_prompt, axis=0)
 
   start = positions[:, -1] + 1
+  assert isinstance(model.config, CausalConfig), model.config
   room = model.config.max_positions - start  # the context may end earlier
+  if switch := model.config.context_switch:
+    # The cached keys of a short text would be wrong once it is a long one.
+    room = jnp.where(start <= switch, switch - start, room)
   limit = jnp.minimum(jnp.minimum(settings.max_new_tokens, capacity), room)
   sample_ids = jnp.arange(samples_per_prompt) + first_sample
-  assert isinstance(model.config, CausalConfig), model.config
   fixed = Fixed(
     past=tuple(kv.unstack() for kv in (*past, kept)),
     start=repeat(start),

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxalign.core.types import Params, Samples, SamplingParams
 from jaxalign.data.batches import bucket_length, pad_rows
 from jaxalign.errors import UserError
+from jaxalign.models.config import CausalConfig
 from jaxalign.models.model import Model
 from jaxalign.sampling import decode
 from jaxalign.sampling import state as state_lib
@@ -126,7 +127,12 @@ class Sampler:
     prefix: Sequence[int],
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray, NumpyPrefix | None]:
     """Pads prompts to their bucket: tokens, mask, ids, prefix."""
-    context = self.model.config.max_positions
+    config = self.model.config
+    assert isinstance(config, CausalConfig), config
+    context = config.max_positions
+    if config.context_switch and len(prefix):
+      # The prefix is read as a short text, so the whole has to be one.
+      context = min(context, config.context_switch)
     for number, prompt in enumerate(prompts):
       self._check(number, len(prompt), len(prefix), context)
     width = max(len(prompt) for prompt in prompts)

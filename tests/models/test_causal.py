@@ -38,6 +38,26 @@ def test_two_texts_in_one_row_equal_two_rows(any_causal):
   np.testing.assert_allclose(packed[5:9], alone[1, 1:], atol=1e-5)
 
 
+def test_a_long_text_leaves_the_rotation_of_its_neighbour(make):
+  """LongRoPE, which rotates texts of more than 4 tokens otherwise."""
+  model, params = make("phi3")
+  scaling = model.config.rotary_scaling
+  model = model.replace(rotary_scaling=dataclasses.replace(scaling, original=4))
+  tokens = rng.integers(1, 31, (1, 9))
+  positions = np.array([[0, 1, 2, 3, 4, 0, 1, 2, 3]])
+  segments = np.array([[1] * 5 + [2] * 4])
+  both = read(model, params, tokens, positions, segments)[0]
+  # The long text, then the short one, with padding in the other's place.
+  for number, here in ((1, slice(0, 5)), (2, slice(5, 9))):
+    alone = read(model, params, tokens, positions, segments == number)[0]
+    np.testing.assert_allclose(both[here], alone[here], atol=1e-5)
+  # Without the limit the long text reads otherwise.
+  model = model.replace(rotary_scaling=scaling)
+  short = read(model, params, tokens, positions, segments)[0]
+  assert abs(short[:5] - both[:5]).max() > 1e-3
+  np.testing.assert_allclose(short[5:], both[5:], atol=1e-6)
+
+
 def test_two_texts_that_share_their_start_equal_two_rows(any_causal):
   model, params = any_causal
   start, a, b = (rng.integers(1, 31, n) for n in (4, 3, 2))

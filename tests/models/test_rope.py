@@ -1,5 +1,6 @@
 """Rotary angles, by hand."""
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -18,14 +19,16 @@ def test_frequencies():
 def test_rotation_turns_pairs_and_leaves_the_rest():
   """One pair (x0, x1) = (1, 0) at position 1, frequency 1: (cos 1, sin 1)."""
   x = jnp.array([[[[1.0, 0.0, 5.0]]]])
-  turned = rope.rotate(x, rope.angles(jnp.array([[1]]), 2, 100.0))
+  at = jnp.array([[1]])
+  turned = rope.rotate(x, rope.angles(at, at + 1, 2, 100.0))
   expected = [math.cos(1), math.sin(1), 5.0]
   np.testing.assert_allclose(turned[0, 0, 0], expected, rtol=1e-6)
 
 
 def cosines(scaling, positions, **more):
   positions = jnp.array(positions)
-  cos, _ = rope.angles(positions, 4, 100.0, scaling=scaling, **more)
+  lengths = jnp.broadcast_to(positions[:, -1:] + 1, positions.shape)
+  cos, _ = rope.angles(positions, lengths, 4, 100.0, scaling=scaling, **more)
   return np.asarray(cos)
 
 
@@ -42,6 +45,22 @@ def test_dynamic_scaling_acts_beyond_the_context_alone():
   slow = 900**-0.5
   expected = [math.cos(7), math.cos(7 * slow)] * 2
   np.testing.assert_allclose(rows[1, 1], expected, atol=1e-5)
+
+
+def test_longrope_goes_by_the_length_of_the_text():
+  """Base 100, width 4: frequencies 1 and 0.1, divided by each's factor."""
+  scaling = rope.Scaling(
+    "longrope", original=6, attention=2.0, short=(1.0, 2.0), long=(4.0, 8.0)
+  )
+  rows = cosines(scaling, [[1, 5], [1, 6]])
+  short, long = [1 / 1, 0.1 / 2], [1 / 4, 0.1 / 8]
+  expected = [
+    [2 * math.cos(n * f) for f in frequencies * 2]
+    for n, frequencies in ((1, short), (5, short), (1, long), (6, long))
+  ]
+  np.testing.assert_allclose(rows.reshape(4, 4), expected, atol=1e-6)
+  assert scaling.switch == 6
+  assert dataclasses.replace(scaling, long=scaling.short).switch == 0
 
 
 @pytest.mark.parametrize(

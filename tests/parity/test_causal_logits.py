@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from jaxalign.models.hf import folder
+from jaxalign.models import rope as rotary
+from jaxalign.models.hf import architectures, config_json, folder
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
@@ -30,7 +31,7 @@ LLAMA = {
   "num_hidden_layers": 2,
   "intermediate_size": 44,
 }
-RELATIVES = ("mistral", "qwen2", "qwen3", "phi3")
+RELATIVES = ("mistral", "qwen2", "qwen3", "phi3", "gemma2", "gemma3")
 LLAMA3 = {
   "rope_type": "llama3",
   "rope_theta": 10000.0,
@@ -45,6 +46,16 @@ def rope(kind, **more):
   return {"rope_type": kind, "rope_theta": 10000.0, **more}
 
 
+YARN = rope(
+  "yarn", factor=4.0, original_max_position_embeddings=16, truncate=False
+)
+LONGROPE = rope(
+  "longrope",
+  partial_rotary_factor=0.5,
+  short_factor=[1.1, 1.7],
+  long_factor=[2.5, 6.0],
+  original_max_position_embeddings=8,
+)
 CASES = {
   "neox": ("GPTNeoX", NEOX),
   "neox-sequential": (
@@ -126,6 +137,32 @@ CASES = {
       "use_sliding_window": True,
       "sliding_window": 6,
       "layer_types": ["sliding_attention", "full_attention"],
+      "rope_parameters": YARN,
+    },
+  ),
+  "gemma2": (
+    "Gemma2",
+    LLAMA
+    | {
+      "head_dim": 10,
+      "sliding_window": 5,
+      "query_pre_attn_scalar": 7,
+      "attn_logit_softcapping": 2.0,
+      "final_logit_softcapping": 3.0,
+    },
+  ),
+  "gemma3": (
+    "Gemma3",
+    LLAMA
+    | {
+      "head_dim": 10,
+      "sliding_window": 5,
+      "query_pre_attn_scalar": 7,
+      "layer_types": ["sliding_attention", "full_attention"],
+      "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        "full_attention": rope("linear", factor=4.0),
+      },
     },
   ),
   "phi3": (
@@ -135,7 +172,9 @@ CASES = {
       "num_attention_heads": 3,
       "num_key_value_heads": 1,
       "sliding_window": 7,
-      "rope_parameters": rope("default", partial_rotary_factor=0.5),
+      "max_position_embeddings": 32,
+      "original_max_position_embeddings": 8,
+      "rope_parameters": LONGROPE,
     },
   ),
   "gpt-neo": (
@@ -155,7 +194,9 @@ CASES = {
 def theirs(case, task, path):
   """A transformers model with every parameter drawn, saved to `path`."""
   name, sizes = CASES[case]
-  config = getattr(transformers, f"{name}Config")(
+  # Gemma 3's plain names are those of the model that sees.
+  text = "Text" if name == "Gemma3" else ""
+  config = getattr(transformers, f"{name}{text}Config")(
     vocab_size=VOCAB,
     pad_token_id=0,
     bos_token_id=1,
@@ -164,10 +205,11 @@ def theirs(case, task, path):
   )
   config.num_labels = 1
   torch.manual_seed(len(case))
-  model = getattr(transformers, f"{name}For{task}")(config).eval()
+  text = text if task == "SequenceClassification" else ""
+  model = getattr(transformers, f"{name}{text}For{task}")(config).eval()
   with torch.no_grad():
     for parameter in model.parameters():
-      # Norm scales are drawn around 1, all else around 0.
+      # Norm scales are drawn around what they start from, all else around 0.
       centre = float(parameter.mean() > 0.5)
       parameter.copy_(centre + 0.2 * torch.randn_like(parameter))
   model.save_pretrained(path)
@@ -224,6 +266,67 @@ def test_logits_match_each_text_read_alone(language_model):
     with torch.no_grad():
       expected = reference(torch.tensor(row[None])).logits[0].numpy()
     np.testing.assert_allclose(logits[i][mask[i]], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+  "name", ["Llama", "Mistral", "Qwen2", "Qwen3", "Phi3", "Gemma2", "Gemma3Text"]
+)
+def test_absent_fields_mean_what_transformers_takes(name):
+  sizes = {
+    "vocab_size": VOCAB,
+    "hidden_size": 128,
+    "intermediate_size": 40,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 32,
+  }
+  theirs = getattr(transformers, f"{name}Config")(**sizes)
+  fields = config_json.Fields(
+    sizes | {"model_type": theirs.model_type}, "config.json"
+  )
+  model = folder.from_config(fields, "lm", dtype="float32", remat=False)
+  ours = architectures.architecture(model).to_hf(model.config)
+  expected = theirs.to_dict()
+  # Phi-3 says that whole heads are rotated; a pad token is the tokenizer's.
+  expected["rope_parameters"].pop("partial_rotary_factor", None)
+  for field in ours.keys() & expected.keys() - {"pad_token_id"}:
+    assert ours[field] == expected[field], field
+
+
+@pytest.mark.parametrize(
+  ("values", "length"),
+  [
+    (YARN, 9),
+    (YARN | {"truncate": True, "beta_fast": 3, "beta_slow": 0.5}, 9),
+    (YARN | {"attention_factor": 1.3}, 9),
+    (YARN | {"mscale": 0.7, "mscale_all_dim": 0.4}, 9),
+    (YARN | {"mscale": 0.7, "factor": 2.0}, 9),
+    (LONGROPE | {"partial_rotary_factor": 1.0}, 8),
+    (LONGROPE | {"partial_rotary_factor": 1.0, "factor": 3.0}, 9),
+    (LONGROPE | {"partial_rotary_factor": 1.0, "attention_factor": 1.2}, 9),
+  ],
+)
+def test_rotary_tables(values, length):
+  sizes = LLAMA | {"head_dim": 4, "max_position_embeddings": 32}
+  # A copy: transformers writes into it.
+  theirs = transformers.LlamaConfig(**sizes, rope_parameters=dict(values))
+  table = transformers.models.llama.modeling_llama.LlamaRotaryEmbedding(theirs)
+  at = np.arange(length)[None]
+  expected = table(torch.zeros(()), torch.tensor(at))
+  fields = config_json.Fields(
+    sizes | {"rope_parameters": values, "vocab_size": 9, "model_type": "llama"},
+    "config.json",
+  )
+  model = folder.from_config(fields, "lm", dtype="float32", remat=False)
+  config = model.config
+  found = rotary.angles(
+    jnp.asarray(at),
+    jnp.full(at.shape, length),
+    config.head_dim,
+    config.rotary_base,
+    scaling=config.rotary_scaling,
+  )
+  for ours, other in zip(found, expected, strict=True):
+    np.testing.assert_allclose(ours, other.numpy(), atol=1e-6)
 
 
 def test_classifier_scores_the_last_real_token(classifier):

@@ -43,11 +43,13 @@ CONFIGS = {
   "neox": transformers.GPTNeoXConfig(**SIZES),
   "llama": transformers.LlamaConfig(**SIZES),
   "gpt-neo": transformers.GPTNeoConfig(**SIZES, **GPT_NEO),
+  "phi3": transformers.Phi3Config(**SIZES, pad_token_id=0),
 }
 TARGETS = {
   "neox": ["query_key_value", "dense"],
   "llama": ["q_proj", "v_proj", "down_proj"],
   "gpt-neo": ["out_proj", "c_fc"],
+  "phi3": ["qkv_proj", "gate_up_proj"],
 }
 
 

@@ -10,6 +10,8 @@ from typing import Any, Protocol, Unpack, runtime_checkable
 from jaxalign.models.config import ModelConfig
 from jaxalign.models.hf import (
   deberta,
+  gemma2,
+  gemma3,
   gpt_neo,
   llama,
   mistral,
@@ -65,6 +67,8 @@ class Architecture(Protocol):
 
 _MODULES: tuple[Architecture, ...] = (
   deberta,
+  gemma2,
+  gemma3,
   gpt_neo,
   llama,
   mistral,

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import pathlib
-from typing import TypedDict, TypeVar
+from typing import Any, TypedDict, TypeVar
 
 from jaxalign.core.types import JsonObject
 from jaxalign.errors import UserError
@@ -11,6 +11,38 @@ from jaxalign.errors import UserError
 T = TypeVar("T", int, float, str, bool)
 
 REGRESSION = "regression"  # transformers' name for labels that are scores
+# Fields that change nothing that is computed here, whatever they are: what
+# others read (labels, ids, generation), how transformers computes the same
+# numbers, how weights are drawn, and dropout, which is off in causal models.
+_HARMLESS = {
+  *("architectures", "model_type", "auto_map", "custom_pipelines"),
+  *("transformers.js_config", "base_model_config", "is_llama_config"),
+  *("id2label", "label2id", "num_labels", "problem_type", "pad_token_id"),
+  *("bos_token_id", "eos_token_id", "sep_token_id", "decoder_start_token_id"),
+  *("unk_token_id", "cls_token_id", "mask_token_id", "task_specific_params"),
+  "tie_word_embeddings",  # causal models read it
+  *("use_cache", "use_bfloat16", "torchscript", "tf_legacy_loss"),
+  *("gradient_checkpointing", "use_flash_attn", "use_flash_attention_2"),
+  *("return_dict", "output_hidden_states", "output_attentions", "legacy"),
+  *("return_dict_in_generate", "output_scores", "max_length", "min_length"),
+  *("max_new_tokens", "do_sample", "early_stopping", "num_beams", "top_k"),
+  *("num_beam_groups", "diversity_penalty", "temperature", "top_p"),
+  *("typical_p", "repetition_penalty", "length_penalty", "num_choices"),
+  *("no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids"),
+  *("num_return_sequences", "remove_invalid_values", "suppress_tokens"),
+  *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
+  *("exponential_decay_length_penalty", "chunk_size_feed_forward"),
+  *("keys_to_ignore_at_inference", "pretraining_tp", "max_sequence_length"),
+  *("model_max_length", "initializer_range", "initializer_factor"),
+  *("attention_dropout", "hidden_dropout", "hidden_dropout_prob"),
+  *("attention_probs_dropout_prob", "classifier_dropout", "pooler_dropout"),
+  *("resid_pdrop", "embd_pdrop", "resid_dropout", "embed_dropout"),
+  *("neftune_noise_alpha", "unsloth_fixed", "attention_layers"),
+  # For texts of more than 262144 tokens; transformers does not read it.
+  "dual_chunk_attention_config",
+}
+_HARMLESS_STARTS = ("_", "jaxalign_", "summary_")
+
 _KINDS = {int: "an integer", float: "a number", str: "a string", bool: "a bool"}
 
 
@@ -30,10 +62,17 @@ class Fields:
   Attributes:
     values: the parsed JSON object.
     where: the file's path, for messages.
+    asked: names of the fields that were read, see `refuse_others`.
   """
 
   values: JsonObject
   where: str
+  asked: set[str] = dataclasses.field(default_factory=set)
+
+  def raw(self, name: str) -> Any:  # whatever the file holds
+    """The field's value as it is, None if it is absent."""
+    self.asked.add(name)
+    return self.values.get(name)
 
   def get(self, kind: type[T], *names: str, default: T | None = None) -> T:
     """The first of `names` that is present and not null.
@@ -46,6 +85,7 @@ class Fields:
     Raises:
       UserError: the field is missing or of another type.
     """
+    self.asked.update(names)
     for name in names:
       value = self.values.get(name)
       if value is None:
@@ -74,7 +114,7 @@ class Fields:
 
   def token_id(self, name: str, default: int) -> int:
     """A special token's id; of a list (Llama 3's end tokens) the first."""
-    value = self.values.get(name)
+    value = self.raw(name)
     if isinstance(value, list) and value:
       return Fields({name: value[0]}, self.where).get(int, name)
     return self.get(int, name, default=default)
@@ -86,6 +126,30 @@ class Fields:
     of 4096 positions, with null it has none.
     """
     return dataclasses.replace(self, values=defaults | self.values)
+
+  def refuse_others(self) -> None:
+    """Refuses fields that nobody has asked for and that may change the model.
+
+    Texts are names and notes. Of numbers 0 adds nothing and 1 scales nothing.
+
+    Raises:
+      UserError: there is such a field.
+    """
+    for name, value in self.values.items():
+      known = (
+        name in self.asked
+        or name in _HARMLESS
+        or name.startswith(_HARMLESS_STARTS)
+      )
+      is_on = value is True or (
+        not isinstance(value, bool | str) and value not in (None, 0, 1, [], {})
+      )
+      if is_on and not known:
+        raise UserError(
+          f"{self.where}: {name} = {str(value)[:60]} is not known here and may "
+          f"change what a {self.model_type} model computes; if it does not, "
+          "take it out of the file"
+        )
 
   @property
   def model_type(self) -> str:

@@ -73,7 +73,7 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> DebertaConfig:
 
 def _words(fields: Fields, name: str) -> tuple[str, ...]:
   """A field that is a list or a string joined by `|`; "none" is nothing."""
-  value = fields.values.get(name) or ()
+  value = fields.raw(name) or ()
   words = value.lower().split("|") if isinstance(value, str) else value
   return tuple(w for w in map(str.strip, words) if w != "none")
 

@@ -312,6 +312,8 @@ def from_config(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
     fields, head=head, groups=groups, dtype=dtype, remat=remat
   )
 
+  fields.refuse_others()
+
   # Sizes that the layers would otherwise fail over in the middle of a trace.
   if config.activation not in ACTIVATIONS:
     raise UserError(

@@ -51,7 +51,7 @@ def _windows(fields: Fields, layers: int) -> tuple[int, ...]:
   window = fields.get(int, "window_size", default=256)
   # A list of (pattern, repetitions), which spells out every layer.
   kinds = []
-  for names, repeat in fields.values.get("attention_types") or []:
+  for names, repeat in fields.raw("attention_types") or []:
     kinds += list(names) * repeat
   if len(kinds) != layers or not set(kinds) <= {"global", "local"}:
     raise UserError(

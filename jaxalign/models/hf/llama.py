@@ -9,7 +9,6 @@ from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 from jaxalign.models.llama import LlamaConfig
 
 
-
 def classes(name: str) -> dict[str, str]:
   """Head -> class, of the causal architecture that transformers calls so."""
   scores = ("score_last", "score_eos", "score_mean")
@@ -24,6 +23,7 @@ HEADS = ("score_head",)
 ALIASES = (("score.", "v_head."),)
 # Buffers of older files, and the head that another task would use.
 IGNORED = (r"rotary_emb\.inv_freq$", r"^(lm_head|score|v_head)\.")
+FULL, SLIDING = "full_attention", "sliding_attention"  # kinds of layers
 # What transformers takes where the file lacks a field.
 DEFAULTS: JsonObject = {"max_position_embeddings": 2048, "eos_token_id": 2}
 
@@ -41,16 +41,24 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> LlamaConfig:
 
 
 def read(
-  fields: Fields, *, partial: bool = False, **switches: Unpack[Switches]
+  fields: Fields,
+  *,
+  partial: bool = False,
+  kinds: tuple[str, ...] = tuple(rotary.KINDS),
+  **switches: Unpack[Switches],
 ) -> LlamaConfig:
   """What the files of all relatives have in common; see `from_hf`.
 
   Args:
     fields: of the file, and what its architecture takes where they lack.
     partial: whether a part of a head may be left unrotated.
+    kinds: of rotary scaling that its files may have.
     **switches: head, groups, dtype, remat.
+
+  Raises:
+    UserError: a field is missing, or has a value that is not supported.
   """
-  base, fraction, scaling = rotary.read(fields)
+  base, fraction, scaling = rotary.read(fields, kinds=kinds)
   if fraction != 1 and not partial:
     raise UserError(
       f"{fields.where}: partial_rotary_factor must be 1 for a "
@@ -58,6 +66,16 @@ def read(
     )
   heads = fields.size("num_attention_heads")
   width = fields.size("hidden_size")
+  # Absent in older files, whose heads share the width evenly.
+  head_dim = fields.size("head_dim", default=width // heads)
+  pairs = int(head_dim * fraction) / 2
+  if scaling is not None and scaling.kind == "longrope":
+    for name, factors in (("short", scaling.short), ("long", scaling.long)):
+      if len(factors) != pairs:
+        raise UserError(
+          f"{fields.where}: {name}_factor has {len(factors)} numbers; a head "
+          f"has {pairs:g} pairs of rotated features"
+        )
   return LlamaConfig(
     vocab_size=fields.size("vocab_size"),
     hidden_size=width,
@@ -65,8 +83,7 @@ def read(
     heads=heads,
     # Null, and absent in LLaMA 1's files: as many as query heads.
     kv_heads=fields.size("num_key_value_heads", default=heads),
-    # Absent in older files, whose heads share the width evenly.
-    head_dim=fields.size("head_dim", default=width // heads),
+    head_dim=head_dim,
     intermediate_size=fields.size("intermediate_size"),
     model_type=fields.model_type,
     max_positions=fields.size("max_position_embeddings"),
@@ -79,6 +96,45 @@ def read(
     eos_id=fields.token_id("eos_token_id", default=-1),  # null: it has none
     **switches,
   )
+
+
+def windows(
+  fields: Fields, kinds: list[str], window: int
+) -> tuple[int, ...] | None:
+  """Each layer's window, from `layer_types`.
+
+  Args:
+    fields: of the file.
+    kinds: of the layers, where the file is older than the field.
+    window: of those layers that have one; 0 = there is none.
+
+  Raises:
+    UserError: `layer_types` does not fit the model.
+  """
+  layers = len(kinds)
+  given = fields.raw("layer_types")
+  if given is not None and (
+    not isinstance(given, list) or len(given) != layers
+  ):
+    raise UserError(
+      f"{fields.where}: layer_types must name {layers} layers, as "
+      f"num_hidden_layers says, got {given!r}"
+    )
+  kinds = kinds if given is None else given
+  for kind in kinds:
+    if kind not in (FULL, SLIDING):
+      raise UserError(
+        f"{fields.where}: layer_types must be made of {FULL} and {SLIDING}, "
+        f"got {kind!r}; this model is not supported"
+      )
+  if SLIDING not in kinds:
+    return None
+  if window < 1:
+    raise UserError(
+      f"{fields.where}: a layer with {SLIDING} needs a sliding_window of at "
+      "least 1, and in Qwen2 and Qwen3 use_sliding_window=true"
+    )
+  return tuple(window if kind == SLIDING else 0 for kind in kinds)
 
 
 def to_hf(config: LlamaConfig) -> JsonObject:

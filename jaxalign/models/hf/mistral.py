@@ -29,7 +29,7 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> LlamaConfig:
 
 def read_window(fields: Fields, layers: int) -> tuple[int, ...] | None:
   """`sliding_window` for all layers; null = none."""
-  if fields.values.get("sliding_window") is None:
+  if fields.raw("sliding_window") is None:
     return None
   return (fields.size("sliding_window"),) * layers
 

@@ -33,7 +33,8 @@ IGNORED = (
 def from_hf(fields: Fields, **switches: Unpack[Switches]) -> NeoXConfig:
   """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
   # 0.25 is transformers' default for GPT-NeoX.
-  base, share, scaling = rotary.read(fields, fraction=0.25)
+  kinds = ("default", "linear", "dynamic", "llama3", "yarn")
+  base, share, scaling = rotary.read(fields, fraction=0.25, kinds=kinds)
   return NeoXConfig(
     vocab_size=fields.size("vocab_size"),
     hidden_size=fields.size("hidden_size"),

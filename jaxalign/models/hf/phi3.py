@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Unpack
 
-from jaxalign.models.hf import llama, mistral
+from jaxalign.models.hf import llama, mistral, rotary
 from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 from jaxalign.models.llama import LlamaConfig
 
@@ -23,14 +23,27 @@ names = llama.names
 def from_hf(fields: Fields, **switches: Unpack[Switches]) -> LlamaConfig:
   """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
   fields = fields.over(DEFAULTS)
-  config = llama.read(fields, partial=True, **switches)
+  kinds = ("default", "longrope")
+  config = llama.read(fields, partial=True, kinds=kinds, **switches)
   windows = mistral.read_window(fields, config.layers)
   return dataclasses.replace(config, windows=windows, fused=True)
 
 
 def to_hf(config: LlamaConfig) -> JsonObject:
   """The architecture's part of `config.json`, for old and new readers."""
-  return mistral.to_hf(config) | {
+  values = mistral.to_hf(config)
+  scaling = config.rotary_scaling
+  if scaling is not None:
+    # transformers 4 wants these three alone, and computes the attention factor.
+    factor = config.max_positions / scaling.original
+    default = rotary.longrope_attention(factor, scaling.original)
+    if scaling.attention == default:
+      values["rope_scaling"] = {
+        "type": scaling.kind,
+        "short_factor": list(scaling.short),
+        "long_factor": list(scaling.long),
+      }
+  return values | {
     # transformers 4 looks for it here.
     "partial_rotary_factor": config.rotary_fraction,
     # Without the field it would be 32000, which a small vocabulary lacks.

@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Unpack
 
-from jaxalign.errors import UserError
 from jaxalign.models.hf import llama
 from jaxalign.models.hf.config_json import Fields, JsonObject, Switches
 from jaxalign.models.llama import LlamaConfig
@@ -20,8 +19,6 @@ DEFAULTS: JsonObject = {
 }
 names = llama.names
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
-
 
 def from_hf(fields: Fields, **switches: Unpack[Switches]) -> LlamaConfig:
   """The config of a `config.json`; `switches`: head, groups, dtype, remat."""
@@ -36,33 +33,16 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> LlamaConfig:
 
 
 def read_windows(fields: Fields, layers: int) -> tuple[int, ...] | None:
-  """Each layer's window, from `layer_types` or `max_window_layers`.
-
-  Raises:
-    UserError: `layer_types` does not fit the model.
-  """
-  window = 0
-  if fields.get(bool, "use_sliding_window", default=False):
-    # Null means none here, too.
-    window = fields.get(int, "sliding_window", default=0)
-  kinds = fields.values.get("layer_types")
-  if kinds is None:  # as in files that are older than the field
-    full = fields.get(int, "max_window_layers")
-    kinds = [_FULL if i < full else _SLIDING for i in range(layers)]
-    kinds = kinds if window else [_FULL] * layers
-  if len(kinds) != layers or not set(kinds) <= {_FULL, _SLIDING}:
-    raise UserError(
-      f"{fields.where}: layer_types names {len(kinds)} layers, "
-      f"num_hidden_layers is {layers}; each is to be {_FULL!r} or {_SLIDING!r}"
-    )
-  if _SLIDING not in kinds:
-    return None
-  if window < 1:
-    raise UserError(
-      f"{fields.where}: layer_types has {_SLIDING!r}, which needs "
-      "use_sliding_window=true and a sliding_window of at least 1"
-    )
-  return tuple(window if kind == _SLIDING else 0 for kind in kinds)
+  """Each layer's window; without `layer_types` the upper layers have one."""
+  # Null means none. It is there, and means nothing, in most files.
+  window = fields.get(int, "sliding_window", default=0)
+  if not fields.get(bool, "use_sliding_window", default=False):
+    window = 0
+  full = fields.get(int, "max_window_layers")
+  full = full if window else layers
+  kinds = [llama.FULL] * min(full, layers)
+  kinds += [llama.SLIDING] * (layers - len(kinds))
+  return llama.windows(fields, kinds, window)
 
 
 def to_hf(config: LlamaConfig) -> JsonObject:
@@ -74,5 +54,5 @@ def to_hf(config: LlamaConfig) -> JsonObject:
     "use_sliding_window": config.windows is not None,
     "sliding_window": max(windows) or None,
     "max_window_layers": full,
-    "layer_types": [_SLIDING if window else _FULL for window in windows],
+    "layer_types": [llama.SLIDING if w else llama.FULL for w in windows],
   }

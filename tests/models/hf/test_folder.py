@@ -27,6 +27,9 @@ def saved(make, tmp_path):
   return tmp_path / "model", model, params
 
 
+LONGROPE = {"rope_parameters": {"rope_type": "longrope", "long_factor": [3.0]}}
+
+
 def change(path, **values):
   config = json.loads((path / "config.json").read_text())
   config = {k: v for k, v in (config | values).items() if v is not None}
@@ -160,7 +163,22 @@ def test_a_missing_shard(make, tmp_path):
       {"vocab_size": 40},
       r"has shape \[31, 18\], config.json asks .*\[40, 18\]",
     ),
-    ({"rope_parameters": {"rope_type": "yarn"}}, "'yarn' is not supported"),
+    ({"rope_parameters": {"rope_type": "axial"}}, "'axial' is not supported"),
+    (
+      {"rope_parameters": {"mrope_section": [1, 1]}},
+      "mrope_section is not a setting of rope_type 'linear'; it has factor",
+    ),
+    (
+      {"rope_scaling": {"short_factor": [2.0, 0]}, **LONGROPE},
+      "short_factor must be a list of positive numbers",
+    ),
+    (
+      {"rope_scaling": {"short_factor": [2.0, 1]}, **LONGROPE},
+      "long_factor has 1 numbers; a head has 2 pairs",
+    ),
+    ({"partial_rotary_factor": 0.5}, "partial_rotary_factor must be 1"),
+    ({"logits_scaling": 8.0}, "logits_scaling = 8.0 is not known here"),
+    ({"use_qk_norm": True}, "use_qk_norm = True is not known here"),
     ({"hidden_act": "mish"}, "activation 'mish' is not supported"),
     ({"num_key_value_heads": 4}, "6 must be a multiple of .* 4"),
     ({"tie_word_embeddings": False}, "lm_head.weight is missing"),
@@ -174,6 +192,21 @@ def test_configs_that_do_not_fit(saved, values, message):
   path, _, _ = saved
   change(path, **values)
   refuse(path, message)
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ({"layer_types": ["full_attention"]}, "must name 2 layers"),
+    ({"layer_types": ["full_attention", "chunked"]}, "got 'chunked'; this mod"),
+    ({"use_sliding_window": False}, "in Qwen2 and Qwen3 use_sliding_window"),
+    ({"sliding_window": 0}, "needs a sliding_window of at least 1"),
+  ],
+)
+def test_layer_types_that_do_not_fit(make, values, message, tmp_path):
+  folder.save(*make("qwen3"), tmp_path / "a")
+  change(tmp_path / "a", **values)
+  refuse(tmp_path / "a", message)
 
 
 def test_quantised_tensors(saved):
