@@ -163,8 +163,16 @@ class Fields:
     if "jaxalign_head" in self.values:
       return self.get(str, "jaxalign_head")
     # Otherwise the class that the file names tells the head.
-    names = self.values.get("architectures") or [""]
-    if not str(names[0]).endswith("ForSequenceClassification"):
+    name = str((self.values.get("architectures") or [""])[0])
+    task = name.partition("For")[2]
+    if task not in ("", "CausalLM", "MaskedLM", "SequenceClassification"):
+      # With a tied output its trunk would pass for a language model.
+      raise UserError(
+        f"{self.where}: architectures names {name}, whose head is not "
+        "supported; supported are ...ForCausalLM and "
+        "...ForSequenceClassification"
+      )
+    if task != "SequenceClassification":
       return "lm"
     if self._labels != 1 and not self.groups:
       raise UserError(

@@ -186,6 +186,7 @@ def test_a_missing_shard(make, tmp_path):
       {"architectures": ["LlamaForSequenceClassification"]},
       "classifier has 2 labels",
     ),
+    ({"architectures": ["LlamaForRewardModel"]}, "RewardModel, whose head is"),
   ],
 )
 def test_configs_that_do_not_fit(saved, values, message):
