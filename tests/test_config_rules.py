@@ -83,8 +83,8 @@ from jaxalign.algorithms import read_config
       "got 0; 1 is one device",
     ),
     (
-      {"mesh": {"fsdp": -1, "tensor": -1}},
-      "config.mesh.fsdp must be >= 1 while tensor is -1, got -1; only one "
+      {"mesh": {"replica": -1, "tensor": -1}},
+      "config.mesh.replica must be >= 1 while tensor is -1, got -1; only one "
       "axis can take what is left",
     ),
     (

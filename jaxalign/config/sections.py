@@ -54,25 +54,42 @@ class OptimizerConfig(Section):
 class MeshConfig(Section):
   """How many devices each mesh axis has; -1 takes all that are left."""
 
-  replica: int = field(1, "copies of the parameters", also=("data", "dp"))
-  fsdp: int = field(1, "parts that parameters and rows are split into")
-  tensor: int = field(1, "parts that heads and features are split into")
+  replica: int = field(
+    1,
+    "copies of the parameters; -1 = all devices that are left, of which fsdp "
+    "then takes 1",
+    also=("data", "dp"),
+  )
+  fsdp: int = field(
+    -1,
+    "parts that parameters and rows are split into; -1 = all devices that are "
+    "left, fewer where the rows of a pass do not split evenly",
+  )
+  tensor: int = field(
+    1, "parts that heads and features are split into; -1 as for replica"
+  )
+
+  @property
+  def sizes(self) -> tuple[int, int, int]:
+    """Devices of replica, fsdp and tensor; at most one is -1."""
+    # The default of fsdp stands back behind an axis that was asked for.
+    taken = -1 in (self.replica, self.tensor)
+    return self.replica, 1 if taken else self.fsdp, self.tensor
 
   def rules(self) -> Iterator[Rule]:
     """Sizes are positive; one axis may take what is left."""
-    sizes = {"replica": self.replica, "fsdp": self.fsdp, "tensor": self.tensor}
-    for name, size in sizes.items():
-      others = [n for n, s in sizes.items() if s == -1 and n != name]
+    for name in ("replica", "fsdp", "tensor"):
+      size = getattr(self, name)
       yield Rule(
         size >= 1 or size == -1,
         f"{name} must be >= 1, or -1 for the devices that are left",
         "1 is one device",
       )
-      yield Rule(
-        size != -1 or not others,
-        f"{name} must be >= 1 while {', '.join(others)} is -1",
-        "only one axis can take what is left",
-      )
+    yield Rule(
+      self.replica != -1 or self.tensor != -1,
+      "replica must be >= 1 while tensor is -1",
+      "only one axis can take what is left",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

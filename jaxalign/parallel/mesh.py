@@ -32,13 +32,17 @@ SPLIT_INPUTS = {
 }
 
 
-def make_mesh(replica: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+def make_mesh(
+  replica: int = 1, fsdp: int = 1, tensor: int = 1, *, rows: int = 0
+) -> Mesh:
   """A mesh over the first `replica * fsdp * tensor` devices.
 
   Args:
     replica: copies of the parameters, >= 1, or -1 = all remaining devices.
     fsdp: parts that parameters and rows are split into, in the same way.
     tensor: parts that heads and features are split into, in the same way.
+    rows: of a batch; an axis of -1 takes fewer devices where these would not
+      split evenly over all that remain. 0 = any number.
 
   Raises:
     UserError: the sizes do not fit the available devices.
@@ -48,7 +52,13 @@ def make_mesh(replica: int = 1, fsdp: int = 1, tensor: int = 1) -> Mesh:
   # One size may be left open; integer division leaves surplus devices idle.
   if sizes.count(-1) == 1:
     rest = int(np.prod([s for s in sizes if s != -1]))
-    sizes[sizes.index(-1)] = max(1, len(devices) // rest)
+    axis = sizes.index(-1)
+    most = sizes[axis] = max(1, len(devices) // rest)
+    # Several processes have no fewer: each has to have its devices in the mesh.
+    if AXES[axis] in ROWS and jax.process_count() == 1:
+      parts = rest // tensor
+      fitting = (n for n in range(most, 0, -1) if rows % (n * parts) == 0)
+      sizes[axis] = next(fitting, most)
   count = int(np.prod(sizes))
   if min(sizes) < 1 or count > len(devices):
     raise UserError(
@@ -103,10 +113,12 @@ def check_rows(mesh: AnyMesh, count: int, field: str) -> None:
   """Raises a UserError unless `count` rows split evenly over the mesh."""
   parts = row_count(mesh)
   if count % parts:
+    above = -(-count // parts) * parts
+    nearest = f"{above - parts} or {above}" if count > parts else f"{above}"
     raise UserError(
       f"{field} gives {count} rows, which cannot be split evenly over "
-      f"replica x fsdp = {parts} devices; make it a multiple of {parts} or "
-      "change config.mesh"
+      f"replica x fsdp = {parts} devices; make it {nearest}, or lower "
+      "config.mesh (-1 takes as many devices as fit)"
     )
 
 

@@ -104,7 +104,7 @@ class DataSpec(RunSpec[C], Generic[C, D]):
 
 
 def open_mesh(config: TrainingConfig, *, fills_rows: bool = False) -> Mesh:
-  """The mesh of `config.mesh`.
+  """The mesh of `config.mesh`; says how it uses the devices if it has several.
 
   Args:
     config: of the run.
@@ -113,11 +113,20 @@ def open_mesh(config: TrainingConfig, *, fills_rows: bool = False) -> Mesh:
   Raises:
     UserError: it needs other devices, or cannot split a pass evenly.
   """
-  axes = config.mesh
-  mesh = meshes.make_mesh(axes.replica, axes.fsdp, axes.tensor)
-  if not fills_rows:
-    field = "micro_batch" if config.micro_batch else "batch_size"
-    meshes.check_rows(mesh, config.micro_rows, f"config.{field}")
+  field = "config.micro_batch" if config.micro_batch else "config.batch_size"
+  rows = 0 if fills_rows else config.micro_rows
+  mesh = meshes.make_mesh(*config.mesh.sizes, rows=rows)
+  meshes.check_rows(mesh, rows, field)
+  devices, used = jax.device_count(), mesh.size
+  if devices > 1 and hosts.is_lead():
+    axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    count = f"{used}" if used == devices else f"{used} of {devices}"
+    # What it would be if the rows had allowed it.
+    whole = meshes.row_count(meshes.make_mesh(*config.mesh.sizes))
+    why = ""
+    if whole > meshes.row_count(mesh):
+      why = f"; {field} gives {rows} rows, a multiple of {whole} uses more"
+    print(f"mesh: {count} devices ({axes}){why}")
   return mesh
 
 

@@ -58,8 +58,8 @@ def test_a_batch_that_the_mesh_does_not_divide(sft, env, tmp_path):
   assert done.returncode == 2
   assert done.stderr == (
     "error: config.batch_size gives 6 rows, which cannot be split evenly over "
-    "replica x fsdp = 4 devices; make it a multiple of 4 or change "
-    "config.mesh\n"
+    "replica x fsdp = 4 devices; make it 4 or 8, or lower config.mesh (-1 "
+    "takes as many devices as fit)\n"
   )
   assert not done.stdout
   assert not (tmp_path / "run").exists()

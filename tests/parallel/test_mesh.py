@@ -46,6 +46,24 @@ def test_an_axis_takes_what_is_left():
   assert meshes.make_mesh(replica=-1).shape["replica"] == count
 
 
+def test_an_open_axis_takes_what_splits_the_rows(monkeypatch):
+  """Of 8 devices; with 2 of them for tensors 4 are left."""
+  devices = 8 * jax.devices()[:1]
+  monkeypatch.setattr(jax, "devices", lambda: devices)
+
+  def sizes(**given):
+    return tuple(meshes.make_mesh(**given).shape.values())
+
+  assert sizes(fsdp=-1, rows=16) == (1, 8, 1)
+  assert sizes(fsdp=-1, rows=6) == (1, 6, 1)
+  assert sizes(fsdp=-1, tensor=2, rows=6) == (1, 3, 2)
+  assert sizes(replica=2, fsdp=-1, rows=6) == (2, 3, 1)
+  assert sizes(replica=-1, rows=7) == (7, 1, 1)
+  # Nothing fits: `check_rows` then says what to change.
+  assert sizes(replica=4, fsdp=-1, rows=6) == (4, 2, 1)
+  assert sizes(tensor=-1, rows=3) == (1, 1, 8)
+
+
 @pytest.mark.parametrize(
   ("sizes", "shown"),
   [
@@ -74,7 +92,8 @@ def test_rows_are_split_over_replica_and_fsdp():
     meshes.check_rows(mesh, 12, "config.batch_size")
   assert str(caught.value) == (
     "config.batch_size gives 12 rows, which cannot be split evenly over "
-    "replica x fsdp = 8 devices; make it a multiple of 8 or change config.mesh"
+    "replica x fsdp = 8 devices; make it 8 or 16, or lower config.mesh (-1 "
+    "takes as many devices as fit)"
   )
 
 
