@@ -8,28 +8,22 @@ checkpoint), one checkpoint's folder, a Hugging Face folder, PEFT adapters, or
 a hub id.
 """
 
-import dataclasses
 import importlib.util
 import pathlib
 import sys
 from collections.abc import Sequence
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 import jaxalign
 from jaxalign import cli
 from jaxalign.algorithms import read_config
-from jaxalign.algorithms.reward_model.config import RewardModelConfig
 from jaxalign.core.types import JsonObject
 from jaxalign.errors import UserError
-from jaxalign.models import lora
 from jaxalign.models.hf import card, config_json, folder, peft, write
-from jaxalign.parallel.mesh import make_mesh
-from jaxalign.runtime import checkpoint, metrics
+from jaxalign.runtime import metrics
 from jaxalign.setup import models
+from jaxalign.setup.start import find_run, restore
 
 Path = str | pathlib.Path
 
@@ -114,7 +108,7 @@ def convert(
     place = source if run_folder is None else run_folder / "model"
     loaded = jaxalign.load(place, dtype=dtype or folder.stored_dtype(place))
   else:
-    loaded = restore(run_folder, config, step)
+    loaded = restore(run_folder, read_config(config), step)
   tokenizer = loaded.tokenizer
 
   # The tokenizer and the card go in before the folder gets its name.
@@ -151,75 +145,10 @@ def save_adapters(source: Path, target: Path) -> None:
       f"{source} is no run's folder; --adapters needs the run that trained them"
     )
   config = config_json.read_json(run_folder / "config.json")
-  loaded = restore(run_folder, config, step)
+  loaded = restore(run_folder, read_config(config), step)
   kind = "policy" if loaded.model.config.head == "lm" else "reward-train"
   base = models.locate(config["policy"], kind)
   peft.save(loaded.model, loaded.params, target, base=base)
-
-
-def find_run(source: Path) -> tuple[pathlib.Path | None, int | None]:
-  """The run that a folder is, or is a checkpoint of, and that one's step.
-
-  Returns:
-    (None, None) for anything else; the step is None for the newest.
-  """
-  place = pathlib.Path(source).absolute()
-  if not place.is_dir():
-    return None, None
-  if place.parent.name == "checkpoints" and place.name.isdigit():
-    return place.parent.parent, int(place.name)
-  if place.name == "checkpoints":
-    return place.parent, None
-  is_run = (place / "checkpoints").is_dir() or (place / "model").is_dir()
-  return (place if is_run else None), None
-
-
-def restore(
-  run_folder: pathlib.Path, mapping: JsonObject, step: int | None
-) -> jaxalign.Loaded:
-  """The policy of a run with the parameters of one of its checkpoints.
-
-  Args:
-    run_folder: of the run.
-    mapping: its config.json.
-    step: of the checkpoint; None = the newest whole one.
-
-  Raises:
-    UserError: no whole checkpoint, or one of another policy.
-  """
-  found = checkpoint.load(run_folder / "checkpoints", "params", step=step)
-  if found is None:
-    raise UserError(
-      f"{run_folder} has neither a finished model/ nor a whole checkpoint; "
-      "run it further first"
-    )
-  trained, _, step = found
-  # A run with an average of its parameters is judged and exported by that.
-  averaged = checkpoint.load(run_folder / "checkpoints", "ema", step=step)
-  if averaged is not None and averaged[0]:
-    trained = averaged[0]
-
-  # The base model gives the architecture, and what a LoRA run left frozen.
-  config = read_config(mapping)
-  head = getattr(config, "head", "lm")
-  opened = models.open_policy(config, make_mesh(), head)
-  loaded = models.with_groups(opened, getattr(config, "groups", ())).load()
-  if loaded.model.lora is not None:
-    trained = lora.join(trained, lora.split(loaded.params)[1])
-  params = jax.tree.map(jnp.asarray, trained)
-  if _sizes(params) != _sizes(loaded.model.shapes):
-    raise UserError(
-      f"{run_folder}: the checkpoint's parameters are not those of the "
-      "config's policy; was the policy's folder replaced?"
-    )
-  tokenizer = loaded.tokenizer
-  if isinstance(config, RewardModelConfig) and tokenizer is not None:
-    tokenizer = dataclasses.replace(tokenizer, reward_encoding=config.encoding)
-  return jaxalign.Loaded(loaded.model, params, tokenizer)
-
-
-def _sizes(tree: PyTree) -> PyTree:
-  return jax.tree.map(lambda leaf: leaf.shape, tree)
 
 
 def check(target: Path, source: Path | None = None) -> str:

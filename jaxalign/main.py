@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from jaxalign import cli
 from jaxalign.algorithms import read_config, run
 from jaxalign.config import TrainingConfig, describe
+from jaxalign.config.changes import suffix
+from jaxalign.errors import UserError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,6 +38,10 @@ def train(argv: Sequence[str]) -> int:
   fields = args.fields
   if args.profile_steps is not None:
     fields = [*fields, ("profile_steps", args.profile_steps)]
+  if args.init_from is not None:
+    fields = [*fields, ("init_from", args.init_from)]
+  if args.init_optimizer:
+    fields = [*fields, ("init_optimizer", "true")]
   # The config's dataclasses type and check fields from flags, from a config
   # file and from a stored config.json in the same way.
   config = read_config(mapping, fields)
@@ -43,8 +49,20 @@ def train(argv: Sequence[str]) -> int:
     parser.print_help()
     print(f"\nfields of {args.config}:\n{field_help(config)}")
     return 0
+  if not args.workdir:
+    workdir += suffix(config, preset_of(mapping, config), extend=args.extend)
   folder = pathlib.Path(args.workdir or workdir)
-  return run(config, folder, quiet=args.quiet)
+  return run(
+    config, folder, extend=args.extend, fresh=args.fresh, quiet=args.quiet
+  )
+
+
+def preset_of(mapping: object, config: TrainingConfig) -> TrainingConfig:
+  """The config of a preset alone, which may lack what the flags have added."""
+  try:
+    return read_config(mapping, [("algorithm", config.algorithm)])
+  except UserError:
+    return type(config)()
 
 
 def make_parser() -> cli.Parser:
@@ -53,7 +71,30 @@ def make_parser() -> cli.Parser:
   parser.add_argument(
     "--workdir",
     metavar="DIR",
-    help="folder of the run; default runs/<config>-<preset>",
+    help="folder of the run; default runs/<config>-<preset>, followed by what "
+    "the command line changes, as in runs/sft-lab-lr3e-05-seed2",
+  )
+  parser.add_argument(
+    "--extend",
+    action="store_true",
+    help="trains the run that is there up to a higher --config.steps or "
+    "--config.epochs",
+  )
+  parser.add_argument(
+    "--fresh",
+    action="store_true",
+    help="begins again; moves the run that is there to DIR.1, deletes nothing",
+  )
+  parser.add_argument(
+    "--init_from",
+    metavar="RUN",
+    help="begins with the weights of another run, or of one of its "
+    "checkpoints, in place of config.policy",
+  )
+  parser.add_argument(
+    "--init_optimizer",
+    action="store_true",
+    help="takes the optimizer's state of --init_from as well",
   )
   parser.add_argument(
     "--profile_steps",

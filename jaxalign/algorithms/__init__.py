@@ -6,6 +6,7 @@ jax), `data.py` (its batches), `train.py` (the algorithm) and `setup.py`
 `UserError` where the run cannot start, and `run`; `run` below calls them).
 """
 
+import functools
 import importlib
 import pathlib
 from collections.abc import Sequence
@@ -61,6 +62,11 @@ def read_config(
       f"did you mean {near[0] if near else 'superhf'!r}?"
     )
   kind = config_class(name)
+  if {"policy", "init_from"} <= set(dict(flags)):
+    raise UserError(
+      "config.init_from takes the place of config.policy, and both are given; "
+      "leave one of them out"
+    )
   # Where steps are set, epochs count for nothing: of the two the one that was
   # typed wins over a config file's.
   typed = [path for path, _ in flags]
@@ -71,7 +77,12 @@ def read_config(
 
 
 def run(
-  config: TrainingConfig, folder: pathlib.Path, *, quiet: bool = False
+  config: TrainingConfig,
+  folder: pathlib.Path,
+  *,
+  extend: bool = False,
+  fresh: bool = False,
+  quiet: bool = False,
 ) -> int:
   """Trains until the config's steps are done or someone asks to stop.
 
@@ -82,26 +93,81 @@ def run(
     config: from `read_config`.
     folder: the run's; a run that is there already continues.
     quiet: print no example of what is trained on.
+    extend: gives the run that is there the length of the config.
+    fresh: moves the run that is there aside, and begins again.
 
   Returns:
     The exit status: 0, or 130 and 143 after SIGINT and SIGTERM.
   """
+  if extend and fresh:
+    raise UserError(
+      "--extend goes on with a run, --fresh begins again; give one of them"
+    )
   # Imported late: jax takes seconds to start, a mistake in a config should not.
   from jaxalign.parallel import hosts
   from jaxalign.runtime import cache, workdir
+  from jaxalign.setup import start
   from jaxalign.setup.example import example_of
-  from jaxalign.setup.run import check_folder
+  from jaxalign.setup.run import check_folder, extend_run
 
-  check_folder(config, folder)
-  if workdir.read_finished(folder) is not None:
-    print(f"{folder} holds a finished run; read {folder / 'report.html'}")
-    return 0
   if config.compilation_cache:
     cache.enable_compilation_cache()
   # "Go to definition" ends here: for superhf this is `describe` and `run` in
   # jaxalign/algorithms/superhf/setup.py.
   method = importlib.import_module(f"{METHODS[config.algorithm]}.setup")
-  spec = method.describe(config)
+  try:
+    check_folder(config, folder, extend=extend, fresh=fresh)
+  except workdir.OtherConfigError:
+    # A wrong path is said first: it is one of the differing fields, and the
+    # mistake.
+    if config.init_from:
+      start.find_source(config, folder)
+    else:
+      method.describe(config)
+    raise
+  finished = f"{folder} holds a finished run; read {folder / 'report.html'}"
+  if workdir.read_finished(folder) is not None and not (extend or fresh):
+    print(finished)
+    return 0
+
+  # The other run is looked up before a folder is moved.
+  source, aside = None, None
+  if config.init_from and (fresh or not start.is_copied(config, folder)):
+    source = start.find_source(config, folder)
+  try:
+    if fresh and hosts.is_lead():
+      aside = workdir.move_aside(folder)
+    if source is not None and hosts.is_lead():
+      start.copy(config, folder, source, read_config(source.config))
+    hosts.barrier("the folder is ready", seconds=600)
+    if config.init_from:
+      config = start.begin(config, folder)
+    spec = method.describe(config)
+  except BaseException:
+    # A run that cannot start leaves everything as it was.
+    if hosts.is_lead():
+      if source is not None:
+        start.remove(folder)
+      if aside is not None:
+        aside.rename(folder)
+    raise
+  if aside is not None:
+    print(
+      f"the earlier run of {folder} is now {aside}; go on with the new one "
+      "without --fresh"
+    )
+  if config.init_from and hosts.is_lead():
+    reference = ""
+    if spec.live_reference or getattr(config, "reference", "") == "stored":
+      reference = ", which are the reference as well"
+    print(
+      f"the policy begins with the weights of {config.init_from}{reference}"
+    )
+  # All processes go by what the lead finds, because it changes the folder.
+  extended = functools.partial(extend_run, spec.config, folder)
+  if extend and not hosts.from_lead(extended, False):
+    print(f"{finished}; raise config.steps or config.epochs to extend it")
+    return 0
   if hosts.is_lead() and not quiet:
     print(example_of(spec.rows, spec.policy.tokenizer))
   return method.run(spec, folder)

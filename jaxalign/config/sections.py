@@ -247,6 +247,15 @@ class TrainingConfig(Section):
     "chat where the tokenizer has a template, else human_assistant",
     also=("chat_template", "chat_template_path"),
   )
+  init_from: str = field(
+    "",
+    "folder of another run, or of one of its checkpoints, whose weights take "
+    "the place of policy; empty = policy",
+    also=("resume_from", "load_from"),
+  )
+  init_optimizer: bool = field(
+    False, "take the optimizer's state of init_from as well"
+  )
   # Sections.
   optimizer: OptimizerConfig = OptimizerConfig()  # updates and their rate
   lora: AdapterConfig = field(AdapterConfig(), "adapters", also=("peft",))
@@ -360,6 +369,16 @@ class TrainingConfig(Section):
       not is_new or self.lora.rank == 0,
       "lora.rank must be 0 while policy='init'",
       "adapters on random weights would leave those as they are",
+    )
+    yield Rule(
+      not self.init_optimizer or bool(self.init_from),
+      "init_optimizer must be false while init_from is empty",
+      "name the run whose state it is with init_from",
+    )
+    yield Rule(
+      not self.init_optimizer or self.lora.rank == 0,
+      f"init_optimizer must be false while lora.rank={self.lora.rank}",
+      "new adapters begin on the weights of init_from, adapters included",
     )
     # Small updates would be lost in bfloat16's eight significant bits.
     yield Rule(

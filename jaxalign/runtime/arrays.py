@@ -65,6 +65,7 @@ def check(
   place: pathlib.Path,
   saved: Mapping[str, ArraySpec],
   wanted: Mapping[str, AnyArray],
+  remedy: str = "give another --workdir, or the config it was saved with",
 ) -> None:
   """Raises a `UserError` naming the first arrays that do not fit.
 
@@ -81,7 +82,7 @@ def check(
     more = f" (and {len(wrong) - 3} more)" if len(wrong) > 3 else ""
     raise UserError(
       f"{place} is of another model or optimizer: {'; '.join(wrong[:3])}{more};"
-      " give another --workdir, or the config it was saved with"
+      f" {remedy}"
     )
 
 

@@ -196,9 +196,7 @@ class Checkpointer:
     """
     self.wait()
     # The lead reads all files of a checkpoint; the others take its word.
-    step = hosts.broadcast(
-      _newest_whole(self.folder) if hosts.is_lead() else -1
-    )
+    step = hosts.broadcast(newest_whole(self.folder) if hosts.is_lead() else -1)
     # Later checkpoints are deleted by the next save, not before.
     self._given_up = {old for old in self._manager.all_steps() if old > step}
     if step < 0:
@@ -281,7 +279,7 @@ def load(
   Returns:
     (tree below prefix, extra, step), or None if there is no whole checkpoint.
   """
-  found = _newest_whole(pathlib.Path(folder), step)
+  found = newest_whole(pathlib.Path(folder), step)
   if found < 0:
     return None
   place = pathlib.Path(folder).absolute() / f"{found:08d}"
@@ -303,13 +301,45 @@ def load(
   return tree, body["extra"], body["step"]
 
 
-def _places(folder: pathlib.Path) -> list[pathlib.Path]:
-  """The folders of committed checkpoints, by rising step."""
-  found = (place for place in folder.glob("*") if place.name.isdigit())
-  return sorted(found, key=lambda place: int(place.name))
+def read_part(
+  folder: str | os.PathLike, step: int, part: PyTree, remedy: str
+) -> PyTree | None:
+  """Some arrays of one checkpoint, of a run that need not be this one.
+
+  Args:
+    folder: a run's folder of checkpoints.
+    step: of the checkpoint.
+    part: a dict of top-level names of the state, `jax.ShapeDtypeStruct` leaves
+      below them; their `sharding` says where the arrays go.
+    remedy: what to do where they do not fit, for the message.
+
+  Returns:
+    The same tree with arrays, or None if there is no such checkpoint.
+
+  Raises:
+    UserError: it has other names, shapes or dtypes there.
+  """
+  if newest_whole(pathlib.Path(folder), step) < 0:
+    return None
+  place = pathlib.Path(folder).absolute() / f"{step:08d}"
+  body = manifest.read(place)
+  assert body is not None, f"{place} was whole and no longer is"
+  wanted = arrays.named(part)
+  tops = tuple(f"{name}." for name in part)
+  saved = {n: s for n, s in body["arrays"].items() if n.startswith(tops)}
+  arrays.check(place, saved, wanted, remedy)
+  found = arrays.read(place / "arrays", wanted)
+  return jax.tree.unflatten(
+    jax.tree.structure(part), [found[name] for name in wanted]
+  )
 
 
-def _newest_whole(folder: pathlib.Path, step: int | None = None) -> int:
+def last_step(folder: pathlib.Path) -> int:
+  """The step of the newest checkpoint by its name, unread; 0 = none."""
+  return max((int(place.name) for place in _places(folder)), default=0)
+
+
+def newest_whole(folder: pathlib.Path, step: int | None = None) -> int:
   """The step of the newest checkpoint that is as it was written, or -1.
 
   Args:
@@ -323,3 +353,9 @@ def _newest_whole(folder: pathlib.Path, step: int | None = None) -> int:
         return int(place.name)
       _log.warning("%s is passed over: %s", place, trouble)
   return -1
+
+
+def _places(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The folders of committed checkpoints, by rising step."""
+  found = (place for place in folder.glob("*") if place.name.isdigit())
+  return sorted(found, key=lambda place: int(place.name))

@@ -7,14 +7,14 @@ it, another config is refused. `finished.json` marks the end.
 import contextlib
 import dataclasses
 import fcntl
-import fnmatch
 import json
 import os
 import pathlib
 import platform
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 
 from jaxalign.config import rename_aliases
+from jaxalign.config.changes import LENGTH, may_change
 from jaxalign.config.rules import Section
 from jaxalign.core.types import JsonObject
 from jaxalign.errors import UserError
@@ -22,6 +22,12 @@ from jaxalign.parallel import hosts
 from jaxalign.runtime import files
 
 _LOCK = ".lock"
+# The weights that `init_from` took are there before the run is.
+_BEFORE_CONFIG = ("start", "start.json")
+
+
+class OtherConfigError(UserError):
+  """The folder holds a run with another config."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +57,7 @@ def open_workdir(
   path: str | os.PathLike,
   config: Mapping[str, object],
   *,
-  may_change: Iterable[str] = (),
+  rules: tuple[str, ...] = (),
   config_class: type[Section] | None = None,
 ) -> Workdir:
   """Makes the folder, or comes back to it.
@@ -61,8 +67,8 @@ def open_workdir(
   Args:
     path: the run's folder; made if missing.
     config: nested mapping of JSON values (tuples count as lists).
-    may_change: patterns over dotted field names (`checkpoint.*`) whose values
-      may differ from those of the earlier start; the new ones are written.
+    rules: which fields may differ from those of the earlier start, as
+      `config.changes.MAY_CHANGE`; the new values are written.
     config_class: knows the old names of fields that an earlier version wrote.
 
   Returns:
@@ -84,7 +90,7 @@ def open_workdir(
     _take_lock(path, lock)
     # As it will be read back: JSON has no tuples.
     wanted: JsonObject = json.loads(json.dumps(config))
-    if _read_config(path, wanted, may_change, config_class) != wanted:
+    if _checked_config(path, wanted, rules, config_class) != wanted:
       files.write_json(path / "config.json", wanted)
     on_error.pop_all()  # from here on the lock stays
   return Workdir(path, lock)
@@ -92,14 +98,15 @@ def open_workdir(
 
 def check_workdir(
   path: str | os.PathLike,
-  config: Mapping[str, object],
+  config: Mapping[str, object] | None,
   *,
-  may_change: Iterable[str] = (),
+  rules: tuple[str, ...] = (),
   config_class: type[Section] | None = None,
 ) -> None:
   """Raises what `open_workdir` would, but makes and writes nothing.
 
-  Args and raises: as `open_workdir`.
+  Args and raises: as `open_workdir`; of another config an `OtherConfigError`.
+  None in its place takes a run with any.
   """
   path = pathlib.Path(path)
   # The folder, or the nearest one above it in which it would be made.
@@ -118,8 +125,41 @@ def check_workdir(
       _take_lock(path, lock)
     finally:
       os.close(lock)
+  if config is None:
+    _find_config(path)
+    return
   wanted = json.loads(json.dumps(config))
-  _read_config(path, wanted, may_change, config_class)
+  _checked_config(path, wanted, rules, config_class)
+
+
+def move_aside(path: pathlib.Path) -> pathlib.Path | None:
+  """Renames a run's folder to `<path>.1`, or the next number that is free.
+
+  Returns:
+    Its new name, or None if there is no run.
+
+  Raises:
+    UserError: a process is at work in it.
+  """
+  if not (path / "config.json").exists():
+    return None
+  number = 1
+  while (aside := path.with_name(f"{path.name}.{number}")).exists():
+    number += 1
+  lock = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+  try:
+    _take_lock(path, lock)
+    with _refusing(path):
+      path.rename(aside)
+  finally:
+    os.close(lock)
+  return aside
+
+
+def read_config(path: str | os.PathLike) -> JsonObject | None:
+  """The config of the run in a folder, as it was written; None = no run."""
+  place = pathlib.Path(path) / "config.json"
+  return _read_object(place) if place.exists() else None
 
 
 def mark_finished(
@@ -127,6 +167,11 @@ def mark_finished(
 ) -> None:
   """Marks a run as done; `summary` is any JSON, say the last metrics."""
   files.write_json(pathlib.Path(path) / "finished.json", summary)
+
+
+def mark_unfinished(path: str | os.PathLike) -> None:
+  """Takes the mark of `mark_finished` away: the run goes on."""
+  (pathlib.Path(path) / "finished.json").unlink(missing_ok=True)
 
 
 def read_finished(path: str | os.PathLike) -> JsonObject | None:
@@ -170,23 +215,19 @@ def _take_lock(path: pathlib.Path, lock: int) -> None:
   os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)
 
 
-def _read_config(
-  path: pathlib.Path,
-  wanted: Mapping[str, object],
-  may_change: Iterable[str],
-  config_class: type[Section] | None,
-) -> JsonObject | None:
-  """The config of the run in a folder, or None if the folder is empty.
+def _find_config(path: pathlib.Path) -> pathlib.Path | None:
+  """The config.json of a run's folder, or None if the folder is empty.
 
   Raises:
-    UserError: the folder holds no run, or that of another config; names every
-      field that differs.
+    UserError: the folder holds something else.
   """
   place = path / "config.json"
   # No config: the folder is a new run's if it holds only hidden files.
   if not place.exists():
     strangers = sorted(
-      p.name for p in path.iterdir() if not p.name.startswith(".")
+      p.name
+      for p in path.iterdir()
+      if not p.name.startswith(".") and p.name not in _BEFORE_CONFIG
     )
     if strangers:
       raise UserError(
@@ -194,22 +235,51 @@ def _read_config(
         "config.json of a run; give --workdir a new or empty folder"
       )
     return None
+  return place
+
+
+def _checked_config(
+  path: pathlib.Path,
+  wanted: Mapping[str, object],
+  rules: tuple[str, ...],
+  config_class: type[Section] | None,
+) -> JsonObject | None:
+  """The config of the run in a folder, or None if the folder is empty.
+
+  Raises:
+    UserError: the folder holds no run.
+    OtherConfigError: it holds that of another config; names every field that
+      differs.
+  """
+  place = _find_config(path)
+  if place is None:
+    return None
   found = _read_object(place)
   if config_class is not None:
     found = rename_aliases(config_class, found)
   # A config: all fields have to agree but those that may change.
   old, new = files.flatten(found), files.flatten(wanted)
-  rules = tuple(may_change)
   differing = [
-    f"{name} was {_show(old, name)}, now {_show(new, name)}"
+    name
     for name in sorted(old.keys() | new.keys())
     if _show(old, name) != _show(new, name)
-    and not any(fnmatch.fnmatchcase(name, rule) for rule in rules)
+    and not may_change(name, old.get(name), new.get(name), rules)
+    # An earlier version lacked the field, and it is off.
+    and (name in old or new[name])
   ]
   if differing:
-    raise UserError(
-      f"{path} holds a run with another config: {'; '.join(differing)}; "
-      "give another --workdir, or the old values to go on with that run"
+    changes = "; ".join(
+      f"{name} was {_show(old, name)}, now {_show(new, name)}"
+      for name in differing
+    )
+    longer = ""
+    if set(differing) <= set(LENGTH):
+      longer = "--extend to train that run for longer, "
+    raise OtherConfigError(
+      f"{path} holds a run with another config: {changes}; give {longer}"
+      "another --workdir, --fresh to move that run aside, another --workdir "
+      f"with --init_from={path} to start from its weights, or the old values "
+      "to go on with it"
     )
   return found
 

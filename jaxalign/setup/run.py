@@ -10,10 +10,13 @@ from collections.abc import Iterator
 from typing import Generic, TypeVar
 
 import jax
+import numpy as np
+import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
 from jaxalign.config import to_mapping
+from jaxalign.config.changes import LENGTH, MAY_CHANGE
 from jaxalign.config.sections import TrainingConfig
 from jaxalign.core import optim
 from jaxalign.core.types import JsonObject, Params, TrainState
@@ -34,19 +37,11 @@ from jaxalign.runtime import (
   signals,
   workdir,
 )
+from jaxalign.setup import start
 from jaxalign.setup.models import Loaded, ModelSpec
 from jaxalign.setup.rollout import RolloutSpec
 from jaxalign.training.recorder import Recorder
 from jaxalign.training.run import Dataset, Run
-
-# What may differ between a run's first start and a later one.
-MAY_CHANGE = (
-  "checkpoint.*",
-  "metrics.*",
-  "mesh.*",
-  "profile_steps",
-  "compilation_cache",
-)
 
 C = TypeVar("C", bound=TrainingConfig)
 D = TypeVar("D", bound=Dataset)
@@ -130,24 +125,48 @@ def open_mesh(config: TrainingConfig, *, fills_rows: bool = False) -> Mesh:
   return mesh
 
 
-def check_folder(config: TrainingConfig, folder: pathlib.Path) -> None:
+def check_folder(
+  config: TrainingConfig,
+  folder: pathlib.Path,
+  *,
+  extend: bool = False,
+  fresh: bool = False,
+) -> None:
   """Refuses a folder that cannot become this run's; makes and loads nothing.
+
+  Args:
+    config: of the run.
+    folder: the run's.
+    extend: whether a run is there that gets a new length.
+    fresh: whether a run that is there is moved aside.
 
   Raises:
     UserError: it belongs to another config, is in use or cannot be written;
       or a tracker is not installed.
   """
-  # What the data decide is not known yet.
-  allowed = MAY_CHANGE + config.derived
-  workdir.check_workdir(
-    folder,
-    to_mapping(config),
-    may_change=allowed,
-    config_class=type(config),
-  )
   for name in metrics.TRACKERS:
     if getattr(config.metrics, name):
       metrics.check_tracker(name)
+  # What the data decide is not known yet.
+  workdir.check_workdir(
+    folder,
+    None if fresh else to_mapping(config),
+    rules=rules_of(config) + config.derived + (LENGTH if extend else ()),
+    config_class=type(config),
+  )
+  if extend and workdir.read_config(folder) is None:
+    near = sorted(folder.parent.glob(f"{folder.name}*/config.json"))
+    found = " or ".join(f"--workdir={path.parent}" for path in near[:3])
+    raise UserError(
+      f"--extend: {folder} holds no run; "
+      + (f"did you mean {found}?" if found else "name its folder by --workdir")
+    )
+
+
+def rules_of(config: TrainingConfig) -> tuple[str, ...]:
+  """Which fields may differ from those of an earlier start."""
+  # With `init_from` the policy is a folder in the run's own, which may move.
+  return MAY_CHANGE + (("policy",) if config.init_from else ())
 
 
 def open_workdir(
@@ -158,9 +177,80 @@ def open_workdir(
     folder,
     to_mapping(config),
     # Other rows may make another number of steps.
-    may_change=MAY_CHANGE
+    rules=rules_of(config)
     + (config.derived if config.checkpoint.allow_other_data else ()),
     config_class=type(config),
+  )
+
+
+def extend_run(config: TrainingConfig, folder: pathlib.Path) -> bool:
+  """Gives the run in a folder its new length, and says what its rate becomes.
+
+  Called by the lead process alone.
+
+  Args:
+    config: final; it differs from the run's in its length alone.
+    folder: holds a run.
+
+  Returns:
+    Whether there is anything to do.
+
+  Raises:
+    UserError: the run would become shorter.
+  """
+  old = workdir.read_config(folder)
+  assert old is not None, folder
+  before, now = old["steps"], config.steps
+  if now < before:
+    raise UserError(
+      f"--extend: config.steps must be >= {before}, the length of the run in "
+      f"{folder}, got {now}; raise config.steps, or config.epochs where steps "
+      "follow from the data"
+    )
+  finished = workdir.read_finished(folder) is not None
+  if now == before:
+    return not finished
+  done = before if finished else checkpoint.last_step(folder / "checkpoints")
+  # The rate of the last step done, and of the next.
+  was, is_now, last = (
+    np.asarray(schedule_of(dataclasses.replace(config, steps=steps))(i)).item()
+    for steps, i in ((before, max(done - 1, 0)), (now, done), (now, now - 1))
+  )
+  shape = config.optimizer.schedule
+  stretched = ""
+  if shape != "constant":
+    stretched = f", stretched over {now} steps and {last:.3g} at the last"
+  print(
+    f"{folder}: extended from {before} to {now} steps, {done} are done; the "
+    f"{shape} learning rate was {was:.3g} at step "
+    f"{max(done, 1)} and is {is_now:.3g} at step {done + 1}"
+    f"{stretched}"
+  )
+  # The mark goes first: an unfinished run of the old length is finished again
+  # by its command, a finished one of the new length would never be trained.
+  workdir.mark_unfinished(folder)
+  # KTO draws other mismatched pairs for another length.
+  reference = folder / "reference.npz"
+  if config.algorithm == "kto" and reference.exists():
+    reference.rename(folder / f"reference-{before}.npz")
+  workdir.open_workdir(
+    folder,
+    to_mapping(config),
+    rules=rules_of(config) + LENGTH,
+    config_class=type(config),
+  ).close()
+  return True
+
+
+def schedule_of(config: TrainingConfig) -> optax.Schedule:
+  """Step, counted from 0 -> learning rate."""
+  o = config.optimizer
+  return optim.make_schedule(
+    o.schedule,
+    peak=o.learning_rate,
+    warmup_steps=o.warmup_steps,
+    steps=config.steps,
+    end_ratio=o.end_value_ratio,
   )
 
 
@@ -265,17 +355,19 @@ def open_run(
     # Shapes alone, so that a stored state is read straight onto its shardings.
     shapes = jax.eval_shape(init, trained)
     shardings = meshes.shardings(shapes, mesh)
-    restored = saver.restore_latest(
-      jax.tree.map(
-        lambda s, where: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where),
-        shapes,
-        shardings,
-      )
-    )
+
+    def as_stored(s, where):
+      return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
+
+    restored = saver.restore_latest(jax.tree.map(as_stored, shapes, shardings))
     if restored is None:
       # The given parameters become the state's: no second copy of them.
       begin = jax.jit(init, donate_argnums=0, out_shardings=shardings)
       state, done, files, counters = begin(trained), 0, None, {}
+      if config.init_optimizer:
+        wanted = jax.tree.map(as_stored, shapes.opt_state, shardings.opt_state)
+        known = start.read_optimizer(run.path, wanted)
+        state = dataclasses.replace(state, opt_state=known)
     else:
       for leaf in jax.tree.leaves(trained):
         leaf.delete()  # nor here
@@ -338,13 +430,7 @@ def open_run(
         mesh,
         recorder,
         optimizer,
-        optim.make_schedule(
-          o.schedule,
-          peak=o.learning_rate,
-          warmup_steps=o.warmup_steps,
-          steps=config.steps,
-          end_ratio=o.end_value_ratio,
-        ),
+        schedule_of(config),
         shardings,
       )
       yield opened

@@ -11,7 +11,12 @@ import pytest
 
 from jaxalign.errors import UserError
 from jaxalign.parallel import hosts
-from jaxalign.runtime.workdir import mark_finished, open_workdir, read_finished
+from jaxalign.runtime.workdir import (
+  mark_finished,
+  move_aside,
+  open_workdir,
+  read_finished,
+)
 
 CONFIG = {
   "seed": 0,
@@ -67,7 +72,7 @@ def test_ignored_fields_may_change_and_are_written(tmp_path):
   other = changed(checkpoint__keep=5)
   with pytest.raises(UserError, match=r"checkpoint\.keep was 2, now 5"):
     open_workdir(tmp_path, other)
-  open_and_close(tmp_path, other, may_change=("checkpoint.*",))
+  open_and_close(tmp_path, other, rules=("checkpoint.*",))
   written = json.loads((tmp_path / "config.json").read_text())
   assert written["checkpoint"]["keep"] == 5
 
@@ -132,3 +137,35 @@ def test_other_processes_of_a_run_write_nothing(tmp_path, monkeypatch):
   run = open_workdir(tmp_path / "a", CONFIG)
   run.close()
   assert not (tmp_path / "a").exists()
+
+
+def test_three_ways_on_from_another_config(tmp_path):
+  open_and_close(tmp_path, CONFIG | {"steps": 5})
+  with pytest.raises(UserError) as caught:
+    open_workdir(tmp_path, changed(seed=1) | {"steps": 9})
+  for way in ("another --workdir", "--fresh", f"--init_from={tmp_path}"):
+    assert way in str(caught.value)
+  assert "--extend" not in str(caught.value)
+  with pytest.raises(UserError, match="--extend to train that run for longer"):
+    open_workdir(tmp_path, CONFIG | {"steps": 9})
+
+
+def test_a_field_of_a_later_version_that_is_off(tmp_path):
+  open_and_close(tmp_path, CONFIG)
+  open_and_close(tmp_path, CONFIG | {"init_from": "", "new": {"size": 0}})
+  assert json.loads((tmp_path / "config.json").read_text())["init_from"] == ""
+
+
+def test_a_folder_is_moved_aside(tmp_path):
+  """Never deleted, nor over an earlier one, nor under a living process."""
+  path = tmp_path / "run"
+  assert move_aside(path) is None
+  run = open_workdir(path, CONFIG)
+  with pytest.raises(UserError, match="in use"):
+    move_aside(path)
+  run.close()
+  assert move_aside(path) == tmp_path / "run.1"
+  open_and_close(path, changed(seed=1))
+  assert move_aside(path) == tmp_path / "run.2"
+  assert json.loads((tmp_path / "run.1/config.json").read_text())["seed"] == 0
+  assert not path.exists()

@@ -26,12 +26,46 @@ def other_run(run, superhf, monkeypatch):
   return run
 
 
-def test_another_config_is_refused_first(other_run, superhf, run, fail):
-  line = fail(superhf(run, policy="./nowhere", seed=7))
+def test_another_config_is_refused(other_run, superhf, run, fail):
+  line = fail(superhf(run, seed=7))
   assert f"{other_run} holds a run with another config" in line
   assert "optimizer.learning_rate was 0.001, now 0.01" in line
   assert "seed was 0, now 7" in line
   assert "give another --workdir" in line
+
+
+def test_a_wrong_path_is_said_before_another_config(
+  other_run, superhf, run, fail
+):
+  line = fail(superhf(run, policy="./nowhere", seed=7))
+  assert "./nowhere does not exist" in line
+  line = fail([*superhf(run, seed="seven")])
+  assert "config.seed must be a whole number" in line
+
+
+def test_a_new_length_needs_a_run(superhf, run, fail):
+  line = fail([*superhf(run, steps=9), "--extend"])
+  assert f"{run} holds no run; name its folder by --workdir" in line
+
+
+def test_a_run_that_cannot_start_moves_nothing(other_run, superhf, run, fail):
+  argv = superhf(run, policy="./nowhere")
+  assert "./nowhere does not exist" in fail([*argv, "--fresh"])
+
+
+def test_a_run_to_begin_from(other_run, superhf, lab, run, fail):
+  argv = [word for word in superhf(run) if "--config.policy=" not in word]
+  for name in ("nowhere", lab.policy):
+    line = fail([*argv, "--fresh", f"--init_from={name}"])
+    assert "config.init_from must be a run's folder" in line
+  (run / "checkpoints").mkdir()
+  line = fail([*argv, "--fresh", f"--init_from={run}"])
+  assert f"names the run's own folder {run}" in line
+  argv[1] += "-2"
+  line = fail([*argv, f"--init_from={run}"])
+  assert "has neither a finished model/ nor a whole checkpoint" in line
+  line = fail([*superhf(run), "--fresh", f"--init_from={run}"])
+  assert "config.init_from takes the place of config.policy" in line
 
 
 def test_what_may_change_is_not_refused(other_run, superhf, run, fail):
