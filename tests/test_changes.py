@@ -45,7 +45,8 @@ def test_a_suffix_that_cannot_show_all_ends_in_a_hash():
   assert first != other
   long = {f"init__{x}": "640" for x in ("hidden_size", "intermediate_size")}
   long |= {"init__tokenizer": "t", "init__max_position_embeddings": "2048"}
-  assert len(suffix(**long)) == changes._LONGEST + 7
+  assert suffix(**long).startswith("-hidden_size640-intermediate_size640-")
+  assert len(suffix(**long)) <= 67
   assert suffix(**long) == suffix(**dict(reversed(long.items())))
 
 

@@ -28,7 +28,7 @@ def started(monkeypatch):
   """What `run` was called with, in place of running it."""
   calls = []
 
-  def run(config, workdir, *, quiet):
+  def run(config, workdir, *, extend, fresh, quiet):
     calls.append((config, workdir))
     return 0
 
@@ -50,7 +50,8 @@ def test_presets_overrides_and_workdir_reach_the_run(started):
   assert config.steps == 3
   assert config.optimizer.learning_rate == 3e-5
   assert config.profile_steps == "1:3"
-  assert workdir == pathlib.Path("runs/superhf-pythia-1b")
+  # What the command line changes tells the folder from the preset's.
+  assert workdir == pathlib.Path("runs/superhf-pythia-1b-lr3e-05-steps3")
   assert elsewhere == pathlib.Path("elsewhere")
 
 
@@ -60,12 +61,12 @@ def test_the_default_preset_names_the_workdir(started):
 
 
 def test_the_exit_status_is_that_of_the_run(monkeypatch):
-  monkeypatch.setattr(main, "run", lambda config, workdir: 130)
+  monkeypatch.setattr(main, "run", lambda *args, **kinds: 130)
   assert main.main(["--config", CONFIG]) == 130
 
 
 def test_an_error_of_the_run_is_one_line_too(monkeypatch, capsys):
-  def run(config, workdir, *, quiet):
+  def run(config, workdir, **kinds):
     raise UserError("the disk is full\nhere")
 
   monkeypatch.setattr(main, "run", run)

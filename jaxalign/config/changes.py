@@ -2,6 +2,7 @@
 
 import fnmatch
 import hashlib
+import itertools
 import json
 import operator
 import pathlib
@@ -101,11 +102,15 @@ def suffix(
     value, whole = _show(new)
     parts.append(f"-{name}{value}")
     exact &= whole
-  text = "".join(parts)
-  if exact and len(text) <= _LONGEST:
+  ends = itertools.accumulate(map(len, parts))
+  shown = [
+    part for part, end in zip(parts, ends, strict=True) if end <= _LONGEST
+  ]
+  text = "".join(shown)
+  if exact and shown == parts:
     return text
   values = json.dumps(differing, sort_keys=True)
-  return f"{text[:_LONGEST]}-{hashlib.sha256(values.encode()).hexdigest()[:6]}"
+  return f"{text}-{hashlib.sha256(values.encode()).hexdigest()[:6]}"
 
 
 def _show(value: object) -> tuple[str, bool]:
