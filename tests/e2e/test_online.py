@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxalign
-from jaxalign import main
+from jaxalign import convert, main
 from jaxalign.feedback import judges
 
 NOT_COMPARED = ("time/", "throughput/", "memory/")
@@ -71,6 +71,11 @@ def test_a_run_and_what_it_is_when_taken_up(
   )
   moved = [np.asarray(p["lm_head"]["embedding"]) for p in (before, after)]
   assert np.abs(moved[0] - moved[1]).max() > 1e-4
+  # A checkpoint holds the model, whatever else a method trains.
+  convert.convert(whole / "checkpoints" / "00000003", tmp_path / "converted")
+  weights = "model.safetensors"
+  exported = (tmp_path / "converted" / weights).read_bytes()
+  assert exported == (whole / "model" / weights).read_bytes()
   # As if it had been killed after step 2.
   shutil.copytree(whole, cut)
   (cut / "finished.json").unlink()
