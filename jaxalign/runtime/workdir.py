@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from jaxalign.config import rename_aliases
 from jaxalign.config.changes import LENGTH, may_change
-from jaxalign.config.rules import Section
+from jaxalign.config.rules import Section, describe
 from jaxalign.core.types import JsonObject
 from jaxalign.errors import UserError
 from jaxalign.parallel import hosts
@@ -259,12 +259,17 @@ def _checked_config(
     found = rename_aliases(config_class, found)
   # A config: all fields have to agree but those that may change.
   old, new = files.flatten(found), files.flatten(wanted)
+  # A field that an earlier version lacked is off, or as it is by default.
+  for row in describe(config_class) if config_class is not None else ():
+    name = row.path.removeprefix("config.")
+    default = json.loads(json.dumps(row.default))
+    if name not in old and new.get(name) == default:
+      old[name] = default
   differing = [
     name
     for name in sorted(old.keys() | new.keys())
     if _show(old, name) != _show(new, name)
     and not may_change(name, old.get(name), new.get(name), rules)
-    # An earlier version lacked the field, and it is off.
     and (name in old or new[name])
   ]
   if differing:
