@@ -8,6 +8,7 @@ import difflib
 import importlib.metadata
 import importlib.util
 import inspect
+import os
 import pathlib
 import re
 import sys
@@ -172,12 +173,18 @@ def exit_status(
 
   Args:
     command: takes the words after its name; None is success.
-    argv: these words; None = those that the process was started with.
+    argv: these words; None = those that the process was started with, and
+      Ctrl-C then ends the process here.
   """
   try:
     return command(sys.argv[1:] if argv is None else argv) or 0
   except KeyboardInterrupt:
     print(file=sys.stderr)  # the terminal shows ^C
+    if argv is None:
+      # JAX compiles in a thread that an interrupt does not end. It would crash
+      # when the interpreter's exit frees the devices.
+      sys.stdout.flush()
+      os._exit(INTERRUPTED)
     return INTERRUPTED
   except UserError as error:
     message = str(error)

@@ -7,32 +7,39 @@ import time
 import unicodedata
 from collections.abc import Mapping, Sequence
 
+import jax.monitoring
 import rich.console
 from rich import live, panel, progress_bar, table, text
 
+from jaxalign.parallel import hosts
 from jaxalign.runtime.metrics import LogRow, number
+from jaxalign.runtime.signals import STOPPING, Stop
 
-# Metric -> its short name; shown in this order where a run has them.
+# Short name -> the metrics that it may stand for, of which a run shows the
+# first that it has; in the order of the columns.
 HEADLINES = {
-  "score/mean": "score",
-  "test_score/mean": "held-out score",
-  "objective/rlhf_reward": "reward",
-  "rewards/margins": "margin",
-  "rewards/accuracies": "accuracy",
-  "accuracy": "accuracy",
-  "margin": "margin",
-  "loss/total": "loss",
-  "kl/mean": "KL",
-  "kl": "KL",
-  "objective/kl": "KL",
-  "completion/tokens_mean": "tokens",
-  "diversity/overlap": "overlap",
+  "score": ("score/mean",),
+  "held-out score": ("test_score/mean",),
+  "reward": ("objective/rlhf_reward",),
+  "margin": ("rewards/margins", "margin"),
+  "accuracy": ("rewards/accuracies", "accuracy"),
+  "loss": ("loss/total", "loss/nll"),
+  "KL": ("kl/mean", "kl", "objective/kl"),
+  "tokens": ("completion/tokens_mean",),
+  "overlap": ("diversity/overlap",),
+  # Validations and evaluations, which come now and then.
+  "held-out loss": ("eval_loss/total", "eval_loss/nll"),
+  "held-out margin": ("eval_rewards/margins", "eval_margin"),
+  "held-out accuracy": ("eval_rewards/accuracies", "eval_accuracy"),
+  "evaluation": ("eval_score/mean",),
+  "held-out evaluation": ("eval_test_score/mean",),
 }
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _WIDTH = 32  # of the bar and the sparklines
 _SAMPLE_SECONDS = 6.0  # the best and the worst sample take turns
 _LINE_SECONDS = 2.0  # a log gets at most one line in this time
 _PACE_STEPS = 20  # the pace is a mean over so many steps
+_COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event
 
 
 class Console:
@@ -42,21 +49,35 @@ class Console:
   """
 
   def __init__(
-    self, steps: int, title: str, *, output: rich.console.Console | None = None
+    self,
+    steps: int,
+    title: str,
+    *,
+    done: int = 0,
+    stop: Stop | None = None,
+    output: rich.console.Console | None = None,
   ):
     """Prepares the panel.
 
     Args:
       steps: steps of the whole run, >= 1.
       title: shown on top; plain text.
+      done: steps done before this start.
+      stop: a request to stop is shown in the panel.
       output: stdout by default. A terminal gets the live panel, anything else
         plain lines.
     """
     self._steps, self._title = steps, clean(title)
     self._output = output or rich.console.Console()
-    self._step, self._pace = 0, ""
-    self._times = collections.deque([time.monotonic()], _PACE_STEPS + 1)
+    self._step, self._stop = done, stop or Stop()
+    self._begun = self._last = time.monotonic()
     self._line_time = -math.inf
+    # Steps that compile are left out of the pace: seconds, and whether so.
+    self._programs = self._programs_seen = 0
+    self._times: collections.deque[tuple[float, bool]]
+    self._times = collections.deque(maxlen=_PACE_STEPS)
+    self._pace = ""
+    self._shown: dict[str, str] = {}  # short name -> its metric in this run
     self._history: dict[str, list[float]] = {name: [] for name in HEADLINES}
     self._speeds: dict[str, str] = {}
     self._samples: list[LogRow] = []  # scores rise
@@ -65,15 +86,27 @@ class Console:
       self._live = live.Live(console=self._output, get_renderable=self._panel)
 
   def __enter__(self) -> "Console":
-    """Shows the panel, if there is a terminal."""
+    """Shows the panel, or says in a log that the first step compiles."""
+    jax.monitoring.register_event_duration_secs_listener(self._count_programs)
     if self._live:
+      self._stop.on_screen = True
       self._live.start()
+    elif hosts.is_lead():
+      self._print(f"step {self._step + 1}/{self._steps}  compiling")
     return self
 
   def __exit__(self, *exc: object) -> None:
     """Leaves the last state of the panel on the screen."""
+    jax.monitoring.unregister_event_duration_listener(self._count_programs)
     if self._live:
+      self._stop.on_screen = False
       self._live.stop()
+
+  def _count_programs(
+    self, event: str, seconds: float, **kwargs: object
+  ) -> None:
+    del seconds, kwargs
+    self._programs += event == _COMPILED
 
   def update(
     self,
@@ -88,18 +121,28 @@ class Console:
       values: metrics; all but the headlines and `throughput/` are ignored.
       rows: rows of samples.jsonl; those with a finite score are shown.
     """
-    # What a line and the panel show.
+    # Pace and the time that is left.
     now = time.monotonic()
-    self._times.append(now)
-    spent = (now - self._times[0]) / (len(self._times) - 1)
-    left = spent * (self._steps - step)
-    self._step, self._pace = step, f"{short(spent)} s/step"
-    if left > 0:
-      self._pace += f"  {duration(left)} left"
+    compiled = self._programs > self._programs_seen
+    self._times.append((now - self._last, compiled))
+    self._last, self._programs_seen = now, self._programs
+    paced = [seconds for seconds, compiled in self._times if not compiled]
+    if not paced and len(self._times) == _PACE_STEPS:
+      paced = [seconds for seconds, _ in self._times]  # each step compiles
+    self._step, self._pace = step, f"{short(now - self._begun)} s with compiling"
+    if paced:
+      spent = sum(paced) / len(paced)
+      self._pace = f"{short(spent)} s/step"
+      if step < self._steps:
+        self._pace += f"  {duration(spent * (self._steps - step))} left"
+
+    # Metrics and samples.
+    for name, metrics in HEADLINES.items():
+      metric = next((m for m in metrics if m in values), None)
+      if metric and self._shown.setdefault(name, metric) == metric:
+        self._history[name].append(float(values[metric]))
     for name, value in values.items():
-      if name in HEADLINES:
-        self._history[name].append(float(value))
-      elif name.startswith("throughput/"):
+      if name.startswith("throughput/"):
         unit = name.removeprefix("throughput/").replace("_", " ")
         self._speeds[name] = f"{short(value)} {unit}"
     scored = [
@@ -117,10 +160,12 @@ class Console:
       self._line_time = now
       words = [f"step {step}/{self._steps}", self._pace]
       for name, history in self._history.items():
-        words += [f"{HEADLINES[name]} {short(history[-1])}"] if history else []
-      line = "  ".join(words)
-      self._output.print(line, markup=False, highlight=False, soft_wrap=True)
-      self._output.file.flush()  # a log that is piped should not lag behind
+        words += [f"{name} {short(history[-1])}"] if history else []
+      self._print("  ".join(words))
+
+  def _print(self, line: str) -> None:
+    self._output.print(line, markup=False, highlight=False, soft_wrap=True)
+    self._output.file.flush()  # a log that is piped should not lag behind
 
   def _panel(self) -> panel.Panel:
     # Progress, pace and speeds.
@@ -130,14 +175,18 @@ class Console:
     grid.add_column(style="cyan")
     bar = progress_bar.ProgressBar(self._steps, self._step, width=_WIDTH)
     grid.add_row("step", f"{self._step}/{self._steps}", bar)
-    speeds = "  ".join([self._pace, *self._speeds.values()])
+    # Until the first results it mostly compiles.
+    waiting = f"compiling, {duration(time.monotonic() - self._begun)}"
+    speeds = "  ".join([self._pace or waiting, *self._speeds.values()])
     grid.add_row("speed", "", text.Text(speeds))
     # Headline metrics; their course needs characters beyond ASCII.
     unicode = "utf" in self._output.encoding
     for name, history in self._history.items():
       if history:
         spark = sparkline(history, _WIDTH) if unicode else ""
-        grid.add_row(HEADLINES[name], short(history[-1]), spark)
+        grid.add_row(name, short(history[-1]), spark)
+    if self._stop.requested:
+      grid.add_row("stop", "", text.Text(STOPPING, "bold yellow"))
     # The best and the worst sample in turn.
     sample = text.Text()
     if self._samples:

@@ -4,11 +4,17 @@ import contextlib
 import dataclasses
 import os
 import signal
+import time
 from collections.abc import Iterator
 from types import FrameType
 
+STOPPING = "stopping after this step; once more to stop at once"
+
 _CAUGHT = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h"
+# A launcher such as `timeout` forwards the signal that its whole process group
+# got already.
+_ECHO_SECONDS = 1.0
 
 
 @dataclasses.dataclass
@@ -16,6 +22,8 @@ class Stop:
   """Whether the run was asked to stop."""
 
   signal: int = 0  # 0 until then
+  # Whether the screen says it; the handler then writes nothing.
+  on_screen: bool = False
 
   @property
   def requested(self) -> bool:
@@ -32,27 +40,78 @@ class Stop:
 def catch_signals() -> Iterator[Stop]:
   """Turns the first signal into a flag; the second ends the process at once.
 
-  Only for the main thread, as Python requires of signal handlers. The earlier
-  handlers are restored at the end.
+  The same signal again within a second counts once. Only for the main thread,
+  as Python requires of signal handlers. The earlier handlers are restored at
+  the end.
 
   Yields:
     The flag to check after each step.
   """
-  stop = Stop()
+  stop, first = Stop(), 0.0
 
   def handle(number: int, frame: FrameType | None) -> None:
+    nonlocal first
     del frame
+    now = time.monotonic()
+    if stop.signal == number and now - first < _ECHO_SECONDS:
+      return
     if stop.requested:
-      # No clean-up: a second signal means not to wait for a save. Only the
-      # cursor, which the live panel may have hidden, is restored.
-      if os.isatty(1):
-        os.write(1, _SHOW_CURSOR)
-      os._exit(128 + number)
-    stop.signal = number
-    # Not print, whose buffer may be in use when the signal comes.
-    os.write(2, b"\nstopping after this step; once more to stop at once\n")
+      leave(128 + number)
+    stop.signal, first = number, now
+    if not stop.on_screen:
+      # Not print, whose buffer may be in use when the signal comes.
+      os.write(2, f"\n{STOPPING}\n".encode())
 
   with contextlib.ExitStack() as undo:
     for number in _CAUGHT:
       undo.callback(signal.signal, number, signal.signal(number, handle))
     yield stop
+
+
+def leave(status: int) -> None:
+  """Ends the process at once, without any clean-up but the cursor's."""
+  # The live panel may have hidden it.
+  if os.isatty(1):
+    os.write(1, _SHOW_CURSOR)
+  os._exit(status)
+
+
+@dataclasses.dataclass
+class Interrupts:
+  """Ctrl-C in a conversation: it ends an answer, elsewhere the program.
+
+  No `KeyboardInterrupt` is raised, which could surface anywhere inside a
+  compilation or a computation: its owner looks at `asked` between two tokens.
+  """
+
+  answering: bool = False
+  asked: bool = False
+
+  @contextlib.contextmanager
+  def answer(self) -> Iterator[None]:
+    """Around an answer: here the first Ctrl-C only sets `asked`."""
+    self.answering, self.asked = True, False
+    try:
+      yield
+    finally:
+      self.answering = False
+
+
+@contextlib.contextmanager
+def catch_interrupts() -> Iterator[Interrupts]:
+  """Handles Ctrl-C as `Interrupts` says; the earlier handler comes back."""
+  state = Interrupts()
+
+  def handle(number: int, frame: FrameType | None) -> None:
+    del frame
+    if state.answering and not state.asked:
+      state.asked = True
+      return
+    os.write(2, b"\n")  # the terminal shows ^C
+    leave(128 + number)
+
+  before = signal.signal(signal.SIGINT, handle)
+  try:
+    yield state
+  finally:
+    signal.signal(signal.SIGINT, before)

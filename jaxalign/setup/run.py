@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
+import shlex
 import time
 from collections.abc import Iterator
 from typing import Generic, TypeVar
@@ -381,6 +382,11 @@ def open_run(
           "file has changed; restore it, start again in another --workdir, or "
           "continue with --config.checkpoint.allow_other_data=true"
         )
+    if hosts.is_lead():
+      begins = f"{config.steps} steps"
+      if done:
+        begins = f"goes on after step {done} of {config.steps}"
+      print(f"{run.path}: {begins}", flush=True)
 
     # Logs, signals, profiler and screen, closed in the reverse order.
     with (
@@ -403,7 +409,10 @@ def open_run(
         profile.Profiler(run.profile, config.profile_steps)
       ) as profiler,
       console.Console(
-        config.steps, f"{config.algorithm} {run.path.name}"
+        config.steps,
+        f"{config.algorithm} {run.path}",
+        done=done,
+        stop=stop,
       ) as screen,
     ):
       # What the method is handed.
@@ -444,12 +453,25 @@ def finish(
 ) -> int:
   """Writes `model/` and `report.html`, and marks the run as finished.
 
+  A run that was asked to stop gets its report alone. Both say what they left
+  and what can be done with it.
+
   Returns:
     The exit status: 0, or 130 and 143 after SIGINT and SIGTERM, which end a
     run before it is finished.
   """
-  stop = run.recorder.stop
+  stop, steps = run.recorder.stop, run.config.steps
   if hosts.agree(stop.requested):
+    if hosts.is_lead():
+      saved = run.recorder.saved
+      print(
+        f"stopped after step {saved} of {steps}, which is saved in "
+        f"{folder / 'checkpoints'}"
+        if saved
+        else "stopped before the first step was done; nothing is saved"
+      )
+      print(f"report: {page.write_report(folder)}")
+      print("the same command goes on from there", flush=True)
     return stop.exit_status
   # From the log, because a resumed run has seen only its own part.
   last: JsonObject = {}  # the last value of every metric
@@ -476,10 +498,21 @@ def finish(
   workdir.mark_finished(
     folder,
     {
-      "steps": run.config.steps,
+      "steps": steps,
       "metrics": last,
       "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),
     },
   )
   hosts.barrier("the run is finished", seconds=600)
+  if hosts.is_lead():
+    print(f"model: {folder / 'model'}\nreport: {folder / 'report.html'}")
+    print(f"next: {next_command(run.model, folder)}", flush=True)
   return 0
+
+
+def next_command(model: Model, folder: pathlib.Path) -> str:
+  """What to type after a finished run: a talk with what it trained."""
+  name = shlex.quote(str(folder))
+  if model.config.head == "lm":
+    return f"python -m jaxalign.chat {name}"
+  return f"python -m jaxalign.chat lab --best_of=16 --reward_model={name}"

@@ -83,7 +83,7 @@ class Recorder:
     self._best_known = False
     self._stopped = False
     # Steps of the newest checkpoint; a restored run begins with that many.
-    self._saved = self.done
+    self.saved: int = self.done
     self._seconds: dict[str, float] = {}
     self._last = time.perf_counter()
     self._pending: tuple[int, Metrics, Rows] | None = None
@@ -131,7 +131,7 @@ class Recorder:
     """
     self._stopped = True
     # Otherwise that state was saved already, or the run began with it.
-    if step > self._saved:
+    if step > self.saved:
       self._save(step - 1, state)
 
   def _save(self, step: int, state: TrainState) -> None:
@@ -154,7 +154,7 @@ class Recorder:
     }
     score = values.get(self.best_metric)
     self.saver.save(step + 1, state, extra, score=score)
-    self._saved = step + 1
+    self.saved = step + 1
 
   def _flush(self) -> Metrics:
     """Writes what is pending, if anything is; returns its values."""

@@ -3,11 +3,13 @@
 import io
 import math
 
+import jax
 import pytest
 import rich.console
 
 from jaxalign.runtime import console
 from jaxalign.runtime.console import Console
+from jaxalign.runtime.signals import Stop
 
 
 def make_output(terminal):
@@ -45,6 +47,7 @@ def test_plain_lines_for_a_log(clock):
   lines = output.file.getvalue().splitlines()
   pace, rest = "0.5 s/step", "held-out score -1.5  KL 0.0123"
   assert lines == [
+    "step 1/10  compiling",
     f"step 1/10  {pace}  4s left  score 0.25  KL 0.0123",
     f"step 5/10  {pace}  2s left  score 1.25  {rest}",
     f"step 9/10  {pace}  0s left  score 2.25  {rest}",
@@ -103,6 +106,68 @@ def test_a_dumb_terminal_gets_lines():
   with Console(1, "t", output=output) as shown:
     shown.update(1, {"score/mean": 1.0})
   assert output.file.getvalue().startswith("step 1/1")
+
+
+def test_steps_that_compile_are_left_out_of_the_pace(clock):
+  """Two of 30 s compile, the others take 1 s."""
+  output = make_output(terminal=False)
+  with Console(13, "t", done=1, output=output) as shown:
+    for step in range(2, 14):
+      clock[0] += 1
+      if step in (2, 4):
+        clock[0] += 29
+        jax.jit(lambda x, step=step: x + step)(0.0)
+      shown.update(step, {})
+  lines = output.file.getvalue().splitlines()
+  assert lines[:4] == [
+    "step 2/13  compiling",
+    "step 2/13  30 s with compiling",
+    "step 4/13  1 s/step  9s left",
+    "step 6/13  1 s/step  7s left",
+  ]
+
+
+def test_a_run_in_which_each_step_compiles_has_a_pace_too(clock):
+  output = make_output(terminal=False)
+  with Console(30, "t", output=output) as shown:
+    for step in range(1, 31):
+      clock[0] += 3
+      jax.jit(lambda x, step=step: x - step)(0.0)
+      shown.update(step, {})
+  lines = output.file.getvalue().splitlines()
+  assert lines[19] == "step 19/30  57 s with compiling"
+  assert lines[20] == "step 20/30  3 s/step  30s left"
+
+
+def test_a_column_is_one_metric(clock):
+  """Also where a run has several of them, and where one comes later."""
+  output = make_output(terminal=False)
+  with Console(3, "t", output=output) as shown:
+    for step in range(1, 4):
+      clock[0] += 3
+      values = {"objective/kl": 9.0, "kl/mean": 0.5, "loss/nll": 2.0}
+      if step == 2:
+        values |= {"loss/total": 7.0, "eval_loss/nll": 3.0}
+      shown.update(step, values)
+  last = output.file.getvalue().splitlines()[-1]
+  assert last == "step 3/3  3 s/step  loss 2  KL 0.5  held-out loss 3"
+
+
+def test_the_panel_says_that_it_compiles_and_that_it_stops(clock):
+  stop = Stop()
+  clock[0], output = 0.0, make_output(terminal=True)
+  with Console(4, "lab", done=2, stop=stop, output=output):
+    assert stop.on_screen
+    clock[0] = 12.0
+  page = output.file.getvalue()
+  assert "2/4" in page
+  assert "compiling, 12s" in page
+  assert "stopping" not in page
+  assert not stop.on_screen
+  with Console(4, "lab", stop=stop, output=output) as shown:
+    shown.update(1, {})
+    stop.signal = 2
+  assert "stopping after this step; once more" in output.file.getvalue()
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from jaxalign.runtime import signals
 from jaxalign.runtime.signals import catch_signals
 
 LOOP = """
@@ -54,6 +55,46 @@ def test_the_second_signal_ends_it_at_once():
   out, _ = process.communicate(timeout=10)
   assert out == ""
   assert process.returncode == 130
+
+
+def test_a_signal_that_comes_twice_within_a_second_counts_once(monkeypatch):
+  """As `timeout` and a process group send it; a later one ends the process."""
+  clock, left = [0.0], []
+  monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+  monkeypatch.setattr(signals, "leave", left.append)
+  with catch_signals():
+    for clock[0] in (5.0, 5.01, 5.9):
+      os.kill(os.getpid(), signal.SIGTERM)
+    assert left == []
+    clock[0] = 6.1
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert left == [143]
+
+
+def test_a_screen_that_says_it_is_not_written_over(capfd):
+  with catch_signals() as stop:
+    stop.on_screen = True
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stop.requested
+  assert not capfd.readouterr().err
+
+
+def test_ctrl_c_ends_an_answer_and_elsewhere_the_program(monkeypatch):
+  left = []
+  monkeypatch.setattr(signals, "leave", left.append)
+  before = signal.getsignal(signal.SIGINT)
+  with signals.catch_interrupts() as interrupts:
+    with interrupts.answer():
+      os.kill(os.getpid(), signal.SIGINT)
+      assert interrupts.asked
+      assert left == []
+      os.kill(os.getpid(), signal.SIGINT)
+      assert left == [130]
+    os.kill(os.getpid(), signal.SIGINT)
+    assert left == [130, 130]
+    with interrupts.answer():
+      assert not interrupts.asked
+  assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_handlers_are_given_back(capfd):
