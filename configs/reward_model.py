@@ -47,6 +47,8 @@ parameters x 16 bytes = 21 GB for parameters, gradients and Adam, and the
 activations of 32 texts a pass; a sum over the shapes, not a measurement.
 """
 
+import functools
+
 from ml_collections import ConfigDict
 
 from jaxalign.config import choose_preset
@@ -161,8 +163,8 @@ PRESETS = {
   "deberta": deberta,
   "distill": distill,
   "groups": groups,
-  "superhf-train": lambda: superhf("first"),
-  "superhf-test": lambda: superhf("second"),
+  "superhf-train": functools.partial(superhf, "first"),
+  "superhf-test": functools.partial(superhf, "second"),
 }
 
 

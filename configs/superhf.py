@@ -99,6 +99,8 @@ Time and memory:
 These are sums over the shapes, not measurements.
 """
 
+import functools
+
 from ml_collections import ConfigDict
 
 from jaxalign.config import choose_preset
@@ -354,7 +356,7 @@ PRESETS = {
   "rest": rest,
   "llama-7b": llama_7b,
   "llama-7b-2048": llama_7b_2048,
-  **{f"pythia-{size}": lambda size=size: pythia(size) for size in SIZES},
+  **{f"pythia-{size}": functools.partial(pythia, size) for size in SIZES},
 }
 
 

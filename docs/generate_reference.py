@@ -31,7 +31,9 @@ def table(rows: list[configs.Row]) -> str:
       default = ",".join(map(str, default))
     shown = f"`{default}`" if str(default) else "empty"
     rule = row.rule.replace(" | ", ", ") or "any"
-    doc = row.doc.replace("|", "\\|")
+    source = f"({row.source})" if row.source else ""
+    words = (row.doc, source, row.also)
+    doc = " ".join(word for word in words if word).replace("|", "\\|")
     name = row.path.removeprefix("config.")
     lines.append(f"| `{name}` | {row.type} | {shown} | {rule} | {doc} |")
   return "\n".join(lines)

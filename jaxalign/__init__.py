@@ -4,9 +4,11 @@ Six functions for notebooks; everything else is `python -m jaxalign.main`.
 Importing this package imports neither jax nor starts a backend.
 """
 
+import numbers
+import os
 import pathlib
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from jaxalign.errors import UserError
@@ -31,6 +33,8 @@ __all__ = [
 ]
 
 T = TypeVar("T")
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def __getattr__(name: str) -> Any:  # a module's attribute may be anything
@@ -73,7 +77,7 @@ def load(
   from jaxalign.models.hf import folder, hub
   from jaxalign.setup import models
 
-  path = hub.resolve(models.locate(str(source), "policy"))
+  path = hub.resolve(models.locate_model(str(source), "policy"))
   model, params = folder.load(
     path, dtype=dtype, compute_dtype=compute_dtype, head=head
   )
@@ -100,11 +104,39 @@ def logits(
   Returns:
     float32 `[B, T, V]`; of a classifier `[B]`, or `[B, G]` where it has a
     head for each of G groups.
+
+  Raises:
+    UserError: ids that are not the model's, or a mask of another shape.
   """
   import jax
   import jax.numpy as jnp
+  import numpy as np
 
+  _check_model("logits", model)
   architecture = model.model
+  # A wrong id would read another token's row, so it is looked for here.
+  try:
+    ids = np.asarray(token_ids)
+  except ValueError as error:  # rows of unlike lengths
+    raise UserError(
+      "token_ids must be rows of one length [B, T]; pad them and give a mask"
+    ) from error
+  if ids.ndim != 2 or 0 in ids.shape or ids.dtype.kind not in "iu":
+    raise UserError(
+      f"token_ids must be whole numbers [B, T] with B and T >= 1, got "
+      f"{ids.dtype} {list(ids.shape)}; one row is [[1, 2, 3]]"
+    )
+  size = architecture.config.vocab_size
+  if ids.min() < 0 or ids.max() >= size:
+    raise UserError(
+      f"token_ids must be in [0, {size}), the model's vocabulary, got "
+      f"{ids.min()} to {ids.max()}; encode texts with model.tokenizer"
+    )
+  if mask is not None and np.shape(mask) != ids.shape:
+    raise UserError(
+      f"mask must have the shape of token_ids {list(ids.shape)}, got "
+      f"{list(np.shape(mask))}; it is True for real tokens"
+    )
 
   @jax.jit
   def forward(params, tokens, mask):
@@ -116,7 +148,7 @@ def logits(
     hidden, _ = module(tokens, positions, mask.astype(jnp.int32))
     return module.unembed(hidden)
 
-  tokens = jnp.asarray(token_ids, jnp.int32)
+  tokens = jnp.asarray(ids, jnp.int32)
   real = jnp.ones(tokens.shape, bool) if mask is None else jnp.asarray(mask)
   compiled = _kept(model, "logits", lambda: forward)
   return compiled(model.params, tokens, real.astype(bool))
@@ -152,8 +184,8 @@ def generate(
     For each prompt a list of S completions, the prompt not included.
 
   Raises:
-    UserError: the model is no language model, or a setting is unknown or out
-      of its range.
+    UserError: the model is no language model, a prompt is no text, or a
+      setting is unknown or out of its range.
   """
   import inspect
 
@@ -163,13 +195,18 @@ def generate(
   from jaxalign.sampling.sampler import Sampler
   from jaxalign.sampling.settings import STOP_SLOTS, STOP_WIDTH, make
 
-  tokenizer = _tokenizer(model)
-  prompts = [prompts] if isinstance(prompts, str) else list(prompts)
-  stop = [stop] if isinstance(stop, str) else list(stop)
-  if samples_per_prompt < 1:
-    raise UserError(
-      f"samples_per_prompt must be >= 1, got {samples_per_prompt}"
-    )
+  tokenizer = _tokenizer("generate", model)
+  prompts = _texts("prompts", prompts)
+  stop = _texts("stop", stop)
+  for name, value, low, high in (
+    ("samples_per_prompt", samples_per_prompt, 1, 2**31),
+    ("seed", seed, 0, 2**32),
+  ):
+    if not isinstance(value, numbers.Integral) or not low <= value < high:
+      raise UserError(
+        f"{name} must be a whole number >= {low} and below {high}, got "
+        f"{value!r}; the default is {low}"
+      )
   known = inspect.signature(make).parameters
   if unknown := [name for name in settings if name not in known]:
     raise UserError(
@@ -189,6 +226,10 @@ def generate(
   # Sampling ends early where a stop text is drawn as its own tokens; wherever
   # else it occurs, it is cut below.
   more = settings.pop("stops", ())
+  if not isinstance(more, Sequence):
+    raise UserError(
+      f"stops must be a list of texts or of lists of token ids, got {more!r}"
+    )
   stops = [*([more] if isinstance(more, str) else more), *stop]
   stop = [text for text in stops if isinstance(text, str)]
   sequences = [tokenizer.encode(text) for text in stop]
@@ -235,13 +276,23 @@ def score(
     float32 numpy `[B]`, raw logits, higher is better. A score does not
     depend on the others. Of a model with groups it is the mean of their
     scores; see `load` for other weights.
+
+  Raises:
+    UserError: the model is no sequence classifier, there are not as many
+      prompts as completions, or they are no texts.
   """
   from jaxalign.models import groups
   from jaxalign.scoring.reward_model import RewardModel
   from jaxalign.scoring.scorer import Scorer
   from jaxalign.setup.models import choose_encoding
 
-  tokenizer = _tokenizer(reward_model)
+  tokenizer = _tokenizer("score", reward_model)
+  prompts = _texts("prompts", prompts)
+  completions = _texts("completions", completions)
+  if encoding not in ("auto", "concat", "pair"):
+    raise UserError(
+      f"encoding must be auto, concat or pair, got {encoding!r}; leave it auto"
+    )
   if reward_model.model.config.head == "lm":
     raise UserError("score needs a sequence classifier, not a language model")
   if len(prompts) != len(completions):
@@ -277,10 +328,19 @@ def save(
     license: for the model card.
 
   Raises:
-    UserError: the folder holds other files, or cannot be written.
+    UserError: the folder holds other files, or cannot be written; or there is
+      no such dtype.
   """
   from jaxalign.models.hf import card, write
 
+  _check_model("save", model)
+  if not isinstance(folder, str | os.PathLike):
+    raise UserError(f"folder must be a path, got {folder!r}; give a text")
+  if dtype is not None and dtype not in DTYPES:
+    raise UserError(
+      f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}; None keeps "
+      "that of the parameters"
+    )
   tokenizer = model.tokenizer
   ids = {} if tokenizer is None else tokenizer.special_ids()
 
@@ -327,7 +387,35 @@ def read_run(
   return pd.DataFrame(rows).set_index("step")
 
 
-def _tokenizer(model: "Loaded") -> "Tokenizer":
+def _check_model(function: str, model: object) -> None:
+  from jaxalign.setup.models import Loaded
+
+  if not isinstance(model, Loaded):
+    raise UserError(
+      f"{function} needs a model from jaxalign.load, got {model!r:.100}; write "
+      f"{function}(jaxalign.load(name), ...)"
+    )
+
+
+def _texts(name: str, value: object) -> list[str]:
+  """The texts as a list; a single one is a list of one."""
+  texts = [value] if isinstance(value, str) else value
+  if not isinstance(texts, Iterable):
+    raise UserError(
+      f"{name} must be a text or several in a list, got {value!r:.100}"
+    )
+  texts = list(texts)
+  for i, text in enumerate(texts):
+    if not isinstance(text, str):
+      raise UserError(
+        f"{name}[{i}] must be a text, got {type(text).__name__} {text!r:.100}; "
+        "role lists are rendered by model.tokenizer.render_chat"
+      )
+  return texts
+
+
+def _tokenizer(function: str, model: "Loaded") -> "Tokenizer":
+  _check_model(function, model)
   if model.tokenizer is None:
     raise UserError("the model's folder has no tokenizer files; add them")
   return model.tokenizer

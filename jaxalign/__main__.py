@@ -33,10 +33,11 @@ def show(argv: Sequence[str]) -> None:
     print(f"\nno config files below ./{cli.CONFIGS}")
     return
   print("\nconfigs and presets, named --config FILE.py:PRESET:")
+  print("(python -m jaxalign.main --config FILE.py --help describes them)")
   for path in files:
     # One broken file does not hide the others.
     try:
-      presets = ", ".join(getattr(cli.load_config_file(path), "PRESETS", ()))
+      presets = ", ".join(cli.presets(path))
     except UserError as error:
       presets = f"broken; {error}"
     print(f"  {path}" + (f": {presets}" if presets else ""))

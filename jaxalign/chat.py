@@ -1,12 +1,13 @@
 """Talks to a model in the terminal.
 
-  python -m jaxalign.chat runs/superhf-lab/model --prompt "Why is the sky blue?"
+  python -m jaxalign.chat runs/superhf-lab --prompt "Why is the sky blue?"
   python -m jaxalign.chat MODEL --reward_model MODEL --best_of 16
 
-MODEL is a Hugging Face folder, a hub id or `lab`. Turns are written with the
-tokenizer's chat template; without one, with the role delimiters that the
-models were trained on. A `--prompt` that already ends in the assistant's role
-delimiter is continued verbatim.
+MODEL is a run's folder, a Hugging Face folder, a hub id or `lab`. Turns are
+written with the tokenizer's chat template; without one, with the role
+delimiters that the models were trained on. A `--prompt` that already ends in
+the assistant's role delimiter is continued verbatim. Ctrl-C ends an answer;
+/help lists what can be typed besides questions.
 
 With `--reward_model` an answer is the best of `--best_of` completions, and its
 score is printed below it. A reward model with a head for each group is named
@@ -14,6 +15,7 @@ with their weights, as in 'MODEL[alice=0.7,bob=0.3]'; without, all count alike.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
@@ -21,6 +23,7 @@ from typing import TYPE_CHECKING
 from jaxalign import cli
 from jaxalign.config import weighs_groups
 from jaxalign.errors import UserError
+from jaxalign.runtime import signals
 from jaxalign.text import templates
 
 if TYPE_CHECKING:
@@ -28,19 +31,36 @@ if TYPE_CHECKING:
 
 Messages = list[templates.Message]
 
+RESET = "/reset"
+EXIT = ("/exit", "/quit", "/bye")
+HELP = f"""{RESET}  forgets the dialogue; the system text stays
+/exit   ends, as Ctrl-D does
+/help   shows this
+Ctrl-C  ends an answer"""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
   """Runs the command; returns the exit status: 2 is a mistake in the input."""
   return cli.exit_status(run, argv)
 
 
-def run(argv: Sequence[str]) -> None:
+def run(argv: Sequence[str]) -> int:
   """Answers `--prompt`, or one line after another until the end of input.
+
+  Returns:
+    The exit status: 0, or 130 where `--prompt`'s answer was interrupted.
 
   Raises:
     UserError: no such model, no tokenizer, or a setting out of range.
   """
   args = make_parser().parse(argv)
+  # While models are loaded Ctrl-C ends the process at once.
+  with signals.catch_interrupts() as interrupts:
+    return talk(args, interrupts)
+
+
+def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
+  """Loads the models and answers; see `run`."""
   # Imported late: a mistyped flag should not wait for jax.
   import jax
 
@@ -106,10 +126,17 @@ def run(argv: Sequence[str]) -> None:
 
   # Answering, turn by turn.
   key, once = jax.random.key(args.seed), args.prompt is not None
-  messages: Messages = []
+  if not once and sys.stdin.isatty():
+    print(f"{args.model}: /help lists commands; the first answer compiles")
+  start: Messages = []
   if args.system:
-    messages.append({"role": "system", "content": args.system})
-  for turn, question in enumerate([args.prompt] if once else typed_lines()):
+    start.append({"role": "system", "content": args.system})
+  messages = list(start)
+  lines = [args.prompt] if once else typed_lines(interrupts)
+  for turn, question in enumerate(lines):
+    if question == RESET:
+      messages = list(start)
+      continue
     # A model without turns continues a text; a prompt may be written out.
     if tokenizer.format.name == "raw" or (
       once and templates.is_prompt(question)
@@ -122,23 +149,36 @@ def run(argv: Sequence[str]) -> None:
       dialogues[prompt] = list(messages)
     # A key for each turn: the same question may get another answer.
     turn_key = key if once else jax.random.fold_in(key, turn)
-    if reward_model is None:
-      completion = ""
-      for piece in generator.stream(loaded.params, prompt, turn_key):
-        print(piece, end="", flush=True)
-        completion += piece
-      print(flush=True)
-    else:
-      drawn = generator(loaded.params, [prompt], args.best_of, turn_key)
-      scores = reward_model([prompt] * args.best_of, drawn.texts)
-      completion = show_best(drawn.texts, scores.tolist())
-    messages.append({"role": "assistant", "content": completion.strip()})
+    completion = ""
+    try:
+      with interrupts.answer():
+        if reward_model is None:
+          for piece in generator.stream(loaded.params, prompt, turn_key):
+            print(piece, end="", flush=True)
+            completion += piece
+            if interrupts.asked:
+              break
+          print(flush=True)
+        else:
+          drawn = generator(loaded.params, [prompt], args.best_of, turn_key)
+          scores = reward_model([prompt] * args.best_of, drawn.texts)
+          completion = show_best(drawn.texts, scores.tolist())
+    except UserError as error:
+      if once:
+        raise
+      # Such as a question that is too long: the next one may be answered.
+      print(f"error: {error}", file=sys.stderr)
+    if completion:
+      messages.append({"role": "assistant", "content": completion.strip()})
+    elif not once:
+      messages.pop()  # the question stays unanswered
+  return cli.INTERRUPTED if once and interrupts.asked else 0
 
 
 def make_parser() -> cli.Parser:
   """The command's flags."""
   parser = cli.Parser("jaxalign.chat", __doc__)
-  parser.add_argument("model", help="model folder, hub id, or lab")
+  parser.add_argument("model", help="run folder, model folder, hub id, or lab")
   parser.add_argument("--prompt", help="answers this once and ends")
   parser.add_argument("--system", default="", help="text before the first turn")
   parser.add_argument("--temperature", type=float, default=0.7)
@@ -210,14 +250,36 @@ def show_best(texts: Sequence[str], scores: Sequence[float]) -> str:
   return texts[best]
 
 
-def typed_lines() -> Iterator[str]:
-  """Lines that the user types, blank ones left out, until the end of input."""
+def typed_lines(interrupts: signals.Interrupts) -> Iterator[str]:
+  """Questions that the user types and `RESET`, until the end or `/exit`.
+
+  Blank lines are left out, other commands are answered here. Ctrl-C drops the
+  line, and a second one in a row ends the program.
+  """
   prompt = "> " if sys.stdin.isatty() else ""
+  dropped = False
   while True:
     try:
-      line = input(prompt).strip()
+      with interrupts.typing():
+        line = input(prompt).strip()
     except EOFError:
       return
+    except KeyboardInterrupt:
+      if dropped:
+        raise
+      dropped = True
+      print("\nCtrl-C again, Ctrl-D or /exit ends", flush=True)
+      continue
+    dropped = False
+    if line in EXIT:
+      return
+    if line == RESET:
+      print("the next question begins a new dialogue", flush=True)
+    elif re.fullmatch(r"/\w*", line):
+      print(
+        HELP if line == "/help" else f"no command {line}\n{HELP}", flush=True
+      )
+      continue
     if line:
       yield line
 

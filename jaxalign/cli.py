@@ -256,6 +256,20 @@ def load_config(flag: str) -> tuple[object, str]:
   return mapping, "runs/" + re.sub(r"[^\w.-]", "_", name)
 
 
+def presets(path: pathlib.Path) -> dict[str, str]:
+  """The presets of a config file, each with the line that describes it.
+
+  Raises:
+    UserError: as `load_config_file`.
+  """
+  found: dict[str, str] = {}
+  for name, make in getattr(load_config_file(path), "PRESETS", {}).items():
+    # A preset may be a function with some of its arguments given.
+    doc = inspect.getdoc(getattr(make, "func", make)) or ""
+    found[name] = doc.partition("\n")[0]
+  return found
+
+
 def nearest_config(path: pathlib.Path) -> str:
   """The config file that a wrong path may have meant, or ""."""
   files = [str(p) for p in (*path.parent.glob("*.py"), *config_files(CONFIGS))]

@@ -6,14 +6,16 @@
 Running the same command again continues the run.
 """
 
+import json
 import operator
 import pathlib
 import sys
+import textwrap
 from collections.abc import Sequence
 
 from jaxalign import cli
-from jaxalign.algorithms import read_config, run
-from jaxalign.config import TrainingConfig, describe
+from jaxalign.algorithms import dry_run, read_config, run
+from jaxalign.config import Row, TrainingConfig, describe, to_mapping
 from jaxalign.config.changes import suffix
 from jaxalign.errors import UserError
 
@@ -47,11 +49,17 @@ def train(argv: Sequence[str]) -> int:
   config = read_config(mapping, fields)
   if args.help:
     parser.print_help()
-    print(f"\nfields of {args.config}:\n{field_help(config)}")
+    print(f"\n{preset_help(args.config)}")
+    print(f"fields of {args.config}:\n{field_help(config)}")
+    return 0
+  if args.print_config:
+    print(json.dumps(to_mapping(config), indent=2))
     return 0
   if not args.workdir:
     workdir += suffix(config, preset_of(mapping, config), extend=args.extend)
   folder = pathlib.Path(args.workdir or workdir)
+  if args.dry_run:
+    return dry_run(config, folder)
   return run(
     config, folder, extend=args.extend, fresh=args.fresh, quiet=args.quiet
   )
@@ -106,19 +114,67 @@ def make_parser() -> cli.Parser:
     action="store_true",
     help="prints no example of what is trained on",
   )
+  parser.add_argument(
+    "--print_config",
+    action="store_true",
+    help="prints every field with its value as JSON and ends",
+  )
+  parser.add_argument(
+    "--dry_run",
+    action="store_true",
+    help="opens and checks models and data, says what would run and ends; "
+    "reads no parameter and writes nothing",
+  )
   return parser
 
 
+def preset_help(flag: str) -> str:
+  """The presets of a `--config`'s file, a line each; "" if it has none."""
+  path = pathlib.Path(flag[: flag.rindex(".py") + 3])
+  lines = cli.presets(path)
+  width = max(map(len, lines), default=0)
+  shown = [f"  {name:<{width}}  {doc}".rstrip() for name, doc in lines.items()]
+  head = [f"presets, named --config {path}:PRESET:"] if lines else []
+  return "\n".join([*head, *shown, ""]) if lines else ""
+
+
 def field_help(config: TrainingConfig) -> str:
-  """Every field of a config: its flag, value, meaning and allowed values."""
-  lines = []
+  """Every field of a config by section: value, meaning, rule and source."""
+  # Fields of a section stand together, those of none come first.
+  sections: dict[str, list[Row]] = {"": []}
   for row in describe(type(config)):
-    value = operator.attrgetter(row.path.removeprefix("config."))(config)
-    shown = ",".join(map(str, value)) if isinstance(value, tuple) else value
-    lines.append(f"  --{row.path}={shown}\n      {row.doc}")
-    if row.rule:
-      lines.append(f"      allowed: {row.rule}")
+    section, _, _ = row.path.removeprefix("config.").rpartition(".")
+    sections.setdefault(section, []).append(row)
+  lines = []
+  for section, rows in sections.items():
+    lines.append(f"\n{section}" if section else "")
+    for row in rows:
+      value = operator.attrgetter(row.path.removeprefix("config."))(config)
+      lines.append(f"  --{row.path}={shown(value)}")
+      lines += wrapped(row.doc)
+      # A source is that of the default, not of another value.
+      from_ = f"from {row.source}" if row.source else ""
+      if value != row.default:
+        from_ = f"default {shown(row.default) or 'empty'}"
+      allowed = f"allowed {row.rule}" if row.rule else ""
+      notes = [note for note in (allowed, from_, row.also.strip("()")) if note]
+      lines += wrapped("; ".join(notes))
   return "\n".join(lines)
+
+
+def wrapped(text: str) -> list[str]:
+  """A text in lines of 80 characters, below a flag."""
+  indent = " " * 6
+  return textwrap.wrap(
+    text, 80, initial_indent=indent, subsequent_indent=indent
+  )
+
+
+def shown(value: object) -> str:
+  """A field's value as a flag writes it."""
+  if isinstance(value, tuple):
+    return ",".join(map(str, value))
+  return str(value)
 
 
 if __name__ == "__main__":

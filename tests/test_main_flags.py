@@ -1,5 +1,6 @@
 """The command line, up to the moment where a run would start."""
 
+import json
 import pathlib
 import subprocess
 import sys
@@ -204,7 +205,32 @@ def test_help_lists_flags_and_the_fields_of_a_config(capsys):
   out = capsys.readouterr().out
   assert "--config.steps=9\n" in out
   assert "--config.lora.targets=q_proj,v_proj\n" in out
-  assert "allowed: (0, 1]\n" in out
+  assert "allowed (0, 1]\n" in out
+  # Presets with a line each, also those that are a function of a size.
+  line = "  pythia-12b             The later settings on a Pythia model of the"
+  assert line in out
+  # Sections under their names; a source only where its value is the field's.
+  section = out[out.index("\noptimizer\n") : out.index("\nlora\n")]
+  assert "--config.optimizer.eps=1e-08\n" in section
+  rate = "--config.optimizer.learning_rate=2e-05\n      the peak\n      "
+  assert rate + "allowed > 0; default 1e-05\n" in section
+  assert main.main(["--config", f"{CONFIG}:pythia-1b", "--help"]) == 0
+  out = capsys.readouterr().out
+  rate = rate.replace("2e-05", "1e-05")
+  assert rate + "allowed > 0; from SuperHF Table 2\n" in out
+
+
+def test_the_config_is_printed_and_nothing_runs(capsys, started, tmp_path):
+  """As the config.json that a run would write, and so as a config."""
+  argv = [f"--config={CONFIG}:llama-7b", "--config.steps=9", "--print_config"]
+  assert main.main(argv) == 0
+  printed = json.loads(capsys.readouterr().out)
+  assert printed["lora"]["targets"] == ["q_proj", "v_proj"]
+  assert not started
+  path = tmp_path / "same.py"
+  path.write_text(f"def get_config():\n  return {printed!r}\n")
+  assert main.main([f"--config={path}", "--print_config"]) == 0
+  assert json.loads(capsys.readouterr().out) == printed
 
 
 def test_an_error_comes_before_jax_is_imported():

@@ -158,7 +158,10 @@ def test_generate_takes_one_text_and_stops_at_texts(policy):
 @pytest.mark.parametrize(
   ("settings", "said"),
   [
-    ({"samples_per_prompt": 0}, "samples_per_prompt must be >= 1, got 0"),
+    (
+      {"samples_per_prompt": 0},
+      "samples_per_prompt must be a whole number >= 1",
+    ),
     ({"stop": [""]}, "stop must hold texts of at least one character"),
     ({"max_tokens": 5}, "generate has no setting 'max_tokens'; it has temp"),
   ],

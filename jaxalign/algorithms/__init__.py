@@ -7,13 +7,16 @@ jax), `data.py` (its batches), `train.py` (the algorithm) and `setup.py`
 """
 
 import functools
+import glob
 import importlib
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from jaxalign.config import TrainingConfig, nearest, read
 from jaxalign.config.supervised import SupervisedConfig
+from jaxalign.data import sources
 from jaxalign.errors import UserError
 
 # Module paths, not modules: only the method that runs is imported.
@@ -76,6 +79,32 @@ def read_config(
   return read(kind, mapping, flags)
 
 
+def check_sources(config: TrainingConfig) -> None:
+  """Refuses local files of data that do not exist, before jax is imported.
+
+  What a file holds is checked when it is read.
+
+  Raises:
+    UserError: the field, the path and the nearest name.
+  """
+  for field in ("prompts", "data", "validation_data"):
+    source = getattr(config, field, "")
+    # A path that exists is one source, commas and all.
+    for name in sources.part_names(source) if source else ():
+      # A subset or a converter may follow the path.
+      paths = [name, name.rpartition(":")[0], name.rpartition("@")[0]]
+      paths = [os.path.expanduser(path) for path in paths if path]
+      found = any(os.path.exists(p) or glob.glob(p) for p in paths)
+      if found or name == "lab" or not sources.is_local(name):
+        continue
+      place = pathlib.Path(paths[0])
+      near = nearest(place.name, (p.name for p in place.parent.glob("*")))
+      hint = "check the path"
+      if near:
+        hint = f"did you mean {place.parent / near[0]}?"
+      raise UserError(f"config.{field}: {name} does not exist; {hint}")
+
+
 def run(
   config: TrainingConfig,
   folder: pathlib.Path,
@@ -103,6 +132,7 @@ def run(
     raise UserError(
       "--extend goes on with a run, --fresh begins again; give one of them"
     )
+  check_sources(config)
   # Imported late: jax takes seconds to start, a mistake in a config should not.
   from jaxalign.parallel import hosts
   from jaxalign.runtime import cache, workdir
@@ -171,3 +201,31 @@ def run(
   if hosts.is_lead() and not quiet:
     print(example_of(spec.rows, spec.policy.tokenizer))
   return method.run(spec, folder)
+
+
+def dry_run(config: TrainingConfig, folder: pathlib.Path) -> int:
+  """Opens and checks what a run would, and prints what that is.
+
+  Reads no parameter and writes nothing, except that the hub's files are kept.
+
+  Args:
+    config: from `read_config`.
+    folder: the run's.
+
+  Returns:
+    The exit status, 0.
+
+  Raises:
+    UserError: what would keep the run from starting.
+  """
+  check_sources(config)
+  # Imported late, as above.
+  from jaxalign.setup import start
+  from jaxalign.setup.run import check_folder, summary
+
+  check_folder(config, folder)
+  if config.init_from:
+    start.find_source(config, folder)
+  method = importlib.import_module(f"{METHODS[config.algorithm]}.setup")
+  print(summary(method.describe(config), folder))
+  return 0

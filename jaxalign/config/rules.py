@@ -5,8 +5,15 @@
 
 import dataclasses
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, get_type_hints
+
+# What a field's text ends in where its default has a source: a program or
+# Author Year.
+SOURCE = re.compile(
+  r" \(([^()]*(?:\bSuperHF|\bTRL|\btorch|\b[A-Z]\w+ \d{4})\b[^()]*)\)$"
+)
 
 
 def field(
@@ -59,7 +66,9 @@ class Row:
   type: str  # "int"
   default: object  # of the field's type
   rule: str  # ">= 1"; "" = anything of the type
-  doc: str
+  doc: str  # what it means
+  source: str  # where the default is from, "SuperHF Table 2"; "" = ours
+  also: str  # "(formerly keep_n)" or ""
 
 
 def in_range(rule: str, value: int | float) -> bool:
@@ -88,6 +97,9 @@ def describe(cls: type[Section], path: str = "config") -> list[Row]:
       continue
     name = kind.__name__ if isinstance(kind, type) else str(kind)
     rule = " | ".join(known["choices"]) or known["rule"]
-    doc = known["doc"] + "".join(f" (formerly {x})" for x in known["alias"])
-    rows.append(Row(where, name, f.default, rule, doc))
+    source = SOURCE.search(known["doc"])
+    meaning = known["doc"].removesuffix(source[0] if source else "")
+    also = "".join(f" (formerly {x})" for x in known["alias"])
+    found = source[1] if source else ""
+    rows.append(Row(where, name, f.default, rule, meaning, found, also.strip()))
   return rows

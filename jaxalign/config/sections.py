@@ -168,17 +168,11 @@ class AdapterConfig(Section):
   )
   targets: tuple[str, ...] = field(
     (),
-    "linear layers that get an adapter, e.g. query_key_value,embed_out",
+    "linear layers that get an adapter, e.g. query_key_value,embed_out; empty "
+    "= queries and values, as peft does: query_key_value of GPT-NeoX, "
+    "query_proj,value_proj of DeBERTa, q_proj,v_proj of others",
     also=("target_modules", "lora_target_modules"),
   )
-
-  def rules(self) -> Iterator[Rule]:
-    """Adapters name their layers: each architecture calls them differently."""
-    yield Rule(
-      self.rank == 0 or bool(self.targets),
-      f"targets must name a layer while rank={self.rank}",
-      "give query_key_value (GPT-NeoX) or q_proj,v_proj (LLaMA), or rank=0",
-    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

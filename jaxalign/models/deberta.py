@@ -282,6 +282,8 @@ class Convolution(nnx.Module):
 class Deberta(Scored, nnx.Module):
   """Embeddings, L blocks and a score head."""
 
+  lora_targets = ("query_proj", "value_proj")  # see `CausalLM`
+
   def __init__(self, config: DebertaConfig, *, lora=None, rngs: nnx.Rngs):
     # The embeddings.
     self.config = config

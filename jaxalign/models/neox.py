@@ -119,6 +119,7 @@ class NeoX(CausalLM[NeoXConfig]):
 
   block = NeoXBlock
   outputs = ("embed_out", "lm_head")  # in files, and in newer transformers
+  lora_targets = ("query_key_value",)
 
   def rope(self, positions, lengths):
     """Rotary angles of these positions."""

@@ -129,7 +129,10 @@ class Console:
     paced = [seconds for seconds, compiled in self._times if not compiled]
     if not paced and len(self._times) == _PACE_STEPS:
       paced = [seconds for seconds, _ in self._times]  # each step compiles
-    self._step, self._pace = step, f"{short(now - self._begun)} s with compiling"
+    self._step, self._pace = (
+      step,
+      f"{short(now - self._begun)} s with compiling",
+    )
     if paced:
       spent = sum(paced) / len(paced)
       self._pace = f"{short(spent)} s/step"
@@ -185,10 +188,10 @@ class Console:
       if history:
         spark = sparkline(history, _WIDTH) if unicode else ""
         grid.add_row(name, short(history[-1]), spark)
-    if self._stop.requested:
-      grid.add_row("stop", "", text.Text(STOPPING, "bold yellow"))
-    # The best and the worst sample in turn.
+    # The best and the worst sample in turn, below a request to stop.
     sample = text.Text()
+    if self._stop.requested:
+      sample.append(f"\n{STOPPING}\n", "bold yellow")
     if self._samples:
       name, row = "best", self._samples[-1]
       if int(time.monotonic() / _SAMPLE_SECONDS) % 2:

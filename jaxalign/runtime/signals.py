@@ -80,12 +80,14 @@ def leave(status: int) -> None:
 class Interrupts:
   """Ctrl-C in a conversation: it ends an answer, elsewhere the program.
 
-  No `KeyboardInterrupt` is raised, which could surface anywhere inside a
-  compilation or a computation: its owner looks at `asked` between two tokens.
+  Nothing is raised while an answer is drawn: an exception could surface inside
+  a compilation, whose thread goes on. The owner looks at `asked` between two
+  tokens.
   """
 
   answering: bool = False
   asked: bool = False
+  is_typing: bool = False
 
   @contextlib.contextmanager
   def answer(self) -> Iterator[None]:
@@ -96,6 +98,15 @@ class Interrupts:
     finally:
       self.answering = False
 
+  @contextlib.contextmanager
+  def typing(self) -> Iterator[None]:
+    """Around `input`: here Ctrl-C is a `KeyboardInterrupt`."""
+    self.is_typing = True
+    try:
+      yield
+    finally:
+      self.is_typing = False
+
 
 @contextlib.contextmanager
 def catch_interrupts() -> Iterator[Interrupts]:
@@ -104,6 +115,8 @@ def catch_interrupts() -> Iterator[Interrupts]:
 
   def handle(number: int, frame: FrameType | None) -> None:
     del frame
+    if state.is_typing:
+      raise KeyboardInterrupt
     if state.answering and not state.asked:
       state.asked = True
       return

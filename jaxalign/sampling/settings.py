@@ -55,6 +55,16 @@ def make(
     ("max_new_tokens", max_new_tokens),
   ):
     _check(name, value, isinstance(value, numbers.Integral), "a whole number")
+  for name, value in (
+    ("temperature", temperature),
+    ("top_p", top_p),
+    ("repetition_penalty", repetition_penalty),
+  ):
+    _check(name, value, isinstance(value, numbers.Real), "a number")
+  _check("pad_id", pad_id, isinstance(pad_id, numbers.Integral), "a token id")
+  _check("eos_ids", eos_ids, _are_ids(eos_ids), "a list of token ids")
+  ok = isinstance(stops, Sequence) and all(map(_are_ids, stops))
+  _check("stops", stops, ok, "a list of lists of token ids")
   _check("temperature", temperature, temperature >= 0, ">= 0")
   _check("top_p", top_p, 0 < top_p <= 1, "in (0, 1]")
   _check("top_k", top_k, top_k >= 0, ">= 0 (0 = off)")
@@ -90,6 +100,13 @@ def make(
     eos_ids=ends,
     stops=table,
     pad_id=np.asarray(pad_id, np.int32),
+  )
+
+
+def _are_ids(value: object) -> bool:
+  """Whether a value is a list of whole numbers, or an array of them."""
+  return isinstance(value, Sequence | np.ndarray) and all(
+    isinstance(token, numbers.Integral) for token in value
   )
 
 

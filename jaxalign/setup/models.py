@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import os
 import pathlib
 from collections.abc import Mapping
 
@@ -22,7 +23,7 @@ from jaxalign.errors import UserError
 from jaxalign.models import groups
 from jaxalign.models.hf import folder as hf
 from jaxalign.models.hf import hub
-from jaxalign.models.hf.config_json import Fields
+from jaxalign.models.hf.config_json import Fields, read_json
 from jaxalign.models.layers import LoraConfig
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
@@ -122,6 +123,25 @@ def locate(name: str, lab: str) -> str:
   return str(LAB / lab) if name == "lab" else name
 
 
+def locate_model(name: str, lab: str) -> str:
+  """As `locate`; a run's folder stands for the model that it trained.
+
+  Raises:
+    UserError: the run has not finished.
+  """
+  folder = pathlib.Path(locate(name, lab)).expanduser()
+  # A run's config names its method, a model's does not.
+  config = folder / "config.json"
+  if not os.path.isfile(config) or "algorithm" not in read_json(config):
+    return str(folder) if name == "lab" else name
+  if not os.path.isfile(folder / "model" / "config.json"):
+    raise UserError(
+      f"{name} holds a run that is not finished; go on with it, or write its "
+      f"newest checkpoint as a model: python -m jaxalign.convert {name} MODEL"
+    )
+  return str(folder / "model")
+
+
 def tokenizer_of(source: str | pathlib.Path, model: Model) -> Tokenizer:
   """The tokenizer in a model's folder, with the ends that the folder names.
 
@@ -202,7 +222,7 @@ def open_policy(
       config.lora.targets,
     )
   source = hub.resolve(
-    locate(config.policy, "policy" if head == "lm" else "reward-train")
+    locate_model(config.policy, "policy" if head == "lm" else "reward-train")
   )
   pretrained = hf.open_pretrained(
     source,
@@ -239,7 +259,7 @@ def open_reward_model(
     UserError: it cannot be loaded, has no score head or not these groups.
   """
   place, given = parse_groups(name)
-  source = hub.resolve(locate(place, lab))
+  source = hub.resolve(locate_model(place, lab))
   pretrained = hf.open_pretrained(source, dtype=compute_dtype(dtype))
   model = pretrained.model
   if model.config.head == "lm":

@@ -99,6 +99,59 @@ class DataSpec(RunSpec[C], Generic[C, D]):
   data: D
 
 
+def summary(spec: RunSpec[C], folder: pathlib.Path) -> str:
+  """What a run would be, for people: a line for each of its parts."""
+  config = spec.config
+  saves = (folder / "checkpoints").glob("*")
+  done = max((int(p.name) for p in saves if p.name.isdigit()), default=0)
+  state = f"goes on after step {done}" if done else "new"
+  if workdir.read_finished(folder) is not None:
+    state = "finished; nothing would be done"
+  lines = [
+    ("run", f"{config.algorithm}, {config.steps} steps"),
+    ("folder", f"{folder} ({state})"),
+  ]
+  # The models, and what of the policy is trained.
+  for name, model in spec.models.items():
+    size = count(model.model.shapes)
+    lines.append((name, f"{model.tokenizer.name}, {size:,} parameters"))
+    if model.model.lora:
+      lines.append(("", adapter_line(model.model)))
+  if spec.live_reference:
+    lines.append(("reference", "the policy before training, kept in memory"))
+  # Rows and devices.
+  if spec.rollout:
+    held_out = len(spec.rollout.eval_prompts)
+    prompts = f"{len(spec.rollout.prompts)} of at most "
+    prompts += f"{spec.rollout.prompt_length} tokens"
+    aside = f", {held_out} more for evaluations" if held_out else ""
+    lines.append(("prompts", prompts + aside))
+  micros, rows, tokens = spec.batch_shape
+  passes = "one pass" if micros == 1 else f"{micros} passes"
+  batch = f"{passes} of {rows} texts of at most {tokens} tokens"
+  lines.append(("update", batch))
+  axes = ", ".join(f"{name} {size}" for name, size in spec.mesh.shape.items())
+  kind = spec.mesh.devices.flat[0].device_kind
+  lines.append(("devices", f"{spec.mesh.size} x {kind} ({axes})"))
+  width = max(len(name) for name, _ in lines)
+  return "\n".join(f"{name:<{width}}  {words}" for name, words in lines)
+
+
+def adapter_line(model: Model) -> str:
+  """What a model with adapters trains, for people."""
+  trained = count(lora.split(model.shapes)[0])
+  assert model.lora is not None
+  return (
+    f"LoRA on {', '.join(model.lora.targets)}: {trained:,} of "
+    f"{count(model.shapes):,} parameters are trained"
+  )
+
+
+def count(shapes: Params) -> int:
+  """The number of parameters in a tree of arrays or their shapes."""
+  return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
 def open_mesh(config: TrainingConfig, *, fills_rows: bool = False) -> Mesh:
   """The mesh of `config.mesh`; says how it uses the devices if it has several.
 
@@ -387,6 +440,8 @@ def open_run(
       if done:
         begins = f"goes on after step {done} of {config.steps}"
       print(f"{run.path}: {begins}", flush=True)
+      if policy.model.lora:
+        print(adapter_line(policy.model))
 
     # Logs, signals, profiler and screen, closed in the reverse order.
     with (

@@ -58,7 +58,8 @@ class RewardModelConfig(SupervisedConfig):
   )
   head: str = field(
     "auto",
-    "where the score is read; auto = as the model's folder says",
+    "where the score is read; auto = as the model's folder says, score_last "
+    "for a language model",
     choices=("auto", "score_last", "score_eos", "score_mean", "score_context"),
   )
   dropout: float = field(

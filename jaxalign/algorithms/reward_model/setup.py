@@ -18,12 +18,13 @@ Spec = DataSpec[RewardModelConfig, ScoredData]
 def describe(config: RewardModelConfig) -> Spec:
   """Opens and checks what the config names; reads no parameter."""
   policy = open_policy(config, open_mesh(config), config.head)
-  model = policy.model.config
-  if model.head == "lm":
-    raise UserError(
-      f"config.policy: {config.policy} is a language model without a score "
-      "head; give it one with config.head, e.g. score_last"
+  if policy.model.config.head == "lm":
+    print(
+      f"{config.policy} is a language model: it gets a new score head, "
+      "config.head=score_last"
     )
+    policy = open_policy(config, policy.mesh, "score_last")
+  model = policy.model.config
   if config.dropout and not hasattr(model, "dropout"):
     raise UserError(
       f"config.dropout={config.dropout} needs a DeBERTa, the policy is a "

@@ -150,7 +150,8 @@ def open_pretrained(
     head: "lm", "score_last", "score_eos", "score_mean" or "score_context";
       None = what the files hold. A score head that the files lack is drawn at
       random only when it is asked for here.
-    lora: adapters to add, drawn at random.
+    lora: adapters to add, drawn at random; without targets, on those layers
+      that the architecture names.
     remat: recompute activations in the backward pass.
     seed: of what is drawn.
 
@@ -189,6 +190,8 @@ def open_pretrained(
       )
     model = Model.build(model.config, peft.read_config(adapters, model))
   elif lora is not None:
+    targets = lora.targets or model.config.module.lora_targets
+    lora = dataclasses.replace(lora, targets=targets)
     model = Model.build(model.config, lora)
     check_targets(model, "config.lora.targets")
 
