@@ -1,6 +1,16 @@
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import time
+
 import pytest
 
 from jaxalign import chat
+from jaxalign.errors import UserError
+from jaxalign.setup import models
 
 
 class Letters:
@@ -94,3 +104,96 @@ def test_interrupts_end_without_a_traceback(monkeypatch, capsys):
   monkeypatch.setattr(chat, "run", interrupted)
   assert chat.main(["lab"]) == 130
   assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.fixture
+def talk(monkeypatch, capsys):
+  """Types lines into a conversation with the lab's model -> what it prints."""
+
+  def talk(*lines, arguments=("--max_new_tokens=4", "--temperature=0")):
+    typed = iter(lines)
+
+    def next_line(prompt):
+      line = next(typed, None)
+      if line is None:
+        raise EOFError
+      if line == "^C":
+        raise KeyboardInterrupt
+      return line
+
+    monkeypatch.setattr("builtins.input", next_line)
+    assert chat.main(["lab", *arguments]) == 0
+    return capsys.readouterr()
+
+  return talk
+
+
+def test_commands_of_a_conversation(talk):
+  """Questions after /reset are answered as if they were the first."""
+  out = talk("How are you?", "/reset", "How are you?", "/exit", "Why?").out
+  first, said, second = out.splitlines()
+  assert said == "the next question begins a new dialogue"
+  assert first == second
+  out = talk("/help", "/what", "^C", "/etc/hosts is what?").out.splitlines()
+  commands = chat.HELP.splitlines()
+  assert out[:4] == commands
+  assert out[4:9] == ["no command /what", *commands]
+  assert out[9:11] == ["", "Ctrl-C again, Ctrl-D or /exit ends"]
+  assert len(out) == 12
+
+
+def test_a_question_that_is_too_long_ends_nothing(talk):
+  out, err = talk("word " * 600, "How are you?")
+  assert err.startswith("error: prompt 0 has ")
+  assert out.count("\n") == 1
+
+
+def test_a_runs_folder_stands_for_its_model(tmp_path):
+  """An unfinished run has none; a model's folder is what it is."""
+  lab = models.LAB / "policy"
+  assert models.locate_model("lab", "policy") == str(lab)
+  assert models.locate_model(str(lab), "x") == str(lab)
+  assert models.locate_model("gpt2", "x") == "gpt2"
+  (tmp_path / "config.json").write_text('{"algorithm": "sft"}')
+  with pytest.raises(UserError, match="holds a run that is not finished"):
+    models.locate_model(str(tmp_path), "x")
+  (tmp_path / "model").mkdir()
+  (tmp_path / "model" / "config.json").write_text("{}")
+  found = models.locate_model(str(tmp_path), "x")
+  assert found == str(tmp_path / "model")
+
+
+def read_until(terminal, text):
+  """What a terminal shows, up to and with `text`."""
+  shown = ""
+  while text not in shown:
+    ready, _, _ = select.select([terminal], [], [], 120)
+    assert ready, shown
+    shown += os.read(terminal, 4096).decode(errors="replace")
+  return shown
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_an_answer_and_not_the_program():
+  """In a terminal, while it compiles and while it answers."""
+  terminal, theirs = pty.openpty()
+  argv = ["lab", "--max_new_tokens=400", "--temperature=1.5", "--top_p=1"]
+  process = subprocess.Popen(
+    [sys.executable, "-m", "jaxalign.chat", *argv],
+    stdin=theirs,
+    stdout=theirs,
+    stderr=theirs,
+    start_new_session=True,
+  )
+  os.close(theirs)
+  read_until(terminal, "> ")
+  for seconds in (0.0, 1.0, 0.1):
+    os.write(terminal, b"Tell me a long story about the sea\n")
+    read_until(terminal, "sea\r\n")
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    read_until(terminal, "> ")
+    assert process.poll() is None
+  os.write(terminal, b"/exit\n")
+  assert process.wait(timeout=60) == 0
+  os.close(terminal)

@@ -2,6 +2,8 @@
 
 import errno
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -177,3 +179,19 @@ def test_the_overview_survives_a_broken_file(tmp_path, monkeypatch, capsys):
   out = capsys.readouterr().out
   assert "  configs/a.py: broken; --config: configs/a.py line 2: Synt" in out
   assert out.endswith("  configs/b.py\n")
+
+
+def test_an_interrupted_command_skips_the_interpreters_end():
+  """Threads of JAX that still compile would crash there."""
+  code = (
+    "import atexit\n"
+    "from jaxalign import cli\n"
+    "atexit.register(print, 'ended')\n"
+    "def command(argv):\n"
+    "  print('begun')\n"
+    "  raise KeyboardInterrupt\n"
+    "cli.exit_status(command)\n"
+  )
+  done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+  assert done.returncode == cli.INTERRUPTED
+  assert done.stdout == b"begun\n"

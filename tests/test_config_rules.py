@@ -98,11 +98,6 @@ from jaxalign.algorithms import read_config
       "0 computes and logs it without adding it to the loss",
     ),
     (
-      {"lora": {"rank": 4}},
-      "config.lora.targets must name a layer while rank=4, got (); give "
-      "query_key_value (GPT-NeoX) or q_proj,v_proj (LLaMA), or rank=0",
-    ),
-    (
       {"profile_steps": "13:10"},
       "config.profile_steps must be empty or A:B with A < B, got '13:10'; "
       "write 10:13 for steps 10, 11 and 12",

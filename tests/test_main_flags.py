@@ -233,20 +233,28 @@ def test_the_config_is_printed_and_nothing_runs(capsys, started, tmp_path):
   assert json.loads(capsys.readouterr().out) == printed
 
 
-def test_an_error_comes_before_jax_is_imported():
+@pytest.mark.parametrize(
+  ("flag", "message"),
+  [
+    ("stps=1", "config.stps is not a field; did you mean config.steps?"),
+    (
+      "prompts=./config/x.csv",
+      "config.prompts: ./config/x.csv: no such file; check the path",
+    ),
+  ],
+)
+def test_an_error_comes_before_jax_is_imported(flag, message):
   code = (
     "import sys; from jaxalign import main; "
-    "status = main.main(['--config', sys.argv[1], '--config.stps=1']); "
+    "status = main.main(['--config', *sys.argv[1:]]); "
     "sys.exit(status + ('jax' in sys.modules))"
   )
   done = subprocess.run(
-    [sys.executable, "-c", code, CONFIG],
+    [sys.executable, "-c", code, CONFIG, f"--config.{flag}"],
     cwd=ROOT,
     capture_output=True,
     text=True,
     timeout=60,
   )
   assert done.returncode == 2
-  assert done.stderr == (
-    "error: config.stps is not a field; did you mean config.steps?\n"
-  )
+  assert done.stderr == f"error: {message}\n"

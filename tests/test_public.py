@@ -3,6 +3,8 @@
 import copy
 import json
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -169,3 +171,69 @@ def test_generate_takes_one_text_and_stops_at_texts(policy):
 def test_settings_of_generate_that_are_mistakes(policy, settings, said):
   with pytest.raises(jaxalign.UserError, match=said):
     jaxalign.generate(jaxalign.load(policy), ["a"], **settings)
+
+
+@pytest.mark.parametrize(
+  ("ids", "mask", "said"),
+  [
+    ([3, 4], None, r"token_ids must be whole numbers \[B, T\]"),
+    ([[0.5]], None, "token_ids must be whole numbers .* got float64"),
+    ([[3, SIZE]], None, r"token_ids must be in \[0, 16\), .* got 3 to 16"),
+    ([[-1]], None, "token_ids must be in"),
+    ([[3, 4]], [[True]], r"mask must have the shape of token_ids \[1, 2\]"),
+  ],
+)
+def test_ids_that_are_mistakes(policy, ids, mask, said):
+  model = jaxalign.load(policy)
+  real = None if mask is None else np.array(mask)
+  with pytest.raises(jaxalign.UserError, match=said):
+    jaxalign.logits(model, np.array(ids), real)
+
+
+def test_rows_of_unlike_lengths(policy):
+  with pytest.raises(jaxalign.UserError, match="rows of one length"):
+    jaxalign.logits(jaxalign.load(policy), [[3], [3, 4]])
+
+
+def test_other_mistakes_are_one_line_too(policy, reward_model, tmp_path):
+  model, judge = jaxalign.load(policy), jaxalign.load(reward_model)
+  with pytest.raises(jaxalign.UserError, match="encoding must be auto"):
+    jaxalign.score(judge, ["a"], ["b"], encoding="x")
+  with pytest.raises(jaxalign.UserError, match="dtype must be one of float32"):
+    jaxalign.save(model, tmp_path / "out", dtype="int8")
+  assert not (tmp_path / "out").exists()
+
+
+# The test run checks annotations, so what breaks them is tried outside of it.
+MISTAKES = """
+import sys, jaxalign
+model = jaxalign.load(sys.argv[1])
+for call in (
+  "jaxalign.logits('lab', [[1]])",
+  "jaxalign.logits(model, [['a']])",
+  "jaxalign.generate(None, ['a'])",
+  "jaxalign.generate(model, 5)",
+  "jaxalign.generate(model, [{'role': 'user'}])",
+  "jaxalign.generate(model, 'a', temperature='hot')",
+  "jaxalign.generate(model, 'a', samples_per_prompt=1.5)",
+  "jaxalign.generate(model, 'a', seed=2**70)",
+  "jaxalign.generate(model, 'a', stop=[3])",
+  "jaxalign.generate(model, 'a', stops=5)",
+  "jaxalign.generate(model, 'a', eos_ids=3)",
+  "jaxalign.generate(model, 'a', pad_id='x')",
+  "jaxalign.score(model, [1], ['a'])",
+  "jaxalign.save(model, None)",
+):
+  try:
+    eval(call)
+  except jaxalign.UserError as error:
+    assert len(str(error).splitlines()) == 1, call
+  else:
+    raise SystemExit(call)
+"""
+
+
+def test_values_of_another_type_are_a_line(policy):
+  code = [sys.executable, "-c", MISTAKES, str(policy)]
+  done = subprocess.run(code, capture_output=True, text=True, timeout=300)
+  assert done.returncode == 0, done.stderr

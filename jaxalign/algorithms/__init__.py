@@ -102,7 +102,7 @@ def check_sources(config: TrainingConfig) -> None:
       hint = "check the path"
       if near:
         hint = f"did you mean {place.parent / near[0]}?"
-      raise UserError(f"config.{field}: {name} does not exist; {hint}")
+      raise UserError(f"config.{field}: {name}: no such file; {hint}")
 
 
 def run(

@@ -53,7 +53,6 @@ def test_a_config_that_does_not_fit(changes, words, lab, superhf, run, fail):
 @pytest.mark.parametrize(
   ("config", "changes", "words"),
   [
-    ("reward_model.py", {}, ("is a language model without a score", "head")),
     (
       "reward_model.py",
       {"head": "score_context", "policy": "init"},

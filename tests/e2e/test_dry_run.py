@@ -1,0 +1,78 @@
+"""--dry_run: everything is opened and checked, nothing is read or written."""
+
+import pytest
+
+from jaxalign import main
+from jaxalign.models.hf import place
+
+
+@pytest.fixture
+def dry(monkeypatch, tmp_path, capfd):
+  """A command line -> what its dry run prints."""
+
+  def refuse(*args):
+    raise AssertionError("parameters were read")
+
+  monkeypatch.setattr(place, "place", refuse)
+
+  def dry(argv):
+    before = sorted(tmp_path.rglob("*"))
+    assert main.main([*argv, "--dry_run"]) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    out, err = capfd.readouterr()
+    assert not err
+    return out
+
+  return dry
+
+
+def test_a_run_that_samples(dry, superhf, tmp_path, lab):
+  out = dry(superhf(tmp_path / "run", steps=7))
+  assert "run            superhf, 7 steps\n" in out
+  assert f"folder         {tmp_path / 'run'} (new)\n" in out
+  assert f"policy         {lab.policy}, " in out
+  assert f"reward_model   {lab.reward}, " in out
+  assert "devices        1 x cpu (replica 1, fsdp 1, tensor 1)\n" in out
+  assert "prompts        " in out
+
+
+def test_what_is_there_is_said(dry, supervised, tmp_path, lab):
+  run = tmp_path / "run"
+  argv = supervised("sft.py", run, policy=lab.policy, data=lab.rows, steps=9)
+  (run / "checkpoints" / "00000004").mkdir(parents=True)
+  config = dry([*argv, "--print_config"])
+  (run / "config.json").write_text(config)
+  assert f"folder   {run} (goes on after step 4)\n" in dry(argv)
+  (run / "finished.json").write_text("{}")
+  assert "(finished; nothing would be done)\n" in dry(argv)
+
+
+def test_a_score_head_and_adapters_by_default(dry, supervised, tmp_path, lab):
+  """On a language model, with a rank and nothing else."""
+  argv = supervised(
+    "reward_model.py",
+    tmp_path / "run",
+    policy=lab.policy,
+    data=lab.pairs,
+    lora__rank=2,
+    encoding="concat",
+  )
+  out = dry(argv)
+  assert f"{lab.policy} is a language model: it gets a new score head" in out
+  # Two layers of 16: A [16, 2] and B [2, 48] each, and the head's 16 + 1.
+  assert "LoRA on query_key_value: 273 of " in out
+
+
+def test_a_data_file_that_is_not_there(supervised, tmp_path, capfd):
+  (tmp_path / "train.jsonl").touch()
+  for name, hint in (
+    ("trian.jsonl", f"did you mean {tmp_path / 'train.jsonl'}?"),
+    ("*.csv", "check the path"),
+    ("train.jsonl,none.csv", "check the path"),
+  ):
+    path = tmp_path / name
+    argv = supervised("sft.py", tmp_path / "run", data=path)
+    assert main.main(argv) == 2
+    err = capfd.readouterr().err
+    missing = f"{tmp_path / name}".rpartition(",")[2]
+    assert err == f"error: config.data: {missing}: no such file; {hint}\n"
