@@ -103,9 +103,9 @@ class Console:
       self._live.stop()
 
   def _count_programs(
-    self, event: str, seconds: float, **kwargs: object
+    self, event: str, duration_secs: float, **kwargs: str | int
   ) -> None:
-    del seconds, kwargs
+    del duration_secs, kwargs
     self._programs += event == _COMPILED
 
   def update(
