@@ -219,7 +219,7 @@ def test_a_field_of_a_section_may_be_renamed(caplog):
   found = configs.rename_aliases(Outer, stored)
   assert found == {"inner": {"size": 3}, "other": [1]}
   (row,) = configs.describe(Outer)
-  assert row.doc == "a size (formerly width)"
+  assert (row.doc, row.also) == ("a size", "(formerly width)")
 
 
 def test_a_mistyped_old_name_is_understood_too(fail):

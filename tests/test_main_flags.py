@@ -205,7 +205,7 @@ def test_help_lists_flags_and_the_fields_of_a_config(capsys):
   out = capsys.readouterr().out
   assert "--config.steps=9\n" in out
   assert "--config.lora.targets=q_proj,v_proj\n" in out
-  assert "allowed (0, 1]\n" in out
+  assert "allowed (0, 1]; default 1.0\n" in out
   # Presets with a line each, also those that are a function of a size.
   line = "  pythia-12b             The later settings on a Pythia model of the"
   assert line in out
