@@ -131,11 +131,12 @@ def make_parser() -> cli.Parser:
 def preset_help(flag: str) -> str:
   """The presets of a `--config`'s file, a line each; "" if it has none."""
   path = pathlib.Path(flag[: flag.rindex(".py") + 3])
-  lines = cli.presets(path)
-  width = max(map(len, lines), default=0)
-  shown = [f"  {name:<{width}}  {doc}".rstrip() for name, doc in lines.items()]
-  head = [f"presets, named --config {path}:PRESET:"] if lines else []
-  return "\n".join([*head, *shown, ""]) if lines else ""
+  found = cli.presets(path)
+  if not found:
+    return ""
+  width = max(map(len, found))
+  lines = [f"  {name:<{width}}  {doc}".rstrip() for name, doc in found.items()]
+  return "\n".join([f"presets, named --config {path}:PRESET:", *lines, ""])
 
 
 def field_help(config: TrainingConfig) -> str:

@@ -39,7 +39,9 @@ _WIDTH = 32  # of the bar and the sparklines
 _SAMPLE_SECONDS = 6.0  # the best and the worst sample take turns
 _LINE_SECONDS = 2.0  # a log gets at most one line in this time
 _PACE_STEPS = 20  # the pace is a mean over so many steps
-_COMPILED = "/jax/core/compile/backend_compile_duration"  # JAX's event
+# JAX's events at the end of what comes before compiling, and of compiling.
+_LOWERED = "/jax/core/compile/jaxpr_to_mlir_module_duration"
+_COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
 class Console:
@@ -74,6 +76,7 @@ class Console:
     self._line_time = -math.inf
     # Steps that compile are left out of the pace: seconds, and whether so.
     self._programs = self._programs_seen = 0
+    self._compiling = False
     self._times: collections.deque[tuple[float, bool]]
     self._times = collections.deque(maxlen=_PACE_STEPS)
     self._pace = ""
@@ -87,7 +90,7 @@ class Console:
 
   def __enter__(self) -> "Console":
     """Shows the panel, or says in a log that the first step compiles."""
-    jax.monitoring.register_event_duration_secs_listener(self._count_programs)
+    jax.monitoring.register_event_duration_secs_listener(self._watch_compiler)
     if self._live:
       self._stop.on_screen = True
       self._live.start()
@@ -97,16 +100,18 @@ class Console:
 
   def __exit__(self, *exc: object) -> None:
     """Leaves the last state of the panel on the screen."""
-    jax.monitoring.unregister_event_duration_listener(self._count_programs)
+    jax.monitoring.unregister_event_duration_listener(self._watch_compiler)
     if self._live:
       self._stop.on_screen = False
       self._live.stop()
 
-  def _count_programs(
+  def _watch_compiler(
     self, event: str, duration_secs: float, **kwargs: str | int
   ) -> None:
     del duration_secs, kwargs
-    self._programs += event == _COMPILED
+    if event in (_LOWERED, _COMPILED):
+      self._compiling = event == _LOWERED
+      self._programs += event == _COMPILED
 
   def update(
     self,
@@ -180,7 +185,10 @@ class Console:
     grid.add_row("step", f"{self._step}/{self._steps}", bar)
     # Until the first results it mostly compiles.
     waiting = f"compiling, {duration(time.monotonic() - self._begun)}"
-    speeds = "  ".join([self._pace or waiting, *self._speeds.values()])
+    pace = self._pace or waiting
+    if self._compiling and self._pace:
+      pace = f"compiling  {pace}"
+    speeds = "  ".join([pace, *self._speeds.values()])
     grid.add_row("speed", "", text.Text(speeds))
     # Headline metrics; their course needs characters beyond ASCII.
     unicode = "utf" in self._output.encoding

@@ -166,8 +166,11 @@ def test_the_panel_says_that_it_compiles_and_that_it_stops(clock):
   assert not stop.on_screen
   with Console(4, "lab", stop=stop, output=output) as shown:
     shown.update(1, {})
+    jax.jit(lambda x: x * 3).lower(0.0)  # up to where it would compile
     stop.signal = 2
-  assert "stopping after this step; once more" in output.file.getvalue()
+  page = output.file.getvalue()
+  assert "compiling  0 s/step" in page
+  assert "stopping after this step; once more" in page
 
 
 @pytest.mark.parametrize(
