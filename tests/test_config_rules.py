@@ -341,7 +341,7 @@ def test_supervised_rules(fail):
     "config.epochs must be > 0, got 0"
   )
   assert fail({"loss_on": "answer"}, algorithm="sft").startswith(
-    "config.loss_on must be one of completion, all, got 'answer'"
+    "config.loss_on must be one of assistant, completion, all, got 'answer'"
   )
 
 

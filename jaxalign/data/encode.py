@@ -1,6 +1,8 @@
 """Prompts and completions as token ids with a loss mask."""
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -47,6 +49,7 @@ def encode_rows(
   train_eos: bool | Sequence[int | None] = False,
   overlong: str = "error",
   prompt_ids: Mapping[str, list[int]] | None = None,
+  turns: Sequence[Sequence[tuple[int, int]]] | None = None,
 ) -> EncodedRows:
   """Encodes prompts with their completions for training.
 
@@ -66,6 +69,10 @@ def encode_rows(
     overlong: what to do with a prompt that leaves no room for one id of the
       completion: `error`, or `skip` and count it.
     prompt_ids: of every prompt, where they are known already.
+    turns: of each row the character ranges `[start, end)` of the joined text
+      that count, in order, the first of them where the completion begins; none
+      = all of the completion. Only with `loss="completion"`. The token that
+      ends a turn counts, blanks after it do not.
 
   Raises:
     UserError: an overlong prompt under `error`, or `train_eos` with a
@@ -102,19 +109,95 @@ def encode_rows(
     # Where a token straddles the seam, the prompt keeps its own ids.
     if ids[: len(start)] != start:
       ids = start + tokenizer.encode(texts[index][len(prompt) :])
+    parts = turns[index] if turns else ()
+    if parts:
+      ids, spans = _spans(tokenizer, texts[index], ids, len(start), parts)
     # A text that is cut gets no eos id: it did not end there. Nor does one that
     # has an end already, of a chat template or its own.
     eos = train_eos[index]
     has_end = eos is not None and _ends(tokenizer, ids[len(start) :])
     end = [] if eos is None or has_end else [eos]
+    length = len(ids)
     complete = len(ids) + len(end) <= max_length
     ids = (ids + end if complete else ids)[:max_length]
     # Nothing predicts the first id, so it never counts.
     first = max(1, len(start) if loss == "completion" else 1)
     mask = tuple(position >= first for position in range(len(ids)))
+    if parts:
+      # An end that is appended belongs to the turn before it.
+      counts = {i for a, b in spans for i in range(max(a, 1), b)}
+      if spans[-1][1] == length:
+        counts |= {length}
+      mask = tuple(position in counts for position in range(len(ids)))
     rows.append(Encoded(tuple(ids), len(start), mask, complete))
     kept.append(index)
   return EncodedRows(tuple(rows), tuple(kept), len(texts) - len(rows))
+
+
+def _spans(
+  tokenizer: Tokenizer,
+  text: str,
+  ids: list[int],
+  first: int,
+  parts: Sequence[tuple[int, int]],
+) -> tuple[list[int], list[tuple[int, int]]]:
+  """Finds the ids of parts of a text.
+
+  Every part begins with an id of its own, as it does for the sampler, which
+  reads the ids of the text before it: where a token straddles that seam, the
+  text is tokenised in two. The token that straddles the end of a part belongs
+  to it, because it holds its last characters.
+
+  Args:
+    tokenizer: of the text.
+    text: what the ids say.
+    ids: of the whole text.
+    first: ids before the first part.
+    parts: character ranges `[start, end)` in order.
+
+  Returns:
+    The ids, tokenised again where they had to be, and the ranges `[a, b)` of
+    the parts in them.
+  """
+  known, offsets = tokenizer.encode_with_offsets(text)
+  shift = len(ids) - len(known)  # by the bos token
+  # Ids up to the last seam where the text was tokenised in two, and its place.
+  fixed, seam = [], 0
+  if ids[shift:] != known:
+    offsets, fixed, seam = [], ids[:first], parts[0][0]
+
+  def ids_before(place: int) -> tuple[int, list[int] | None]:
+    """How many ids lie before a character; those of its text if they differ."""
+    i = bisect.bisect_left(offsets, (place, 0))
+    if offsets and (i == 0 or offsets[i - 1][1] == place):
+      return i + shift, None
+    # A token straddles it, or the tokenizer does not say.
+    if seam:
+      found = fixed + tokenizer.encode(text[seam:place])
+    else:
+      found = tokenizer.encode_prompts([text[:place]])[0]
+    alike = (x == y for x, y in zip(ids, found, strict=False))
+    same = sum(itertools.takewhile(bool, alike))
+    return same, None if same == len(found) else found
+
+  spans: list[tuple[int, int]] = []
+  for number, (start, end) in enumerate(parts):
+    a, before = ids_before(start) if number else (first, None)
+    if before is not None:
+      ids = before + tokenizer.encode(text[start:])
+      a, offsets, fixed, seam = len(before), [], before, start
+    b = len(ids)
+    if end < len(text):
+      b, differs = ids_before(end)
+      b += differs is not None
+    # Up to the end of the turn, which a template's marks may leave out.
+    ends = [i for i in range(a, b) if ids[i] in tokenizer.end_ids]
+    if ends and not tokenizer.decode(ids[ends[-1] + 1 : b]).strip():
+      b = ends[-1] + 1
+    elif b < len(ids) and ids[b] in tokenizer.end_ids:
+      b += 1
+    spans.append((a, b))
+  return ids, spans
 
 
 def _ends(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:

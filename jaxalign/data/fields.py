@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 from jaxalign.core.types import JsonObject
 from jaxalign.data.sources import Row, Table
@@ -24,12 +24,11 @@ Made = TypeVar("Made")
 ROLES = ("system", "user", "assistant")  # what the role delimiters can write
 # Keys of a message that a model was meant to read or write. Others, such as
 # dates, are handed to the template as well, which may leave them out.
+_REASONING = ("reasoning_content", "reasoning", "thinking")
 _READ = (
   "tool_calls",
   "function_call",
-  "reasoning_content",
-  "reasoning",
-  "thinking",
+  *_REASONING,
   "documents",
   "images",
   "audio",
@@ -37,6 +36,14 @@ _READ = (
 )
 # What `Tokenizer.render_chat` sets itself.
 _RESERVED_SETTINGS = ("messages", "reply", "tokenize", "add_generation_prompt")
+
+
+class Answers(NamedTuple):
+  """A text, and what of it the assistant says."""
+
+  prompt: str  # up to the first turn to learn from
+  completion: str  # the rest
+  turns: tuple[tuple[int, int], ...] = ()  # as `CompletionRow.turns`
 
 
 class BadRow(UserError):
@@ -188,8 +195,10 @@ def _after(
   """Renders two role lists as the prompt's text and the completion's."""
   if not completion:
     raise BadRow("has no message in a completion")
-  start = render(prompt, tokenizer, True, settings) if prompt else ""
   whole = render(prompt + completion, tokenizer, settings=settings)
+  start = _start_of(
+    prompt + completion, len(prompt), whole, tokenizer, settings
+  )
   _refuse_unwritten(prompt + completion, tokenizer, settings, whole)
   if completion[-1].get("weight") == 0:
     return start, ""  # nothing to learn: it is left out and counted as empty
@@ -199,6 +208,23 @@ def _after(
     alike = (a == b for a, b in zip(start, whole, strict=False))
     start = start[: sum(itertools.takewhile(bool, alike))]
   return start, whole[len(start) :]
+
+
+def _start_of(
+  messages: list[templates.Message],
+  turn: int,
+  whole: str,
+  tokenizer: Tokenizer | None,
+  settings: JsonObject,
+) -> str:
+  """The text before an answer, as the sampler would read it."""
+  if turn:
+    return render(messages[:turn], tokenizer, True, settings)
+  # Nobody speaks before it; what opens an answer is not the assistant's either.
+  first = render(messages[:1], tokenizer, settings=settings)
+  header = render(messages[:1], tokenizer, True, settings)[len(first) :]
+  before, found, _ = whole.partition(header) if header else ("", "", "")
+  return before + found if found else ""
 
 
 def _refuse_unwritten(
@@ -260,6 +286,123 @@ def prompt_completion_of(
     text_of(prompt, "prompt", tokenizer),
     text_of(completion, "completion", tokenizer),
   )
+
+
+def answers_of(row: Row, tokenizer: Tokenizer | None) -> list[Answers]:
+  """Every assistant turn of a row's role list, `messages` or `completion`.
+
+  The parts come from the chat template's `{% generation %}` marks if it has
+  them, else from what it writes of the first messages alone. Where it rewrites
+  earlier turns once others follow (Qwen3 drops their reasoning), every turn
+  becomes a row of its own, written as it would be sampled.
+
+  Returns:
+    One row; several where the template rewrites turns. Rows without a role list
+    are those of `prompt_completion_of`, and train on all of the completion.
+    Without any turn to learn from the completion is empty.
+  """
+  settings = settings_of(row)
+  prompt: list[templates.Message] = []
+  # Only the completion's turns count of a row that has both.
+  if "messages" in row:
+    messages = messages_of(row["messages"], "messages", tokenizer)
+  elif all(isinstance(row.get(x), list) for x in ("prompt", "completion")):
+    prompt = messages_of(row["prompt"], "prompt", tokenizer)
+    completion = messages_of(row["completion"], "completion", tokenizer)
+    messages = prompt + completion
+  else:
+    return [Answers(*prompt_completion_of(row, tokenizer))]
+  turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+  if not turns or turns[-1] < len(prompt):
+    raise BadRow("has no message of the assistant to learn from")
+  wanted = [i for i in turns if i >= len(prompt) and _teaches(messages[i])]
+  if not wanted:
+    return [Answers("", "")]
+  # Nothing that is learned reads what comes after the last turn.
+  messages = messages[: wanted[-1] + 1]
+  if tokenizer is None or not tokenizer.has_chat_template:
+    # As `templates.join` writes the last turn.
+    messages = [
+      m | {"content": m["content"].strip()} if m["role"] == "assistant" else m
+      for m in messages
+    ]
+  whole = render(messages, tokenizer, settings=settings)
+  ranges = _marked(messages, wanted, tokenizer, settings)
+  if ranges is None:
+    ranges = []
+    for i in wanted:
+      start = _start_of(messages, i, whole, tokenizer, settings)
+      end = render(messages[: i + 1], tokenizer, settings=settings)
+      if not (end.startswith(start) and whole.startswith(end)):
+        break
+      ranges.append((len(start), len(end)))
+    if len(ranges) < len(wanted):
+      return [_last_of(messages[: i + 1], tokenizer, settings) for i in wanted]
+  _refuse_unwritten(messages, tokenizer, settings, whole)
+  if not ranges:  # the marks leave these turns out
+    return [Answers("", "")]
+  at = ranges[0][0]
+  start, rest = whole[:at], whole[at:]
+  # The seam's blanks may change where the two are joined; then what follows
+  # moves by as many characters.
+  text = templates.join(start, rest)
+  moved = 0 if whole.startswith(text) else len(text) - len(whole.rstrip())
+  spans = [(max(a + moved, at), b + moved) for a, b in ranges]
+  return [Answers(start, rest, tuple(spans))]
+
+
+def _teaches(turn: templates.Message) -> bool:
+  """Whether a turn says something and is not taken out by its weight."""
+  content = turn["content"]
+  said = content.strip() if isinstance(content, str) else content
+  return bool(said or any(turn.get(key) for key in _READ)) and (
+    turn.get("weight") != 0
+  )
+
+
+def _last_of(
+  messages: list[templates.Message],
+  tokenizer: Tokenizer | None,
+  settings: JsonObject,
+) -> Answers:
+  """The last turn as a row of its own."""
+  # That earlier reasoning is left out is what such templates are made for.
+  before = [
+    {key: x for key, x in m.items() if key not in _REASONING}
+    for m in messages[:-1]
+  ]
+  same = [
+    render([*m, messages[-1]], tokenizer, settings=settings)
+    for m in (before, messages[:-1])
+  ]
+  before = before if same[0] == same[1] else messages[:-1]
+  start, rest = _after(before, messages[-1:], tokenizer, settings)
+  length = len(templates.join(start, rest))
+  return Answers(start, rest, ((len(start), length),))
+
+
+def _marked(
+  messages: list[templates.Message],
+  wanted: list[int],
+  tokenizer: Tokenizer | None,
+  settings: JsonObject,
+) -> list[tuple[int, int]] | None:
+  """The marked parts of the wanted turns; None without marks."""
+  found = tokenizer.generation_ranges(messages, settings) if tokenizer else None
+  if found is None:
+    return None
+  ranges = found[1]
+  turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+  if len(ranges) == len(turns):
+    both = zip(turns, ranges, strict=True)
+    ranges = [part for i, part in both if i in wanted]
+  elif len(wanted) < len(turns):
+    raise BadRow(
+      f"has {len(turns)} assistant turns of which {len(wanted)} are learned, "
+      f"and the chat template marks {len(ranges)} parts, so which are these "
+      "turns' is not known"
+    )
+  return [(start, end) for start, end in ranges if end > start]
 
 
 def instruction_of(row: Row) -> tuple[str, str]:

@@ -20,6 +20,7 @@ from typing import TypeVar
 from jaxalign.data import sources
 from jaxalign.data.columns import lacking_columns
 from jaxalign.data.fields import (
+  answers_of,
   collect,
   group_of,
   instruction_of,
@@ -50,6 +51,7 @@ def load_completions(
   part: str = "all",
   columns: Mapping[str, str] | None = None,
   group: str = "",
+  every_turn: bool = False,
 ) -> LoadedRows[CompletionRow]:
   """Prompts with completions, for SFT (`need=""`), KTO or distillation.
 
@@ -65,10 +67,14 @@ def load_completions(
     columns: our name -> the source's, e.g. `{"reward": "train_reward"}`.
     group: the column of a row's `group`, which every row then must have; empty
       = the column `group` where there is one.
+    every_turn: of role lists all assistant turns are marked in `turns`, not
+      only the last.
 
   Raises:
     UserError: see `sources.read`; missing columns; nothing left.
   """
+  split_up = 0  # dialogues that gave several rows
+
   # A preference passes as one row, because its halves are checked together.
   form = DIALOGUE if tokenizer is None else tokenizer.format
 
@@ -85,6 +91,14 @@ def load_completions(
     if "chosen" in row and need == "label":
       return [PreferenceRow(*preference_of(row, tokenizer), group=who)]
     # Anything else: prompt and completion, messages, or text.
+    if every_turn:
+      nonlocal split_up
+      made = answers_of(row, tokenizer)
+      split_up += len(made) > 1
+      return [
+        CompletionRow(x.prompt, x.completion, group=who, turns=x.turns)
+        for x in made
+      ]
     prompt, completion = prompt_completion_of(row, tokenizer)
     reward = number_of(row, "reward", need == "reward")
     label = truth_of(row, "label", need == "label")
@@ -105,7 +119,7 @@ def load_completions(
   tables = _tables(source, split, max_bad_share, part, columns or {})
   found = _load(tables, build, _with(wanted, group), max_bad_share)
   rows = tuple(made for row in found.rows for made in _completions_of(row))
-  return LoadedRows(rows, found.read, found.bad, found.dropped)
+  return LoadedRows(rows, found.read, found.bad, found.dropped, split_up)
 
 
 def load_preferences(

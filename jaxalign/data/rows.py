@@ -25,6 +25,8 @@ class CompletionRow:
   reward: float | None = None  # raw logit, higher is better
   label: bool | None = None  # True = desirable
   group: str = ""
+  # Character ranges of the joined text to train on; () = all the completion.
+  turns: tuple[tuple[int, int], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +51,15 @@ class LoadedRows(Generic[Row]):
   read: int  # rows that the source held
   bad: tuple[str, ...] = ()  # `file:line what is wrong`, one a skipped row
   dropped: tuple[tuple[str, int], ...] = ()  # (reason, rows), not errors
+  split_up: int = 0  # dialogues that gave a row for each assistant turn
 
   def __str__(self) -> str:
     counts = (("bad", len(self.bad)), *self.dropped)
     left_out = [f"{count} {reason}" for reason, count in counts if count]
     tail = f" (left out: {', '.join(left_out)})" if left_out else ""
+    if self.split_up:
+      tail += (
+        f"; the chat template rewrites earlier turns of {self.split_up} "
+        "dialogues, so each of their turns is a row"
+      )
     return f"{len(self.rows)} rows from {self.read}{tail}"

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any, SupportsIndex
 
@@ -30,6 +31,8 @@ GENERATION = "generation_config.json"
 MOST_ENDS = 8  # ids that can end a completion; the sampler has a table of them
 # Names of the end-of-text token, for files that do not say which one it is.
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")
+
+_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 # A transformers.PreTrainedTokenizerBase. Its import takes seconds, so the class
 # is not named here, where every annotation is evaluated in the test run.
@@ -69,6 +72,23 @@ class Tokenizer:
     return self.inner(list(texts), add_special_tokens=False, verbose=False)[
       "input_ids"
     ]
+
+  def encode_with_offsets(
+    self, text: str
+  ) -> tuple[list[int], list[tuple[int, int]]]:
+    """Ids of a text, and the characters `[start, end)` that each stands for.
+
+    The characters are [] where the tokenizer does not know them.
+    """
+    if not self.inner.is_fast:
+      return self.encode(text), []
+    found = self.inner(
+      text,
+      add_special_tokens=False,
+      return_offsets_mapping=True,
+      verbose=False,
+    )
+    return found["input_ids"], found["offset_mapping"]
 
   def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
     """Ids that a causal model starts from: the bos token if any, then the text.
@@ -132,10 +152,49 @@ class Tokenizer:
       )
     # A template raises on roles it refuses, and its Python on other types.
     except (jinja2.TemplateError, TypeError, ValueError) as error:
-      reason = (str(error).splitlines() or [type(error).__name__])[0]
-      raise UserError(
-        f"the chat template of {self.name} refuses the messages: {reason}"
-      ) from error
+      raise self._refusal(error) from error
+
+  def generation_ranges(
+    self, messages: list[templates.Message], settings: JsonObject | None = None
+  ) -> tuple[str, list[tuple[int, int]]] | None:
+    """What a chat template marks as the assistant's, by `{% generation %}`.
+
+    Args:
+      messages: as for `render_chat`.
+      settings: for the template, such as `tools`.
+
+    Returns:
+      The text and the character ranges `[start, end)` of the marked parts in
+      it, or None where the template marks nothing.
+
+    Raises:
+      UserError: the template refuses these messages.
+    """
+    if not self.has_chat_template:
+      return None
+    settings = settings or {}
+    template = self.inner.get_chat_template(None, settings.get("tools"))
+    if not _MARKER.search(template):
+      return None
+    import jinja2
+    from transformers.utils.chat_template_utils import render_jinja_template
+
+    try:
+      texts, ranges = render_jinja_template(
+        conversations=[messages],
+        chat_template=template,
+        return_assistant_tokens_mask=True,
+        **(self.inner.special_tokens_map | settings),
+      )
+    except (jinja2.TemplateError, TypeError, ValueError) as error:
+      raise self._refusal(error) from error
+    return texts[0], [(start, end) for start, end in ranges[0]]
+
+  def _refusal(self, error: Exception) -> UserError:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return UserError(
+      f"the chat template of {self.name} refuses the messages: {reason}"
+    )
 
   def encode_reward(
     self,

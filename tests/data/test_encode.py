@@ -185,3 +185,66 @@ def test_completions_that_ended_get_an_eos(tiny):
   # Without an end of text there is none to train, and no mistake either.
   without = dataclasses.replace(tiny, eos_id=None)
   assert encode_completions(without, found, np.arange(3), 5, True) == plain
+
+
+def spans_of(text, *parts):
+  return tuple((text.index(p), text.index(p) + len(p)) for p in parts)
+
+
+def test_every_turn_counts_with_its_end_and_no_blank_after_it(tiny_bos):
+  """An end that the ranges leave out is the turn's as well."""
+  text = "[u]q[a]one</s>\n[u]more[a]two</s>\n"
+  for parts in (("one</s>\n", "two</s>\n"), ("one", "two")):
+    (row,) = encode_rows(
+      tiny_bos,
+      ["[u]q[a]"],
+      [text.removeprefix("[u]q[a]")],
+      max_length=64,
+      train_eos=True,
+      turns=[spans_of(text, *parts)],
+    ).rows
+    assert tiny_bos.inner.decode(row.ids) == "<s>" + text
+    on = [i for i, on in zip(row.ids, row.loss_mask, strict=True) if on]
+    assert tiny_bos.inner.decode(on) == "one</s>two</s>"
+
+
+def test_an_end_that_is_appended_belongs_to_the_last_turn(tiny):
+  text = PROMPT + " one\n\nHuman: b\n\nAssistant: two"
+  options = {"train_eos": True, "turns": [spans_of(text, " one", " two")]}
+  row = one(tiny, PROMPT, text.removeprefix(PROMPT), **options)
+  assert counted(tiny, row) == " one two"
+  assert row.ids[-1] == tiny.eos_id
+  assert row.loss_mask[-1]
+  # Cut within the second turn, and before it: the first one is still learned.
+  for cut, left in ((2, " one tw"), (10, " one")):
+    options["max_length"] = len(text) + 1 - cut
+    row = one(tiny, PROMPT, text.removeprefix(PROMPT), **options)
+    assert counted(tiny, row) == left
+    assert not row.complete
+
+
+def test_turns_begin_where_the_sampler_begins(real, monkeypatch):
+  """Also where tokens straddle both seams, and without known characters."""
+  for tokenizer in real.values():
+    prompt = "say wo"
+    text = "say word here.\n\nSay a sen" + "tence.\n\nSay it"
+    parts = ((6, len("say word here.")), (text.index("tence"), len(text) - 8))
+    for _ in range(2):
+      row = one(tokenizer, prompt, text.removeprefix(prompt), turns=[parts])
+      first = tokenizer.encode_prompts([prompt])[0]
+      assert list(row.ids[: len(first)]) == first
+      at = [i for i, on in enumerate(row.loss_mask) if on]
+      assert at[0] == len(first)
+      assert counted(tokenizer, row).replace(" ", "").startswith("rdhere.")
+      gap = next(i for i in range(at[0], at[-1]) if not row.loss_mask[i])
+      again = next(i for i in range(gap, at[-1]) if row.loss_mask[i])
+      rest = tokenizer.encode(text[parts[1][0] :])
+      assert list(row.ids[again:]) == rest
+      seam = tokenizer.decode(row.ids[at[0] : again]).strip()
+      assert seam.endswith("Say a sen")
+      monkeypatch.setattr(
+        type(tokenizer),
+        "encode_with_offsets",
+        lambda self, text: (self.encode(text), []),
+      )
+    monkeypatch.undo()

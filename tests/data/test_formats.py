@@ -3,7 +3,7 @@ import logging
 
 import pytest
 
-from jaxalign.data import formats
+from jaxalign.data import encode, formats
 from jaxalign.data.rows import CompletionRow, PreferenceRow
 from jaxalign.errors import UserError
 from jaxalign.text import templates
@@ -508,3 +508,116 @@ def test_tools_that_a_template_leaves_out_are_a_mistake(write, tiny_chat):
   path = write([{"messages": [USER, said("a")], "tools": TOOLS}])
   with pytest.raises(UserError, match="has tools, which the chat template"):
     formats.load_completions(path, tokenizer=tiny_chat)
+
+
+ASK = {"role": "user", "content": "more"}
+TOOL = {"role": "tool", "content": "4"}
+CALL = {"role": "assistant", "content": None, "tool_calls": TOOLS}
+MARKED = (
+  "{% for m in messages %}[{{ m.role }}]{% if m.role == 'assistant' %}"
+  "{% generation %}{{ m.content }}</s>{% endgeneration %}{% else %}"
+  "{{ m.content }}{% endif %}{% endfor %}"
+  "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+# Only the last turn keeps its thoughts, as in Qwen3's.
+REWRITES = (
+  "{% for m in messages %}[{{ m.role }}]{% if m.thinking and loop.last %}"
+  "({{ m.thinking }}){% endif %}{{ m.content }}</s>{% endfor %}"
+  "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def trained(row):
+  text = templates.join(row.prompt, row.completion)
+  assert not row.turns or row.turns[0][0] == len(row.prompt)
+  return text, [text[a:b] for a, b in row.turns]
+
+
+def every_turn(write, row, tokenizer=None):
+  path = write([row])
+  return formats.load_completions(path, tokenizer=tokenizer, every_turn=True)
+
+
+@pytest.mark.parametrize("template", [None, RICH, MARKED])
+def test_every_assistant_turn_is_marked(write, make_tiny, template):
+  """System, user and what follows the last turn are not."""
+  row = {"messages": [SYSTEM, USER, said("a"), ASK, said(" b\n"), ASK]}
+  tokenizer = make_tiny(template=template)
+  (made,) = every_turn(write, row, tokenizer).rows
+  text, turns = trained(made)
+  if template is None:
+    assert text == f"s{HEAD} a\n\nHuman: more\n\nAssistant: b"
+    assert turns == [" a", " b"]
+  else:
+    end = "</s>" if template == MARKED else ""
+    assert turns == [f"a{end}", f" b\n{end}"]
+    assert text == tokenizer.render_chat(row["messages"][:-1])
+
+
+@pytest.mark.parametrize(
+  ("messages", "said_by_it"),
+  [
+    ([USER, CALL, TOOL, said("a")], ["<add>", "a"]),
+    ([USER, said("a") | {"weight": 0}, ASK, said("b")], ["b"]),
+    ([USER, said("a"), ASK, said("b") | {"weight": 0}], ["a"]),
+    ([USER, said(""), ASK, said("b")], ["b"]),
+    ([said("hello"), USER, said("a")], ["hello", "a"]),
+  ],
+)
+def test_tools_weights_and_first_words(write, make_tiny, messages, said_by_it):
+  tokenizer = make_tiny(template=RICH)
+  (made,) = every_turn(write, {"messages": messages}, tokenizer).rows
+  assert trained(made)[1] == said_by_it
+  # A completion that is a list has turns; the prompt's are not learned again.
+  both = {"prompt": [USER, said("x"), ASK], "completion": messages}
+  (made,) = every_turn(write, both, tokenizer).rows
+  assert trained(made)[1] == said_by_it
+
+
+def test_the_marks_of_a_template_are_transformers(write, make_tiny):
+  tokenizer = make_tiny(template=MARKED)
+  messages = [USER, said("a"), ASK, said("b")]
+  (made,) = every_turn(write, {"messages": messages}, tokenizer).rows
+  (row,) = encode.encode_rows(
+    tokenizer,
+    [made.prompt],
+    [made.completion],
+    max_length=99,
+    turns=[made.turns],
+    train_eos=True,
+  ).rows
+  theirs = tokenizer.inner.apply_chat_template(
+    messages, return_dict=True, return_assistant_tokens_mask=True
+  )
+  assert list(row.ids) == theirs["input_ids"]
+  assert list(row.loss_mask) == [x == 1 for x in theirs["assistant_masks"]]
+
+
+def test_a_template_that_rewrites_turns_gives_a_row_for_each(write, make_tiny):
+  """Written as they are sampled; said in the line that a run prints."""
+  tokenizer = make_tiny(template=REWRITES)
+  messages = [USER, said("a") | {"thinking": "x"}, ASK, said("b")]
+  found = every_turn(write, {"messages": messages}, tokenizer)
+  assert [trained(row) for row in found.rows] == [
+    ("[user]q</s>[assistant](x)a</s>", ["(x)a</s>"]),
+    ("[user]q</s>[assistant]a</s>[user]more</s>[assistant]b</s>", ["b</s>"]),
+  ]
+  assert str(found) == (
+    "2 rows from 1; the chat template rewrites earlier turns of 1 dialogues, "
+    "so each of their turns is a row"
+  )
+
+
+def test_dialogues_without_a_turn_to_learn(write, make_tiny):
+  silent = {"messages": [USER, said("a") | {"weight": 0}]}
+  path = write([silent, {"messages": [USER, said("a")]}])
+  found = formats.load_completions(path, every_turn=True)
+  assert found.dropped == (("empty", 1),)
+  with pytest.raises(UserError, match="has no message of the assistant to le"):
+    every_turn(write, {"messages": [USER]})
+  # Marks that fit the turns in number say whose they are.
+  template = MARKED.replace("{% generation %}", "{% generation %}(", 1)
+  half = template.replace("== 'assistant'", "== 'nobody'")
+  row = {"messages": [*silent["messages"], ASK, said("b")]}
+  with pytest.raises(UserError, match="has 2 assistant turns of which 1 are"):
+    every_turn(write, row, make_tiny(template=half))

@@ -13,10 +13,12 @@ class SFTConfig(SupervisedConfig):
   algorithm: str = field("sft", "what to run", choices=("sft",))
   packing: bool = field(False, "several texts a row; none attends to another")
   loss_on: str = field(
-    "completion",
-    "tokens in the loss: those of the completion, or all of the text",
-    choices=("completion", "all"),
-    also=("completion_only_loss",),
+    "assistant",
+    "tokens in the loss: `assistant`, all assistant turns of a role list; "
+    "`completion`, the last turn alone; `all` of the text; of rows that are no "
+    "role lists, the first two take the completion",
+    choices=("assistant", "completion", "all"),
+    also=("assistant_only_loss", "completion_only_loss"),
   )
   train_eos: bool = field(True, "put the end of text after every row")
 

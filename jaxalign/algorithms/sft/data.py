@@ -85,16 +85,18 @@ def _load_rows(
   source, options = source_of(
     config, tokenizer, validation, "demonstrations.jsonl"
   )
-  found = formats.load_completions(source, **options)
+  every_turn = config.loss_on == "assistant"
+  found = formats.load_completions(source, every_turn=every_turn, **options)
   kept = [row for row in found.rows if fits(config, row.prompt, row.completion)]
   encoded = encode_rows(
     tokenizer,
     [row.prompt for row in kept],
     [row.completion for row in kept],
     max_length=length,
-    loss=config.loss_on,
+    loss="all" if config.loss_on == "all" else "completion",
     train_eos=config.train_eos,
     overlong="skip",
+    turns=[row.turns for row in kept],
   )
   left = len(encoded.rows)
   cut = sum(not row.complete for row in encoded.rows)

@@ -39,3 +39,27 @@ def test_the_lab_among_other_sources(tokenizer, tmp_path, capsys):
   alone = SFTConfig(data="lab", batch_size=1, max_length=512)
   counts = [load_data(c, tokenizer, 512).config.steps for c in (config, alone)]
   assert counts[0] == counts[1] + 1
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+  ("loss_on", "counted"), [("assistant", "bcd"), ("completion", "d")]
+)
+def test_which_turns_count(tokenizer, tmp_path, packing, loss_on, counted):
+  turns = [
+    ("user", "a"),
+    ("assistant", "b c"),
+    ("user", "b"),
+    ("assistant", "d"),
+  ]
+  row = {"messages": [{"role": r, "content": c} for r, c in turns]}
+  path = written(tmp_path / "rows.jsonl", [row, row])
+  config = SFTConfig(
+    data=path, batch_size=1, max_length=64, packing=packing, loss_on=loss_on
+  )
+  batch = load_data(config, tokenizer, 64).batch(0)
+  said = tokenizer.decode(batch.tokens[batch.loss_mask])
+  texts = 2 if packing else 1
+  assert said.replace(" ", "") == counted * texts
+  # The end of text is in the loss as well.
+  assert batch.loss_mask.sum() == (len(counted) + 1) * texts
