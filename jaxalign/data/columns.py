@@ -2,6 +2,7 @@
 
 import difflib
 
+from jaxalign.data.converters import CONVERTERS
 from jaxalign.data.sources import Table
 from jaxalign.errors import UserError
 
@@ -9,12 +10,11 @@ from jaxalign.errors import UserError
 CONVERSIONS = (
   (
     {"instruction", "output"},
-    "Alpaca: write instruction (and input) to prompt, output to completion",
+    "Alpaca: write @alpaca after the source's name",
   ),
   (
     {"conversations"},
-    "ShareGPT: rename conversations to messages, from/value to role/content, "
-    "human/gpt to user/assistant",
+    "ShareGPT: write @sharegpt after the source's name",
   ),
   (
     {"messages"},
@@ -32,6 +32,8 @@ ALIASES = {
   "messages": ("conversations", "dialogue", "dialog"),
   "text": ("content", "document"),
 }
+# A converter whose columns others have as well.
+_GENERAL = ("ultrafeedback_binarized",)
 MEANING = {"label": " (true = desirable, false = not)"}
 
 
@@ -63,6 +65,11 @@ def _conversion(found: set[str], options: list[set[str]]) -> str:
   for columns, advice in CONVERSIONS:
     if columns <= found:
       return advice
+  for name, converter in CONVERTERS.items():
+    if set(converter.needs) <= found and name not in _GENERAL:
+      return (
+        f"its columns are those of a known set: write @{name} after its name"
+      )
   plans = [_renames(found, option) for option in options]
   # Fewest columns to invent, then fewest to rename.
   renames, absent = min(plans, key=lambda plan: (len(plan[1]), len(plan[0])))

@@ -1,5 +1,7 @@
 """Rows of a data source: `lab`, local files, globs, hub data sets.
 
+`SOURCE@NAME` goes through a named converter (`converters`).
+
 A source that exists on disk or looks like a path is never looked up on the hub,
 so a mistyped file name costs no network call and gets a plain message.
 """
@@ -12,16 +14,28 @@ import itertools
 import json
 import logging
 import pathlib
+import re
 import sys
 import zlib
 from collections.abc import Iterator
 from typing import Any
 
+from jaxalign.data import converters
 from jaxalign.errors import UserError
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
+# What `datasets` and the hub put next to the data.
+METADATA = (
+  "dataset_info.json",
+  "dataset_infos.json",
+  "dataset_dict.json",
+  "state.json",
+)
+MAX_METADATA = 1 << 20  # bytes; larger files are data
+# The hub's names of a split's files.
+_SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(?:-[0-9a-f]+)?\.\w+(\.gz)?")
 INSTEAD = {"test": ("validation", "train")}  # where there is no such split
 LAB_PROMPTS = pathlib.Path(__file__).parent.parent / "lab" / "prompts.jsonl"
 
@@ -51,8 +65,9 @@ def read(
 
   Args:
     source: `lab`, a hub id `name` or `name:subset`, a file (`.jsonl`, `.json`,
-      `.csv`, each also `.gz`, or `.parquet`), a folder, a glob; several joined
-      by commas.
+      `.csv`, each also `.gz`, `.parquet` or `.arrow`), a folder, also one of
+      `save_to_disk` or a clone from the hub, a glob; each may end in `@NAME`, a
+      converter; several joined by commas.
     split: of a hub data set; in a folder, the files whose names begin with it,
       if there are any. Without a `test` split, `validation` is read, else
       `train`. Single files and globs have no splits.
@@ -81,7 +96,9 @@ def part_names(source: str) -> list[str]:
     UserError: there is none.
   """
   # The name of a file may hold commas.
-  whole = [source] if pathlib.Path(source).exists() else source.split(",")
+  path, _, _ = source.rpartition("@")
+  exists = any(name and pathlib.Path(name).exists() for name in (source, path))
+  whole = [source] if exists else source.split(",")
   names = [part.strip() for part in whole if part.strip()]
   if not names:
     raise UserError(
@@ -123,8 +140,23 @@ def is_local(name: str) -> bool:
 
 
 def _read_one(name: str, split: str) -> Table:
-  if not is_local(name):
-    return _read_hub(name, split)
+  # A name with an @ that exists is a path.
+  source, converter = name, ""
+  if not pathlib.Path(name).exists():
+    source, converter = converters.split_name(name)
+  if is_local(source):
+    table = _read_local(source, split)
+  else:
+    table = _read_hub(source, split)
+  if not converter:
+    return table
+  rows, places, bad = converters.convert(
+    converter, name, table.rows, table.places
+  )
+  return Table(name, tuple(rows), tuple(places), (*table.bad, *bad))
+
+
+def _read_local(name: str, split: str) -> Table:
   rows, places, bad = [], [], []
   for path in _files(name, split):
     for place, row, problem in _read_file(path):
@@ -144,22 +176,14 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
         f"lab prompts are not installed: {LAB_PROMPTS} is missing"
       )
     return [LAB_PROMPTS]
-  # A folder: the files of the split, or else of the one that replaces it.
   path = pathlib.Path(name).expanduser()
   if not path.exists() and ":" in name:  # folder:subset, as a hub clone has it
     head, _, subset = name.rpartition(":")
     path = pathlib.Path(head).expanduser() / subset
+    if path.parent.is_dir() and not path.exists():  # or folder:split
+      return _of_folder(path.parent, subset, exact=True)
   if path.is_dir():
-    found = sorted(p for p in path.iterdir() if _suffix(p) and p.is_file())
-    if not found:
-      raise UserError(
-        f"folder {path} holds no data files; need one of {', '.join(SUFFIXES)}"
-      )
-    for part in _splits(split):
-      if named := [p for p in found if p.name.startswith(part)]:
-        _warn_of_another(str(path), split, part)
-        return named
-    return found
+    return _of_folder(path, split)
   # A file, or a glob. A name that exists is taken literally, brackets and all.
   if path.is_file():
     return [path]
@@ -168,6 +192,87 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
     what = "glob matches no file" if glob.has_magic(name) else "no such file"
     raise UserError(f"data source {name}: {what}; check the path")
   return matches
+
+
+def _of_folder(
+  folder: pathlib.Path, split: str, exact: bool = False
+) -> list[pathlib.Path]:
+  """The data files of a split in a folder, in name order.
+
+  Args:
+    folder: with files; or with a folder for each split; or a clone from the
+      hub, with its files in `data`; or what `save_to_disk` has written.
+    split: without files of its name, all are read.
+    exact: the split must be there.
+  """
+  splits = (split,) if exact else _splits(split)
+  # Of save_to_disk: the files that it lists, those of another save left out.
+  state = folder / "state.json"
+  if state.is_file() and not exact:
+    listed, _ = _parse(state.read_bytes())
+    names = listed.get("_data_files") if isinstance(listed, dict) else None
+    if names:
+      return [folder / file["filename"] for file in names]
+  # By the names of files; where there are none, by those of folders.
+  found = _data_files(folder)
+  shards = {m[1] for p in found if (m := _SHARD.fullmatch(p.name))}
+  for part in splits:
+    # train-00000-of-00002 is a file of train, train_sft-00000-... is not.
+    named = [p for p in found if p.name.startswith(part)]
+    if part in shards:
+      named = [p for p in named if p.name.startswith(f"{part}-")]
+    if named and (part in shards or not shards):
+      _warn_of_another(str(folder), split, part)
+      return named
+    if not found and (folder / part).is_dir():
+      _warn_of_another(str(folder), split, part)
+      return _of_folder(folder / part, part)
+  data = folder / "data"
+  if not found and data.is_dir():
+    return _of_folder(data, split, exact)
+  # Splits of other names: which one is meant has to be said.
+  inner = sorted(p for p in folder.iterdir() if p.is_dir() and _holds_data(p))
+  others = sorted(shards) or [p.name for p in inner]
+  if found and not exact and len(shards) < 2:
+    return found
+  if others:
+    where = folder.parent if folder.name == "data" else folder
+    raise UserError(
+      f"folder {folder} has no split {split}; it has {', '.join(others)}: name "
+      f"one, as in {where}:{others[0]}"
+    )
+  if exact:
+    raise UserError(f"folder {folder} holds nothing that is called {split}")
+  raise UserError(
+    f"folder {folder} holds no data files; need one of {', '.join(SUFFIXES)}"
+  )
+
+
+def _data_files(folder: pathlib.Path) -> list[pathlib.Path]:
+  """The files of a folder that hold rows, in name order."""
+  found = sorted(
+    p
+    for p in folder.iterdir()
+    if _suffix(p)
+    and p.is_file()
+    and p.name not in METADATA
+    and not p.name.startswith(".")
+  )
+  # One object in a .json file is a config, where other files hold the rows.
+  rows = [p for p in found if not _is_object(p)]
+  deeper = any(p.is_dir() and _holds_data(p) for p in folder.iterdir())
+  return rows if rows or deeper else found
+
+
+def _holds_data(folder: pathlib.Path) -> bool:
+  return any(_suffix(p) and p.name not in METADATA for p in folder.iterdir())
+
+
+def _is_object(path: pathlib.Path) -> bool:
+  """Whether a .json file is one object, which is not a row for being alone."""
+  if path.suffix != ".json" or path.stat().st_size > MAX_METADATA:
+    return False
+  return isinstance(_parse(path.read_bytes())[0], dict)
 
 
 def _splits(wanted: str) -> tuple[str, ...]:
@@ -197,6 +302,7 @@ def _read_file(path: pathlib.Path) -> Iterator[Entry]:
     ".json": _read_json,
     ".csv": _read_csv,
     ".parquet": _read_parquet,
+    ".arrow": _read_arrow,
   }
   if not _suffix(path):
     raise UserError(
@@ -295,6 +401,14 @@ def _read_parquet(path: pathlib.Path) -> Iterator[Entry]:
     yield f"{path}:row {number}", row, ""
 
 
+def _read_arrow(path: pathlib.Path) -> Iterator[Entry]:
+  import datasets
+
+  # Of `save_to_disk`, or of the cache of `datasets`.
+  for number, row in enumerate(datasets.Dataset.from_file(str(path)), start=1):
+    yield f"{path}:row {number}", dict(row), ""
+
+
 def _read_hub(name: str, split: str) -> Table:
   """Reads a hub data set through `datasets`, the only network call here."""
   repo, _, subset = name.partition(":")
@@ -327,7 +441,12 @@ def _load_hub(
   if revision:
     options["revision"] = revision
   elif subset:
-    # A subset is a configuration where the set declares it, else a folder.
-    known = subset in datasets.get_dataset_config_names(repo)
-    options["name" if known else "data_dir"] = subset
+    # A subset is a configuration where the set declares it, or a split, else a
+    # folder.
+    if subset in datasets.get_dataset_config_names(repo):
+      options["name"] = subset
+    elif subset in datasets.get_dataset_split_names(repo):
+      options["split"] = subset
+    else:
+      options["data_dir"] = subset
   return tuple(dict(row) for row in datasets.load_dataset(**options))

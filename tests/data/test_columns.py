@@ -14,8 +14,11 @@ PAIRS = (formats.load_preferences, formats.load_completions)
       {"question": "a", "answer": "b"},
       "rename answer to completion, rename question to",
     ),
-    ({"instruction": "a", "input": "", "output": "b"}, "Alpaca: write instr"),
-    ({"conversations": []}, "ShareGPT: rename conversations to messages"),
+    (
+      {"instruction": "a", "input": "", "output": "b"},
+      "Alpaca: write @alpaca after",
+    ),
+    ({"conversations": []}, "ShareGPT: write @sharegpt after the"),
     ({"promt": "a", "completion": "b"}, "rename promt to prompt"),
     ({"x": 1}, "add the column"),
   ],

@@ -181,6 +181,9 @@ def hub(monkeypatch):
   monkeypatch.setattr(
     datasets, "get_dataset_config_names", lambda repo: ["default", "config"]
   )
+  monkeypatch.setattr(
+    datasets, "get_dataset_split_names", lambda repo: ["train", "train_sft"]
+  )
   return asked
 
 
@@ -190,6 +193,7 @@ def test_hub_subset_is_a_configuration_or_a_folder(hub):
   assert table.places[1] == "some/set:config:row 2"
   sources.read("Anthropic/hh-rlhf:harmless-base")
   sources.read("some/set")
+  sources.read("some/set:train_sft", split="test")
   assert hub == [
     {"path": "some/set", "split": "test", "name": "config"},
     {
@@ -198,6 +202,7 @@ def test_hub_subset_is_a_configuration_or_a_folder(hub):
       "data_dir": "harmless-base",
     },
     {"path": "some/set", "split": "train"},
+    {"path": "some/set", "split": "train_sft"},
   ]
 
 
@@ -252,3 +257,87 @@ def test_hub_failures_are_one_line(monkeypatch):
   monkeypatch.setattr(datasets, "load_dataset", fail)
   with pytest.raises(UserError, match=r"some/set: the hub gave .*no route\)"):
     sources.read("some/set")
+
+
+def test_what_save_to_disk_writes(tmp_path):
+  import datasets
+
+  def rows(name):
+    return datasets.Dataset.from_list([{"x": name}, {"x": "b"}])
+
+  single, several = tmp_path / "single", tmp_path / "several"
+  rows("a").save_to_disk(single, num_shards=2)
+  assert [row["x"] for row in one(str(single)).rows] == ["a", "b"]
+  (file, _) = sorted(single.glob("*.arrow"))
+  assert one(str(file)).rows == ({"x": "a"},)
+  parts = {name: rows(name) for name in ("train", "test", "more")}
+  datasets.DatasetDict(parts).save_to_disk(several)
+  for split in ("train", "test"):
+    assert one(str(several), split=split).rows[0]["x"] == split
+  assert one(f"{several}:more").rows[0]["x"] == "more"
+  with pytest.raises(
+    UserError, match="has no split lost; it has more, test, tr"
+  ):
+    one(f"{several}:lost")
+
+
+def test_a_clone_from_the_hub(write, tmp_path, caplog):
+  """Its metadata is no data; splits are found in `data`."""
+  row = pyarrow.Table.from_pylist([{"x": 1}])
+  (tmp_path / "set/data").mkdir(parents=True)
+  for name in ("train", "validation"):
+    file = f"set/data/{name}-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(row, tmp_path / file)
+  write('{"default": {}}', "set/dataset_infos.json")
+  write('{"a": 1}', "set/config.json")
+  write("text", "set/.gitattributes")
+  write("[1]", "set/.meta.json")
+  folder = str(tmp_path / "set")
+  (place,) = one(folder).places
+  assert place == f"{folder}/data/train-00000-of-00001.parquet:row 1"
+  (place,) = one(folder, split="test").places
+  assert "validation-00000" in place
+  assert "has no split test; its split validation is read" in caplog.text
+  # Splits of other names have to be said.
+  for name in ("train", "validation"):
+    file = tmp_path / f"set/data/{name}-00000-of-00001.parquet"
+    file.rename(str(file).replace(name, f"{name}_sft"))
+  with pytest.raises(UserError, match=rf"has no split train; .* {folder}:tr"):
+    one(folder)
+  assert "train_sft-00000" in one(f"{folder}:train_sft").places[0]
+
+
+def test_metadata_next_to_rows(write, tmp_path):
+  write(ROWS, "rows.jsonl")
+  write('{"a": 1}', "config.json")
+  write('{"a": 1}', "dataset_info.json")
+  assert one(str(tmp_path)).rows == tuple(ROWS)
+  write("{}", "alone/dataset_info.json")
+  with pytest.raises(UserError, match="holds no data files"):
+    one(f"{tmp_path}/alone")
+
+
+def test_a_converter_is_named_after_the_source(write, hub):
+  row = {"instruction": "q", "output": "a"}
+  path = write([row, {"output": "b"}])
+  table = one(f"{path}@alpaca", max_bad_share=0.5)
+  assert table.name == f"{path}@alpaca"
+  assert table.places == (f"{path}:1",)
+  assert table.bad == (
+    f"{path}:2 is no row for the converter alpaca (KeyError: 'instruction')",
+  )
+  with pytest.raises(UserError, match=r"rows.jsonl:2 is no row for the conv"):
+    one(f"{path}@alpaca")
+  with pytest.raises(UserError, match=r"no converter 'alpacca'; .* alpaca, sh"):
+    one(f"{path}@alpacca")
+  with pytest.raises(
+    UserError,
+    match=r"lacks the columns \(conversations\) that the converter sharegpt "
+    r"reads; it has \(instruction, output\)",
+  ):
+    one(f"{path}@sharegpt")
+  with pytest.raises(UserError, match=r"lacks the columns \(instruction, out"):
+    one("some/set:config@alpaca")
+  # A file of such a name is a file.
+  assert len(one(write([row], "a,b@alpaca.jsonl")).rows) == 1
+  assert one(write([row], "c,d.jsonl") + "@alpaca").rows[0]["prompt"]
