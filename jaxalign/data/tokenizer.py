@@ -7,6 +7,7 @@ every id that can occur in `vocab_size`.
 
 import copy
 import dataclasses
+import itertools
 import json
 import os
 import pathlib
@@ -52,6 +53,7 @@ class Tokenizer:
   prefix: tuple[int, ...]  # special tokens it puts before a text, e.g. (bos,)
   suffix: tuple[int, ...]  # special tokens it puts after a text, e.g. (sep,)
   end_ids: tuple[int, ...] = ()  # any of them ends a completion; eos is first
+  lossy: bool = False  # leaves out characters that it has no token for
   # How the reward model that it belongs to was trained; "" = it does not say.
   reward_encoding: str = ""
   format: PromptFormat = DIALOGUE  # of conversations
@@ -68,10 +70,51 @@ class Tokenizer:
     """Ids of each text without special tokens added."""
     if not texts:
       return []
-    # Not verbose: no warning that a text is longer than the context.
-    return self.inner(list(texts), add_special_tokens=False, verbose=False)[
-      "input_ids"
-    ]
+    return self._call(list(texts), add_special_tokens=False)["input_ids"]
+
+  def _call(self, *texts: list[str], **options: object) -> Any:
+    """The tokenizer's result; an unknown character is a UserError."""
+    try:
+      # Not verbose: no warning that a text is longer than the context.
+      found = self.inner(*texts, verbose=False, **options)
+    except Exception as error:  # the Rust library raises no other class
+      unknown = self._unknown(*texts)
+      if unknown is None:
+        raise
+      raise unknown from error
+    # Others leave out what they do not know, without a word.
+    if self.lossy and (unknown := self._unknown(*texts)):
+      raise unknown
+    return found
+
+  def _unknown(self, *texts: list[str]) -> UserError | None:
+    """What to say of the first character or word without a token."""
+
+    def has_none(text: str) -> bool:
+      try:
+        ids = self.inner(text, add_special_tokens=False)["input_ids"]
+      except Exception:  # the same as of the whole text
+        return True
+      # Of some of its bytes: half a character is none.
+      return not ids or "\ufffd" in self.decode(ids).replace(text, "")
+
+    lines = list(itertools.chain(*texts))
+    if self.lossy:  # a word may keep its other characters
+      pieces = sorted(x for x in set().union(*lines) if x.isprintable())
+    else:
+      pieces = [word for line in lines for word in line.split()]
+    lacking = next((x for x in pieces if x.strip() and has_none(x)), "")
+    if not lacking:
+      return None
+    letters = [x for x in lacking if has_none(x)]
+    if len(letters) < len(lacking):
+      lacking = (letters or [lacking])[0]
+    text = next(line for line in lines if lacking in line)
+    return UserError(
+      f"tokenizer {self.name} has no token for {lacking!r}, and none for "
+      f"unknown text, in {text[:60]!r}; take it out of the data, or use a "
+      "tokenizer that knows it or has an unk token"
+    )
 
   def encode_with_offsets(
     self, text: str
@@ -82,13 +125,10 @@ class Tokenizer:
     """
     if not self.inner.is_fast:
       return self.encode(text), []
-    found = self.inner(
-      text,
-      add_special_tokens=False,
-      return_offsets_mapping=True,
-      verbose=False,
+    found = self._call(
+      [text], add_special_tokens=False, return_offsets_mapping=True
     )
-    return found["input_ids"], found["offset_mapping"]
+    return found["input_ids"][0], found["offset_mapping"][0]
 
   def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
     """Ids that a causal model starts from: the bos token if any, then the text.
@@ -260,12 +300,11 @@ class Tokenizer:
     tail = [self.eos_id] if eos and self.eos_id is not None else []
     # transformers cuts the longer segment of a pair first.
     # Types are asked for, as many tokenizers leave them out.
-    found = self.inner(
+    found = self._call(
       *texts,
       truncation=True,
       max_length=max_length - len(tail),
       return_token_type_ids=True,
-      verbose=False,
     )
     rows = []
     for ids, types in zip(
@@ -404,10 +443,16 @@ def _load_bare(folder: pathlib.Path) -> HFTokenizer:
 def wrap_tokenizer(inner: HFTokenizer, name: str = "tokenizer") -> Tokenizer:
   """Wraps a transformers tokenizer that is already loaded."""
   # What the post-processor adds is found by encoding one text with and without.
-  plain = inner("a", add_special_tokens=False)["input_ids"]
-  full = inner("a")["input_ids"]
+  probe, plain = _encodable(inner, name)
+  full = inner(probe)["input_ids"]
   # The plain ids inside the full ones; what is around them is added.
-  at = next(i for i in range(len(full)) if full[i : i + len(plain)] == plain)
+  places = range(len(full) - len(plain) + 1)
+  at = next((i for i in places if full[i : i + len(plain)] == plain), None)
+  if at is None:
+    raise UserError(
+      f"tokenizer {name} encodes {probe!r} as {plain}, but with special tokens "
+      f"as {full}, which are not around it; use one that adds them there"
+    )
   pad = inner.pad_token_id
   if pad is None:
     pad = inner.eos_token_id if inner.eos_token_id is not None else 0
@@ -422,6 +467,7 @@ def wrap_tokenizer(inner: HFTokenizer, name: str = "tokenizer") -> Tokenizer:
     prefix=tuple(full[:at]),
     suffix=tuple(full[at + len(plain) :]),
     end_ids=() if inner.eos_token_id is None else (inner.eos_token_id,),
+    lossy=_is_lossy(inner),
     format=prompt_format.of_tokenizer(inner),
   )
 
@@ -478,6 +524,43 @@ def with_format(tokenizer: Tokenizer, setting: str) -> Tokenizer:
   if setting != "raw":
     made.render_chat([{"role": "user", "content": "a question"}], reply=True)
   return made
+
+
+def _encodable(inner: HFTokenizer, name: str) -> tuple[str, list[int]]:
+  """A short text that a tokenizer knows, and its ids.
+
+  Raises:
+    UserError: there is none.
+  """
+  others = (inner.decode([i]) for i in range(min(len(inner), 1000)))
+  for text in itertools.chain("a", others):
+    if not text.strip() or text in inner.all_special_tokens:
+      continue
+    try:
+      ids = inner(text, add_special_tokens=False)["input_ids"]
+    except Exception:  # unknown, and there is no token for that
+      continue
+    if ids:
+      return text, ids
+  raise UserError(
+    f"tokenizer {name} encodes no text, neither 'a' nor its own tokens; use "
+    "one that does"
+  )
+
+
+def _is_lossy(inner: HFTokenizer) -> bool:
+  """Whether it may leave out characters: a BPE that lacks letters or bytes."""
+  if inner.unk_token is not None or not inner.is_fast:
+    return False
+  import tokenizers
+
+  model = inner.backend_tokenizer.model
+  if not isinstance(model, tokenizers.models.BPE) or model.byte_fallback:
+    return False
+  # As GPT-2 writes bytes; these are in no UTF-8, and stand for themselves.
+  never = {chr(i) for i in (0xC0, 0xC1, *range(0xF5, 0x100))}
+  letters = set(tokenizers.pre_tokenizers.ByteLevel.alphabet()) - never
+  return not letters <= inner.get_vocab().keys()
 
 
 def _doubled(ids: Sequence[int], special: tuple[int, ...]) -> bool:

@@ -2,10 +2,17 @@ import dataclasses
 import json
 
 import pytest
+import tokenizers
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import models
 
-from jaxalign.data.tokenizer import check_vocabulary, load_tokenizer
+from jaxalign.data.tokenizer import (
+  check_vocabulary,
+  load_tokenizer,
+  wrap_tokenizer,
+)
 from jaxalign.errors import UserError
 
 PROMPT = "\n\nHuman: What is it?\n\nAssistant:"
@@ -200,3 +207,68 @@ def test_older_versions_of_transformers_can_read_what_is_saved(
   assert saved["tokenizer_class"] == "PreTrainedTokenizerFast"
   assert saved["chat_template"] == tiny_chat.inner.chat_template
   assert load_tokenizer(tmp_path).format == tiny_chat.format
+
+
+WORDS = {"</s>": 0, "b": 1, "c": 2, "be": 3}
+
+
+@pytest.mark.parametrize(
+  ("model", "text", "what"),
+  [
+    (models.WordLevel(WORDS, unk_token="?"), "be z", "'z'"),
+    (models.WordLevel(WORDS, unk_token="?"), "b ee", "'ee'"),
+    (models.WordPiece(WORDS, unk_token="?"), "b z", "'z'"),
+    (
+      models.Unigram([(word, -1.0) for word in WORDS]),
+      "b \u00e9",
+      "'\u00e9'",
+    ),
+    # It would leave the character out, without a word.
+    (models.BPE(WORDS, []), "b z", "'z'"),
+  ],
+)
+def test_unknown_text_without_a_token_for_it(model, text, what):
+  inner = tokenizers.Tokenizer(model)
+  inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+  inner = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=inner, eos_token="</s>"
+  )
+  # Its own words tell what it adds around a text, where "a" is unknown.
+  tokenizer = wrap_tokenizer(inner, "few")
+  assert tokenizer.prefix == tokenizer.suffix == ()
+  assert tokenizer.encode("b c") == [1, 2]
+  for call in (tokenizer.encode, tokenizer.encode_with_offsets):
+    with pytest.raises(UserError, match=f"few has no token for {what}, and no"):
+      call(text)
+  with pytest.raises(UserError, match=f"few has no token for {what}, and no"):
+    tokenizer.encode_reward("b", text)
+
+
+def test_a_missing_byte(tiny):
+  """Half a character is not encoded; bytes that no text has may be missing."""
+  vocabulary = tiny.inner.get_vocab()
+  ids = {}
+  for lacks in ("\u00ff", "\u00a9"):  # as themselves the bytes FF and A9
+    left = [token for token in vocabulary if token != lacks]
+    model = models.BPE({token: i for i, token in enumerate(left)}, [])
+    inner = tokenizers.Tokenizer(model)
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
+    inner.decoder = tokenizers.decoders.ByteLevel()
+    ids[lacks] = wrap_tokenizer(
+      transformers.PreTrainedTokenizerFast(tokenizer_object=inner), "few"
+    )
+  assert len(ids["\u00ff"].encode("caf\u00e9")) == 5
+  assert not ids["\u00ff"].lossy
+  with pytest.raises(UserError, match="no token for '\u00e9'"):
+    ids["\u00a9"].encode("caf\u00e9")
+
+
+def test_a_tokenizer_that_encodes_nothing():
+  inner = tokenizers.Tokenizer(models.BPE({"</s>": 0}, []))
+  inner = transformers.PreTrainedTokenizerFast(
+    tokenizer_object=inner, eos_token="</s>"
+  )
+  with pytest.raises(UserError, match="tokenizer none encodes no text"):
+    wrap_tokenizer(inner, "none")
