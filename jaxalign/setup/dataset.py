@@ -48,7 +48,7 @@ def account(
   short: int,
   encoded: int,
   cut: int = 0,
-) -> None:
+) -> dict[str, int]:
   """Prints how many rows are trained on, and why the others are not.
 
   Args:
@@ -61,6 +61,9 @@ def account(
     encoded: of these the ones whose prompt leaves room for a completion; those
       that are not left either are equal after the cut.
     cut: completions that are cut at `length`.
+
+  Returns:
+    The same as metrics, `data/...`; those that are 0 are left out.
 
   Raises:
     UserError: no row is left.
@@ -82,3 +85,16 @@ def account(
   rows = dataclasses.replace(found, rows=found.rows[:left], dropped=reasons)
   tail = f", {cut} completions cut at {length} tokens" if cut else ""
   print(f"{source}: {rows}{tail}")
+  dropped = dict(reasons)
+  counts = {
+    "data/rows": left,
+    "data/bad": len(found.bad),
+    "data/split_up": found.split_up,
+    "data/empty": dropped.get("empty", 0),
+    "data/no_preference": dropped.get("without a preference", 0),
+    "data/too_many_chars": count - short,
+    "data/no_room": short - encoded,
+    "data/equal_after_cut": encoded - left,
+    "data/cut": cut,
+  }
+  return {name: number for name, number in counts.items() if number}

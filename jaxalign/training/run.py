@@ -246,5 +246,7 @@ def fit(run: Run[C], data: Dataset, update: Update) -> TrainState:
       batch = data.batch(step)
     with run.stage("update"):
       state, metrics = compiled(state, batch, run.step_key(step))
+    if step == 0:  # said once; a data set may have nothing to say
+      metrics = metrics | getattr(data, "counts", {})
     state = run.end_step(step, state, metrics)
   return state

@@ -38,6 +38,8 @@ class PairData:
   pad_id: int
   hidden_size: int
   reference: ReferenceCache | None = None
+  # `data/...` of the first step: rows that are used and left out.
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def batch(self, step: int) -> PairBatch:
     """Numpy rows `[M, B, T]` of a step, a pure function of seed and step."""
@@ -75,14 +77,22 @@ def load_data(
     UserError: a bad source, or no pair is left.
   """
   length = min(config.max_length, context)
-  pairs = _load_pairs(config, tokenizer, length)
+  pairs, counts = _load_pairs(config, tokenizer, length)
   # The first rows of the source, then sorted: batches hold little padding.
   held = []
   if config.validation_data:
-    held = _load_pairs(config, tokenizer, length, validation=True)
+    held, _ = _load_pairs(config, tokenizer, length, validation=True)
     held = sorted(held[: config.validation_rows or None], key=_longest)
   config = dataclasses.replace(config, steps=config.steps_over(len(pairs)))
-  return PairData(config, pairs, held, length, tokenizer.pad_id, hidden_size)
+  return PairData(
+    config,
+    pairs,
+    held,
+    length,
+    tokenizer.pad_id,
+    hidden_size,
+    counts=counts,
+  )
 
 
 def _load_pairs(
@@ -90,8 +100,8 @@ def _load_pairs(
   tokenizer: Tokenizer,
   length: int,
   validation: bool = False,
-) -> list[Pair]:
-  """Encoded pairs; those whose prompt leaves no room are left out."""
+) -> tuple[list[Pair], dict[str, int]]:
+  """Encoded pairs, without those whose prompt leaves no room, and counts."""
   source, options = source_of(
     config, tokenizer, validation, "comparisons.jsonl"
   )
@@ -113,7 +123,7 @@ def _load_pairs(
   both = list(zip(*sides, strict=True))
   # Where all that differs is cut off, there is nothing to learn.
   pairs = [pair for pair in both if pair[0].ids != pair[1].ids]
-  account(
+  counts = account(
     config,
     source,
     found,
@@ -123,7 +133,7 @@ def _load_pairs(
     encoded=len(both),
     cut=sum(not text.complete for pair in pairs for text in pair),
   )
-  return pairs
+  return pairs, counts
 
 
 def _longest(pair: Pair) -> int:

@@ -64,6 +64,8 @@ class LabelledData:
   tokenizer: Tokenizer
   length: int
   reference: ReferenceCache | None = None
+  # `data/...` of the first step: rows that are used and left out.
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def batch(self, step: int) -> LabelledBatch:
     """Numpy rows `[M, B, T]` of a step, a pure function of seed and step."""
@@ -145,17 +147,17 @@ def load_data(
     UserError: a bad source, or no row is left.
   """
   length = min(config.max_length, context)
-  rows = _load_rows(config, tokenizer, length)
+  rows, counts = _load_rows(config, tokenizer, length)
   if advice := advise_weights(config, rows):
     _log.warning("%s", advice)
   # The first rows of the source, then sorted: batches hold little padding.
   held = []
   if config.validation_data:
-    held = _load_rows(config, tokenizer, length, validation=True)
+    held, _ = _load_rows(config, tokenizer, length, validation=True)
     held = sorted(held[: config.validation_rows or None], key=_length)
   # Only the rows that are left say how many steps an epoch has.
   config = dataclasses.replace(config, steps=config.steps_over(len(rows)))
-  return LabelledData(config, rows, held, tokenizer, length)
+  return LabelledData(config, rows, held, tokenizer, length, counts=counts)
 
 
 def _length(row: Labelled) -> int:
@@ -167,8 +169,8 @@ def _load_rows(
   tokenizer: Tokenizer,
   length: int,
   validation: bool = False,
-) -> list[Labelled]:
-  """Encoded rows; those without room for a completion are left out."""
+) -> tuple[list[Labelled], dict[str, int]]:
+  """Encoded rows, without those that leave no room, and counts."""
   source, options = source_of(
     config, tokenizer, validation, "comparisons.jsonl"
   )
@@ -184,12 +186,12 @@ def _load_rows(
   )
   left = len(encoded.rows)
   cut = sum(not row.complete for row in encoded.rows)
-  account(
+  counts = account(
     config, source, found, left, length, short=len(kept), encoded=left, cut=cut
   )
   # Prompts are numbered in the order in which they first appear.
   numbers: dict[str, int] = {}
-  return [
+  rows = [
     Labelled(
       kept[i].prompt,
       kept[i].completion,
@@ -199,6 +201,7 @@ def _load_rows(
     )
     for i, text in zip(encoded.kept, encoded.rows, strict=True)
   ]
+  return rows, counts
 
 
 def _encode(

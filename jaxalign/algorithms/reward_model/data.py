@@ -135,6 +135,8 @@ class ScoredData:
   rows: ScoredRows
   length: int
   validation: list[ScoredBatch]
+  # `data/...` of the first step: rows that are used and left out.
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def batch(self, step: int) -> ScoredBatch:
     """Numpy rows `[M, B, T]` of a step, a pure function of seed and step."""
@@ -219,7 +221,7 @@ def load_data(
     )
   # Rows to train on, and the head that each of them is scored by.
   length, end = min(config.max_length, context), head == "score_eos"
-  rows = load_rows(config, tokenizer, length, end)
+  rows, counts = load_rows(config, tokenizer, length, end)
   size, count = config.batch_size, len(rows.ids)
   if count < size:
     raise UserError(
@@ -239,7 +241,7 @@ def load_data(
   # Held-out rows, sorted by length so that a batch holds little padding.
   validation = []
   if config.validation_data:
-    found = load_rows(config, tokenizer, length, end, validation=True)
+    found, _ = load_rows(config, tokenizer, length, end, validation=True)
     _assign_heads(found, groups, "validation_data", config.validation_data)
     held = min(config.validation_rows or len(found.ids), len(found.ids))
     by_length = sorted(range(held), key=lambda i: len(found.ids[i]))
@@ -250,7 +252,7 @@ def load_data(
     ]
   steps = config.steps or math.ceil(config.epochs * (count // size))
   config = dataclasses.replace(config, steps=steps, groups=groups)
-  return ScoredData(config, rows, length, validation)
+  return ScoredData(config, rows, length, validation, counts)
 
 
 def _assign_heads(
@@ -303,8 +305,11 @@ def load_rows(
   length: int,
   end: bool,
   validation: bool = False,
-) -> ScoredRows:
-  """Completions of at most `length` tokens; `end` = with an end of text."""
+) -> tuple[ScoredRows, dict[str, int]]:
+  """Rows of at most `length` tokens, and how many were left out for what.
+
+  With `end` each text ends in the end of text, which a score head reads.
+  """
   source, options = source_of(
     config, tokenizer, validation, "comparisons.jsonl"
   )
@@ -356,7 +361,7 @@ def load_rows(
     for i in range(len(scored))
     if each == 1 or encoded[i - i % 2][0] != encoded[i - i % 2 + 1][0]
   ]
-  account(
+  counts = account(
     config,
     source,
     found,
@@ -367,7 +372,7 @@ def load_rows(
     cut=sum(len(encoded[i][0]) >= length for i in kept),
   )
   scored, encoded = [scored[i] for i in kept], [encoded[i] for i in kept]
-  return ScoredRows(
+  rows = ScoredRows(
     ids=[ids for ids, _ in encoded],
     types=[types for _, types in encoded],
     reward=[row.reward for row in scored],
@@ -376,3 +381,4 @@ def load_rows(
     chars=[len(row.completion) for row in scored],
     judge=[row.judge for row in scored],
   )
+  return rows, counts

@@ -27,6 +27,8 @@ class SFTData:
   length: int
   pad_id: int
   validation: list[TextBatch]
+  # `data/...` of the first step: rows that are used and left out.
+  counts: dict[str, int] = dataclasses.field(default_factory=dict)
 
   def batch(self, step: int) -> TextBatch:
     """Numpy rows `[M, B, T]` of a step, a pure function of seed and step."""
@@ -53,7 +55,7 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, context: int) -> SFTData:
     UserError: a bad source, or no row is left.
   """
   length = min(config.max_length, context)
-  texts = _load_rows(config, tokenizer, length)
+  texts, counts = _load_rows(config, tokenizer, length)
   rows = [[text] for text in texts]
   # Packed once for the run; every epoch shuffles the same rows.
   if config.packing:
@@ -62,7 +64,7 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, context: int) -> SFTData:
   # Held-out rows: one text each, sorted so that they hold little padding.
   validation = []
   if config.validation_data:
-    found = _load_rows(config, tokenizer, length, validation=True)
+    found, _ = _load_rows(config, tokenizer, length, validation=True)
     found = sorted(found[: config.validation_rows or None], key=len)
     size = config.micro_rows
     for start in range(0, len(found), size):
@@ -72,7 +74,7 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, context: int) -> SFTData:
       part += [[]] * (size - len(part))
       validation.append(packing.pack(part, width, tokenizer.pad_id))
   config = dataclasses.replace(config, steps=config.steps_over(len(rows)))
-  return SFTData(config, rows, length, tokenizer.pad_id, validation)
+  return SFTData(config, rows, length, tokenizer.pad_id, validation, counts)
 
 
 def _load_rows(
@@ -80,8 +82,8 @@ def _load_rows(
   tokenizer: Tokenizer,
   length: int,
   validation: bool = False,
-) -> list[Encoded]:
-  """Encoded rows; those without room for a completion are left out."""
+) -> tuple[list[Encoded], dict[str, int]]:
+  """Encoded rows, without those that leave no room, and counts."""
   source, options = source_of(
     config, tokenizer, validation, "demonstrations.jsonl"
   )
@@ -100,7 +102,7 @@ def _load_rows(
   )
   left = len(encoded.rows)
   cut = sum(not row.complete for row in encoded.rows)
-  account(
+  counts = account(
     config, source, found, left, length, short=len(kept), encoded=left, cut=cut
   )
-  return list(encoded.rows)
+  return list(encoded.rows), counts

@@ -63,3 +63,16 @@ def test_which_turns_count(tokenizer, tmp_path, packing, loss_on, counted):
   assert said.replace(" ", "") == counted * texts
   # The end of text is in the loss as well.
   assert batch.loss_mask.sum() == (len(counted) + 1) * texts
+
+
+def test_what_became_of_the_rows_is_a_metric(tokenizer, tmp_path):
+  texts = [("a", " b"), ("a", " "), ("a b c d", " b"), ("a", " b c d")]
+  rows = [{"prompt": p, "completion": c} for p, c in texts]
+  path = written(tmp_path / "rows.jsonl", rows)
+  data = load_data(SFTConfig(data=path, max_length=3), tokenizer, 64)
+  assert data.counts == {
+    "data/rows": 2,
+    "data/empty": 1,
+    "data/no_room": 1,
+    "data/cut": 1,
+  }
