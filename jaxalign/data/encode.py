@@ -110,6 +110,7 @@ def encode_rows(
     if ids[: len(start)] != start:
       ids = start + tokenizer.encode(texts[index][len(prompt) :])
     parts = turns[index] if turns else ()
+    spans: list[tuple[int, int]] = []
     if parts:
       ids, spans = _spans(tokenizer, texts[index], ids, len(start), parts)
     # A text that is cut gets no eos id: it did not end there. Nor does one that
@@ -123,7 +124,7 @@ def encode_rows(
     # Nothing predicts the first id, so it never counts.
     first = max(1, len(start) if loss == "completion" else 1)
     mask = tuple(position >= first for position in range(len(ids)))
-    if parts:
+    if spans and loss == "completion":
       # An end that is appended belongs to the turn before it.
       counts = {i for a, b in spans for i in range(max(a, 1), b)}
       if spans[-1][1] == length:

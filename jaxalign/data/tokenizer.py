@@ -228,7 +228,7 @@ class Tokenizer:
       )
     except (jinja2.TemplateError, TypeError, ValueError) as error:
       raise self._refusal(error) from error
-    return texts[0], [(start, end) for start, end in ranges[0]]
+    return texts[0], [(int(start), int(end)) for start, end in ranges[0]]
 
   def _refusal(self, error: Exception) -> UserError:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
