@@ -281,6 +281,7 @@ def score(
     UserError: the model is no sequence classifier, there are not as many
       prompts as completions, or they are no texts.
   """
+  from jaxalign.data.rows import PromptRow
   from jaxalign.models import groups
   from jaxalign.scoring.reward_model import RewardModel
   from jaxalign.scoring.scorer import Scorer
@@ -309,7 +310,7 @@ def score(
     return RewardModel((Scorer(*folded, tokenizer, chosen),))
 
   rewards = _kept(reward_model, f"score {encoding}", make)
-  return rewards(prompts, completions)
+  return rewards([PromptRow(prompt) for prompt in prompts], completions)
 
 
 def save(

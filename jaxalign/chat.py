@@ -12,6 +12,7 @@ the assistant's role delimiter is continued verbatim. Ctrl-C ends an answer;
 With `--reward_model` an answer is the best of `--best_of` completions, and its
 score is printed below it. A reward model with a head for each group is named
 with their weights, as in 'MODEL[alice=0.7,bob=0.3]'; without, all count alike.
+It may also be a function, FILE.py:FUNCTION, and several with commas.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from jaxalign import cli
-from jaxalign.config import weighs_groups
+from jaxalign.config import names_function, parse_models, weighs_groups
 from jaxalign.errors import UserError
 from jaxalign.runtime import signals
 from jaxalign.text import templates
@@ -65,13 +66,13 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
   import jax
 
   import jaxalign
+  from jaxalign.config.online import ScoringConfig
+  from jaxalign.data.rows import PromptRow
   from jaxalign.parallel.mesh import make_mesh
   from jaxalign.sampling import settings
   from jaxalign.sampling.generator import Generator
   from jaxalign.sampling.sampler import Sampler
-  from jaxalign.scoring.reward_model import RewardModel
-  from jaxalign.scoring.scorer import Scorer
-  from jaxalign.setup.models import choose_encoding, open_reward_model
+  from jaxalign.setup.rewards import open_rewards, read_rewards
 
   # Checking the flags comes first: loading a model may take minutes.
   chosen = {
@@ -97,18 +98,11 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
       "model"
     )
   reward_model = None
-  dialogues: dict[str, Messages] = {}  # by the text that the model is given
   if args.reward_model:
-    spec = open_reward_model(
-      args.reward_model, make_mesh(), dtype, "--reward_model"
-    )
-    encoding = choose_encoding(
-      args.encoding or "auto", spec.tokenizer, spec.model, args.reward_model
-    )
-    scorer = Scorer(
-      spec.model, spec.read(), spec.tokenizer, encoding, dialogues=dialogues
-    )
-    reward_model = RewardModel((scorer,))
+    names = parse_models(args.reward_model)
+    scoring = ScoringConfig(encoding=args.encoding or "auto", dtype=dtype)
+    rewards = open_rewards(names, make_mesh(), scoring, "--reward_model")
+    reward_model = read_rewards(names, rewards, scoring)
   generator = Generator(
     Sampler(loaded.model),
     tokenizer,
@@ -137,6 +131,7 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
     if question == RESET:
       messages = list(start)
       continue
+    asked = ()
     # A model without turns continues a text; a prompt may be written out.
     if tokenizer.format.name == "raw" or (
       once and templates.is_prompt(question)
@@ -146,7 +141,7 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
       messages.append({"role": "user", "content": question})
       prompt = fit(tokenizer, messages, loaded.model.config.max_positions)
       # The judge reads the same turns in a format of its own.
-      dialogues[prompt] = list(messages)
+      asked = tuple(messages)
     # A key for each turn: the same question may get another answer.
     turn_key = key if once else jax.random.fold_in(key, turn)
     completion = ""
@@ -161,7 +156,8 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
           print(flush=True)
         else:
           drawn = generator(loaded.params, [prompt], args.best_of, turn_key)
-          scores = reward_model([prompt] * args.best_of, drawn.texts)
+          row = PromptRow(prompt, messages=asked)
+          scores = reward_model([row] * args.best_of, drawn.texts)
           completion = show_best(drawn.texts, scores.tolist())
     except UserError as error:
       if once:
@@ -209,9 +205,11 @@ def check_best_of(args: argparse.Namespace) -> None:
       f"--best_of={args.best_of} needs something to choose by; add "
       "--reward_model with a folder, a hub id, or lab"
     )
-  rule = weighs_groups("--reward_model", args.reward_model or "")
-  if not rule.holds:
-    raise UserError(f"{rule.must}, got {args.reward_model!r}; {rule.remedy}")
+  names = [name for name, _ in parse_models(args.reward_model or "")]
+  for check in (weighs_groups, names_function):
+    rule = check("--reward_model", *names)
+    if not rule.holds:
+      raise UserError(f"{rule.must}, got {args.reward_model!r}; {rule.remedy}")
   if args.best_of > 1 and args.temperature == 0:
     raise UserError(
       f"--best_of={args.best_of} needs answers that differ, and with "

@@ -345,6 +345,14 @@ def _run_file(path: pathlib.Path, field: str) -> types.ModuleType:
 
 def _file_error(path: pathlib.Path, field: str, error: Exception) -> UserError:
   """What an exception out of a user's file says to them."""
+  remedy = "fix the file"
+  if isinstance(error, ModuleNotFoundError):
+    remedy += f", or install {error.name}; pip install -e . has all of ours"
+  return UserError(f"{field}: {describe_error(path, error)}; {remedy}")
+
+
+def describe_error(path: pathlib.Path, error: BaseException) -> str:
+  """An exception out of a user's file in one line: where, and what it says."""
   lines = [
     frame.lineno
     for frame in traceback.extract_tb(error.__traceback__)
@@ -353,9 +361,4 @@ def _file_error(path: pathlib.Path, field: str, error: Exception) -> UserError:
   # A syntax error knows its line; others are found in the traceback.
   line = getattr(error, "lineno", None) or (lines[-1] if lines else None)
   where = f"{path} line {line}" if line else str(path)
-  remedy = "fix the file"
-  if isinstance(error, ModuleNotFoundError):
-    remedy += f", or install {error.name}; pip install -e . has all of ours"
-  return UserError(
-    f"{field}: {where}: {type(error).__name__}: {error}; {remedy}"
-  )
+  return f"{where}: {type(error).__name__}: {error}"

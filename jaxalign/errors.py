@@ -12,3 +12,11 @@ class UserError(ValueError):
   breaks and what to do. A command prints it and exits with status 2; every
   other exception is a bug of ours and keeps its traceback.
   """
+
+
+class StepError(UserError):
+  """A step that failed for a reason which may be gone in the next one.
+
+  A reward function that raised or took too long, say. It counts against
+  `max_exception_count`; one too many ends the run like any `UserError`.
+  """

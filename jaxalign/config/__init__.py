@@ -9,7 +9,12 @@ import dataclasses
 from typing import Any
 
 from jaxalign.config.hints import choose_preset, nearest
-from jaxalign.config.names import parse_groups, weighs_groups
+from jaxalign.config.names import (
+  names_function,
+  parse_groups,
+  parse_models,
+  weighs_groups,
+)
 from jaxalign.config.online import OnlineConfig
 from jaxalign.config.read import read, rename_aliases
 from jaxalign.config.rules import Row, describe
@@ -25,8 +30,10 @@ __all__ = [
   "TrainingConfig",
   "choose_preset",
   "describe",
+  "names_function",
   "nearest",
   "parse_groups",
+  "parse_models",
   "read",
   "rename_aliases",
   "to_mapping",

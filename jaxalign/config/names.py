@@ -1,4 +1,4 @@
-"""How reward models are named: `a*0.5, b[alice=0.7, bob=0.3]`."""
+"""How rewards are named: `a*0.5, b[alice=0.7, bob=0.3], FILE.py:FUNCTION`."""
 
 import re
 
@@ -8,6 +8,7 @@ from jaxalign.config.rules import Rule
 _NUMBER = r"[+-]?(?:\d+\.?\d*|\.\d+)"
 _MODEL = re.compile(rf"(.+?)\s*\*\s*({_NUMBER})")
 _WEIGHED = re.compile(r"(.+?)\s*\[([^\[\]]*)\]")
+_FUNCTION = re.compile(r".+\.py:\w+")
 _GROUP = re.compile(rf"\s*([^=]*[^=\s])\s*=\s*({_NUMBER})\s*")
 
 
@@ -25,6 +26,11 @@ def parse_models(text: str) -> tuple[tuple[str, float], ...]:
     if name:
       models.append((name, weight))
   return tuple(models)
+
+
+def is_function(name: str) -> bool:
+  """Whether a name is `FILE.py:FUNCTION`, a function of the user."""
+  return _FUNCTION.fullmatch(name) is not None
 
 
 def parse_groups(name: str) -> tuple[str, dict[str, float]]:
@@ -47,4 +53,15 @@ def weighs_groups(field: str, *names: str) -> Rule:
     holds,
     f"{field} must give each group in brackets one weight",
     "write folder[alice=0.7,bob=0.3], without the brackets all count alike",
+  )
+
+
+def names_function(field: str, *names: str) -> Rule:
+  """The rule for a Python file in the place of a model."""
+  # A missing function is not to be looked up as a model on the hub.
+  bare = [name for name in names if re.search(r"\.py(:|$)", name)]
+  return Rule(
+    all(map(is_function, bare)),
+    f"{field} must name a reward function as FILE.py:FUNCTION",
+    "write my_rewards.py:correct for the function correct in my_rewards.py",
   )

@@ -3,7 +3,11 @@
 import dataclasses
 from collections.abc import Iterator
 
-from jaxalign.config.names import parse_models, weighs_groups
+from jaxalign.config.names import (
+  names_function,
+  parse_models,
+  weighs_groups,
+)
 from jaxalign.config.rules import Rule, Section, field
 from jaxalign.config.sections import TrainingConfig
 
@@ -77,7 +81,7 @@ class SamplingConfig(BucketConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoringConfig(BucketConfig):
-  """How reward models read a completion."""
+  """How rewards are taken: what reward models read, how long functions take."""
 
   encoding: str = field(
     "auto",
@@ -102,6 +106,12 @@ class ScoringConfig(BucketConfig):
     "auto",
     "number format of reward models; auto = bfloat16 on accelerators",
     choices=("auto", "float32", "bfloat16"),
+  )
+  function_timeout: float = field(
+    0.0,
+    "seconds that a reward function may take for the completions of a step; "
+    "0 = no limit",
+    ">= 0",
   )
 
 
@@ -168,9 +178,16 @@ class OnlineConfig(TrainingConfig):
   scoring: ScoringConfig = ScoringConfig()  # by both rewards
   reward_model: str = field(
     "lab",
-    "train reward; several models with commas, each with a weight as in a*0.5; "
-    "groups' heads are weighed as in a[alice=0.7,bob=0.3]",
-    also=("reward_model_name", "train_reward_model", "group_weights"),
+    "train reward: a model, or a function as FILE.py:FUNCTION; several with "
+    "commas, each with a weight as in a*0.5; groups' heads are weighed as in "
+    "a[alice=0.7,bob=0.3]",
+    also=(
+      "reward_model_name",
+      "train_reward_model",
+      "group_weights",
+      "reward_funcs",
+      "reward_weights",
+    ),
   )
   length_penalty: float = field(
     0.0, "score -= length_penalty x ln(characters of the completion)", ">= 0"
@@ -229,6 +246,7 @@ class OnlineConfig(TrainingConfig):
     for name in ("reward_model", "test_reward_model"):
       models = parse_models(getattr(self, name))
       yield weighs_groups(name, *[model for model, _ in models])
+      yield names_function(name, *[model for model, _ in models])
     # Every sampler call has the same number of prompts: one compiled program.
     group, prompts = self.sampling.batch_prompts, self.prompts_per_step
     must = f"sampling.batch_prompts must be 0 or divide the {prompts} prompts"

@@ -6,6 +6,7 @@ each question several times); `unique=False` keeps them, as the paper did.
 
 import dataclasses
 import random
+from collections.abc import Sequence
 
 from jaxalign.data import sources
 from jaxalign.data.columns import lacking_columns
@@ -59,6 +60,7 @@ def load_prompts(
   system: str = "",
   tokenizer: Tokenizer | None = None,
   max_bad_share: float = 0.01,
+  columns: Sequence[str] | None = None,
 ) -> LoadedRows[PromptRow]:
   """Questions in the format of the policy, filtered and shuffled.
 
@@ -83,6 +85,8 @@ def load_prompts(
       turn of dialogues that have none.
     tokenizer: the policy's, which has the format.
     max_bad_share: unusable rows are skipped up to this share.
+    columns: prompts of equal text that differ in one of these are not the
+      same; rows then carry all of their columns. None = they carry none.
 
   Raises:
     UserError: a bad source, no usable column, nothing left after filtering.
@@ -91,12 +95,21 @@ def load_prompts(
     raise UserError(f"split must be train or test, got {split!r}")
   # Reading every set, so that their order below is that of the source.
   found = [
-    _questions(table, PROMPT_SETS.get(part), tokenizer, system, max_bad_share)
+    _questions(
+      table,
+      PROMPT_SETS.get(part),
+      tokenizer,
+      system,
+      max_bad_share,
+      columns is not None,
+    )
     for part in sources.part_names(source)
     for table in _read_set(part, split, holdout, max_bad_share)
   ]
   # Filtering: by length, then repeats over all sets.
-  sets, dropped = _filter([rows for rows, _ in found], max_chars, unique)
+  sets, dropped = _filter(
+    [rows for rows, _ in found], max_chars, unique, columns or ()
+  )
   rows = [row for one in sets for row in one[: limit_per_set or None]]
   bad = tuple(problem for _, problems in found for problem in problems)
   read = len(bad) + sum(len(rows) for rows, _ in found)
@@ -125,15 +138,20 @@ def _read_set(
 
 
 def _filter(
-  sets: list[list[PromptRow]], max_chars: int, unique: bool
+  sets: list[list[PromptRow]],
+  max_chars: int,
+  unique: bool,
+  columns: Sequence[str],
 ) -> tuple[list[list[PromptRow]], tuple[tuple[str, int], ...]]:
   """Drops long and, over all sets, repeated prompts; counts both."""
   fitting = [
     [row for row in rows if len(row.prompt) <= max_chars] for rows in sets
   ]
   # Length first: a long repeat counts as too long, not as repeated.
-  seen: set[str] = set()
-  kept = [_new_ones(rows, seen) for rows in fitting] if unique else fitting
+  seen: set[tuple[str, ...]] = set()
+  kept = fitting
+  if unique:
+    kept = [_new_ones(rows, seen, columns) for rows in fitting]
   total, short, new = (sum(map(len, x)) for x in (sets, fitting, kept))
   return kept, (
     (f"longer than {max_chars} characters", total - short),
@@ -141,12 +159,16 @@ def _filter(
   )
 
 
-def _new_ones(rows: list[PromptRow], seen: set[str]) -> list[PromptRow]:
-  """The rows whose prompt is not in `seen`, which grows by theirs."""
+def _new_ones(
+  rows: list[PromptRow], seen: set[tuple[str, ...]], columns: Sequence[str]
+) -> list[PromptRow]:
+  """The rows whose prompt and columns are not in `seen`, where they are put."""
   new = []
   for row in rows:
-    if row.prompt not in seen:
-      seen.add(row.prompt)
+    # As text: a column may hold lists, which have no hash.
+    key = (row.prompt, *[repr(row.columns.get(name)) for name in columns])
+    if key not in seen:
+      seen.add(key)
       new.append(row)
   return new
 
@@ -231,6 +253,7 @@ def _questions(
   tokenizer: Tokenizer | None,
   system: str,
   max_bad_share: float,
+  carry: bool,
 ) -> tuple[list[PromptRow], list[str]]:
   lacking_columns(table, COLUMNS)
   name, mark = (known.name, known.answer_mark) if known else ("", "")
@@ -239,7 +262,7 @@ def _questions(
     # A known set has SuperHF's name; other rows may name theirs.
     group = name or str(row.get("prompt_set") or row.get("group") or "")
     text, messages = question_of(row, tokenizer, mark, system)
-    return [PromptRow(text, group, messages)]
+    return [PromptRow(text, group, messages, row if carry else {})]
 
   rows, problems = collect(table, build)
   sources.check_bad(table.name, tuple(problems), len(rows), max_bad_share)

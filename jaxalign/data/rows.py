@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Generic, TypeVar
 
+from jaxalign.core.types import JsonObject
 from jaxalign.text.templates import Message
 
 
@@ -14,6 +15,8 @@ class PromptRow:
   group: str = ""  # the prompt set it comes from
   # What a reader with another format renders for itself; () = plain text.
   messages: tuple[Message, ...] = ()
+  # The row as the data have it, for reward functions; {} = nobody asks.
+  columns: JsonObject = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)

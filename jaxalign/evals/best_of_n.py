@@ -7,6 +7,7 @@ import numpy as np
 
 from jaxalign.core import best_of
 from jaxalign.core.types import Metrics, Params
+from jaxalign.data.rows import PromptRow
 from jaxalign.sampling.generator import Generator
 from jaxalign.scoring.reward_model import RewardModel
 from jaxalign.text import similarity
@@ -31,7 +32,7 @@ class BestOfN:
   generator: Generator
   train_reward: RewardModel
   heldout_reward: RewardModel | None
-  prompts: tuple[str, ...]
+  prompts: tuple[PromptRow, ...]
   key: jax.Array
   name: str = "best_of_n"
 
@@ -42,8 +43,9 @@ class BestOfN:
     means; `eval_score/unscored` counts these prompts.
     """
     del step
-    found = self.generator(params, list(self.prompts), self.n, self.key)
-    asked = found.prompt_of_each
+    texts = [row.prompt for row in self.prompts]
+    found = self.generator(params, texts, self.n, self.key)
+    asked = [row for row in self.prompts for _ in range(self.n)]
     scores = np.reshape(self.train_reward(asked, found.texts), (-1, self.n))
     values = {"eval_score": scores}
     if self.heldout_reward is not None:
@@ -58,7 +60,7 @@ class BestOfN:
       for size in best_of.sizes(self.n):
         mean = best_of.expected(scores, worth, size)
         metrics[f"{name}/best_of_{size}"] = mean
-    overlap = similarity.mean_overlap(asked, found.texts)
+    overlap = similarity.mean_overlap(found.prompt_of_each, found.texts)
     if overlap is not None:  # None where there is only one prompt
       metrics["eval_diversity/overlap"] = overlap
     return metrics

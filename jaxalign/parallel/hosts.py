@@ -14,7 +14,7 @@ from jax._src import distributed  # the only barrier with a time limit
 from jax.experimental import multihost_utils
 from jaxtyping import PyTree
 
-from jaxalign.errors import UserError
+from jaxalign.errors import StepError, UserError
 
 T = TypeVar("T")
 
@@ -53,7 +53,8 @@ def from_lead(make: Callable[[], T], like: T) -> T:
 
   Raises:
     Exception: on the lead what `make` raised; on the others, instead of waiting
-      for ever, a `UserError` where the lead has one, else a `RuntimeError`.
+      for ever, a `UserError` or `StepError` where the lead has one, else a
+      `RuntimeError`.
   """
   made, error = like, None
   if is_lead():
@@ -61,13 +62,22 @@ def from_lead(make: Callable[[], T], like: T) -> T:
       made = make()
     except Exception as raised:
       error = raised
-  # The failure is shared first: no process then waits for a value.
-  failed, mistake = broadcast((error is not None, isinstance(error, UserError)))
+  # The failure is shared first: no process then waits for a value. Its kind
+  # as well, so that all of them go on after it or none.
+  failed, mistake, of_step = broadcast(
+    (
+      error is not None,
+      isinstance(error, UserError),
+      isinstance(error, StepError),
+    )
+  )
   if error is not None:
     raise error
   if failed:
     kind = UserError if mistake else RuntimeError
-    raise kind("the lead process failed; its log says why")
+    raise (StepError if of_step else kind)(
+      "the lead process failed; its log says why"
+    )
   return broadcast(made)
 
 

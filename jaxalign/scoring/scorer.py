@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from jaxalign.core.types import Params
+from jaxalign.data.rows import PromptRow
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models.deberta import DebertaConfig
@@ -18,7 +19,6 @@ from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
 from jaxalign.scoring.batches import LENGTHS, Batch, Encoded, batches
 from jaxalign.text import templates
-from jaxalign.text.templates import Message
 
 _log = logging.getLogger(__name__)
 
@@ -43,8 +43,6 @@ class Scorer:
     tokens: padded tokens per call, at most.
     rows: rows per call, at most.
     mesh: the rows of a call are sharded over its row axes; None = one device.
-    dialogues: the role lists of prompts that were rendered from one, for a
-      model with another format; this one reads them in its own.
   """
 
   model: Model
@@ -57,17 +55,15 @@ class Scorer:
   tokens: int = 4096
   rows: int = 64
   mesh: Mesh | None = None
-  dialogues: Mapping[str, Sequence[Message]] = dataclasses.field(
-    default_factory=dict
-  )
 
   def __call__(
-    self, prompts: Sequence[str], completions: Sequence[str]
+    self, prompts: Sequence[PromptRow], completions: Sequence[str]
   ) -> Float[np.ndarray, " B"]:
     """Raw logits in the order of the texts, higher is better.
 
     Args:
-      prompts: prompt of each text.
+      prompts: prompt of each text; one with messages is read in the format of
+        this model, whatever the policy's is.
       completions: as many completions.
 
     Returns:
@@ -96,11 +92,11 @@ class Scorer:
       )
     return scores
 
-  def _own_format(self, prompt: str, completion: str) -> tuple[str, str]:
+  def _own_format(self, row: PromptRow, completion: str) -> tuple[str, str]:
     """Prompt and completion as this model reads dialogues."""
-    messages = self.dialogues.get(prompt)
-    if messages is None:
-      return prompt, completion
+    messages = row.messages
+    if not messages:
+      return row.prompt, completion
     if self.encoding == "concat" and self.tokenizer.has_chat_template:
       # The whole conversation, which the template ends as in training.
       answer = {"role": "assistant", "content": completion}

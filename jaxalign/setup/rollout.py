@@ -1,7 +1,7 @@
 """What an online method samples with and scores by."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax.sharding import Mesh
@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxalign.config.online import OnlineConfig, SamplingConfig
 from jaxalign.core.types import SamplingParams
 from jaxalign.data.prompts import load_prompts
+from jaxalign.data.rows import PromptRow
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.evals.best_of_n import BestOfN
@@ -16,16 +17,14 @@ from jaxalign.models.model import Model
 from jaxalign.sampling import settings
 from jaxalign.sampling.generator import Generator
 from jaxalign.sampling.sampler import Sampler
-from jaxalign.scoring.reward_model import RewardModel
-from jaxalign.scoring.scorer import Scorer
-from jaxalign.setup.models import (
-  Loaded,
-  ModelSpec,
-  choose_encoding,
-  open_reward_model,
+from jaxalign.scoring.function import RewardFunction
+from jaxalign.setup.models import Loaded, ModelSpec
+from jaxalign.setup.rewards import (
+  Rewards,
+  check_prompts,
+  open_rewards,
+  read_rewards,
 )
-from jaxalign.text import templates
-from jaxalign.text.templates import Message
 from jaxalign.training.rollout import RolloutSource
 from jaxalign.training.run import Evaluator
 
@@ -35,7 +34,7 @@ _SHOWN = 60  # characters of a prompt in a message
 
 @dataclasses.dataclass(frozen=True)
 class RolloutSpec:
-  """Prompts and reward models of an online run; no parameter is read.
+  """Prompts and rewards of an online run; no parameter is read.
 
   Attributes:
     config: of the run.
@@ -44,20 +43,36 @@ class RolloutSpec:
     prompts: to train on, system text included.
     eval_prompts: for evaluations, never trained on.
     prompt_length: tokens of the longest of all prompts.
-    dialogues: the role lists that prompts were rendered from, by their text.
-    reward_models: what is trained on, in the order of `config.reward_models`.
+    reward_models: what is trained on, in the order of `config.reward_models`;
+      models and functions.
     heldout_reward_models: what is never trained against; may be empty.
   """
 
   config: OnlineConfig
   model: Model
   mesh: Mesh
-  prompts: tuple[str, ...]
-  eval_prompts: tuple[str, ...]
+  prompts: tuple[PromptRow, ...]
+  eval_prompts: tuple[PromptRow, ...]
   prompt_length: int
-  reward_models: tuple[ModelSpec, ...]
-  heldout_reward_models: tuple[ModelSpec, ...]
-  dialogues: Mapping[str, Sequence[Message]]
+  reward_models: Rewards
+  heldout_reward_models: Rewards
+
+  @property
+  def digest_rows(self) -> list[object]:
+    """What tells the prompts from others: texts, with columns if they carry any.
+
+    Reward functions may read the columns.
+    """
+    return [
+      [row.prompt, row.columns] if row.columns else row.prompt
+      for row in self.prompts
+    ]
+
+  @property
+  def files(self) -> tuple[str, ...]:
+    """Digests of the files of the reward functions."""
+    rewards = (*self.reward_models, *self.heldout_reward_models)
+    return tuple(x.digest for x in rewards if isinstance(x, RewardFunction))
 
   @property
   def rows(self) -> int:
@@ -87,8 +102,11 @@ class RolloutSpec:
     )
     heldout = None
     if self.heldout_reward_models:
-      heldout = self._read_rewards(
-        config.test_reward_models, self.heldout_reward_models, mesh
+      heldout = read_rewards(
+        config.test_reward_models,
+        self.heldout_reward_models,
+        config.scoring,
+        mesh,
       )
     return RolloutSource(
       self.prompts,
@@ -100,7 +118,9 @@ class RolloutSpec:
         sampling.batch_prompts or config.prompts_per_step,
         whole_tokens,
       ),
-      self._read_rewards(config.reward_models, self.reward_models, mesh),
+      read_rewards(
+        config.reward_models, self.reward_models, config.scoring, mesh
+      ),
       heldout,
     )
 
@@ -122,100 +142,45 @@ class RolloutSpec:
       )
     ]
 
-  def _read_rewards(
-    self,
-    names: tuple[tuple[str, float], ...],
-    models: tuple[ModelSpec, ...],
-    mesh: Mesh | None,
-  ) -> RewardModel:
-    scoring = self.config.scoring
-    scorers = tuple(
-      Scorer(
-        spec.model,
-        spec.read(),
-        spec.tokenizer,
-        spec.encoding,
-        name,
-        max_length=scoring.max_length,
-        lengths=scoring.length_buckets,
-        rows=scoring.batch_size,
-        mesh=mesh,
-        dialogues=self.dialogues,
-      )
-      for (name, _), spec in zip(names, models, strict=True)
-    )
-    return RewardModel(scorers, tuple(weight for _, weight in names))
-
 
 def describe_rollout(config: OnlineConfig, policy: ModelSpec) -> RolloutSpec:
-  """Opens the reward models and loads the prompts.
+  """Opens the rewards and loads the prompts.
 
   Raises:
-    UserError: a model or prompts that cannot be used.
+    UserError: a model, a function or prompts that cannot be used.
   """
-
-  def open_all(
-    names: tuple[tuple[str, float], ...], field: str, lab: str
-  ) -> tuple[ModelSpec, ...]:
-    dtype = config.scoring.dtype
-    found = []
-    for name, _ in names:
-      spec = open_reward_model(name, policy.mesh, dtype, f"config.{field}", lab)
-      encoding = choose_encoding(
-        config.scoring.encoding,
-        spec.tokenizer,
-        spec.model,
-        f"config.{field}: {name}",
-      )
-      found.append(dataclasses.replace(spec, encoding=encoding))
-    return tuple(found)
-
-  # Reward models: the train reward, then the held-out one.
-  reward_models = open_all(config.reward_models, "reward_model", "reward-train")
-  heldout = open_all(
-    config.test_reward_models, "test_reward_model", "reward-test"
+  # The train reward, then the held-out one.
+  mesh, scoring = policy.mesh, config.scoring
+  train_rewards = open_rewards(
+    config.reward_models, mesh, scoring, "config.reward_model"
   )
-  # Prompts, which leave room for a completion in the policy's context.
+  heldout = open_rewards(
+    config.test_reward_models,
+    mesh,
+    scoring,
+    "config.test_reward_model",
+    "reward-test",
+  )
+  # Prompts, which leave room for a completion in the policy's context; with
+  # the columns of their rows where a function may ask for them.
+  rewards = (*train_rewards, *heldout)
+  functions = [x for x in rewards if isinstance(x, RewardFunction)]
+  columns = [name for function in functions for name in function.columns]
   context = policy.model.config.max_positions
-  train, aside, length, dialogues = split_prompts(
-    config, policy.tokenizer, context
+  train, aside, length = split_prompts(
+    config, policy.tokenizer, context, columns if functions else None
   )
-  for spec in (*reward_models, *heldout):
-    check_dialogues(spec.tokenizer, dialogues)
+  check_prompts(rewards, (*train, *aside), config.prompts)
   return RolloutSpec(
     config,
     policy.model,
-    policy.mesh,
+    mesh,
     train,
     aside,
     length,
-    reward_models,
+    train_rewards,
     heldout,
-    dialogues,
   )
-
-
-def check_dialogues(
-  tokenizer: Tokenizer, dialogues: Mapping[str, Sequence[Message]]
-) -> None:
-  """Refuses role lists that a reward model's format cannot write.
-
-  Raises:
-    UserError: a role or a content that it does not have.
-  """
-  answer = {"role": "assistant", "content": "yes"}
-  for messages in dialogues.values():
-    try:
-      tokenizer.render_chat([*messages, answer])
-      # What models that read two segments are given.
-      templates.from_messages(list(messages), reply=True)
-    except (KeyError, TypeError) as error:
-      roles = ", ".join(str(turn["role"]) for turn in messages)
-      raise UserError(
-        f"config.prompts: a prompt has the roles {roles}, which the reward "
-        f"model {tokenizer.name} cannot be given; need text by system, user "
-        "and assistant"
-      ) from error
 
 
 def sampling_params(
@@ -239,10 +204,11 @@ def sampling_params(
 
 
 def split_prompts(
-  config: OnlineConfig, tokenizer: Tokenizer, context: int
-) -> tuple[
-  tuple[str, ...], tuple[str, ...], int, Mapping[str, Sequence[Message]]
-]:
+  config: OnlineConfig,
+  tokenizer: Tokenizer,
+  context: int,
+  columns: Sequence[str] | None = None,
+) -> tuple[tuple[PromptRow, ...], tuple[PromptRow, ...], int]:
   """Loads the prompts and sets those for evaluations aside.
 
   Every prompt has to leave room for its completion: for all of
@@ -253,10 +219,11 @@ def split_prompts(
     config: its sources, filters and lengths.
     tokenizer: the policy's.
     context: tokens the policy can read.
+    columns: see `load_prompts`.
 
   Returns:
-    Prompts to train on, prompts to evaluate on, tokens of the longest, and the
-    role lists that some were rendered from.
+    Prompts to train on, prompts to evaluate on, and tokens of the longest.
+    `config.system_prompt` is in their texts and in their messages.
 
   Raises:
     UserError: a bad source, none left, one that leaves no room.
@@ -279,8 +246,9 @@ def split_prompts(
     system=config.system_prompt,
     tokenizer=tokenizer,
     max_bad_share=config.max_bad_share,
+    columns=columns,
   )
-  texts = tuple(row.prompt for row in found.rows)
+  rows, texts = found.rows, [row.prompt for row in found.rows]
   # The first ones are for evaluations; the seed has shuffled them all.
   aside = config.evaluation.num_prompts if config.evaluation.interval else 0
   if len(texts) <= aside:
@@ -306,11 +274,10 @@ def split_prompts(
   print(f"{config.prompts}: {found}")
   # Where duplicates are allowed, a prompt may occur on both sides.
   kept = set(texts[:aside])
-  train = tuple(text for text in texts[aside:] if text not in kept)
+  train = tuple(row for row in rows[aside:] if row.prompt not in kept)
   if not train:
     raise UserError(
       f"config.prompts holds no prompt but the {aside} that are kept aside; "
       "lower config.evaluation.num_prompts or give more"
     )
-  dialogues = {row.prompt: row.messages for row in found.rows if row.messages}
-  return train, texts[:aside], max(lengths), dialogues
+  return train, rows[:aside], max(lengths)

@@ -60,6 +60,7 @@ class RunSpec(Generic[C]):
     rollout: prompts and reward models of a method that samples, or None.
     value_model: a separate value model, or None.
     rows: what is trained on; a run that continues has to find it unchanged.
+    files: digests of the files of users' functions, which have to stay as well.
   """
 
   config: C
@@ -69,6 +70,7 @@ class RunSpec(Generic[C]):
   rollout: RolloutSpec | None = None
   value_model: ModelSpec | None = None
   rows: object = ()
+  files: tuple[str, ...] = ()
 
   @property
   def mesh(self) -> Mesh:
@@ -88,7 +90,8 @@ class RunSpec(Generic[C]):
       )
       for name, specs in named:
         for i, spec in enumerate(specs):
-          found[name if len(specs) == 1 else f"{name} {i + 1}"] = spec
+          if isinstance(spec, ModelSpec):  # not a function
+            found[name if len(specs) == 1 else f"{name} {i + 1}"] = spec
     return found
 
 
@@ -319,7 +322,8 @@ def digest_of(rows: object) -> str:
   """Tells encoded rows or prompts from others: a digest of their JSON text.
 
   Args:
-    rows: a list or tuple of rows, or a dataclass of such columns.
+    rows: a list or tuple of rows, or a dataclass of such columns; what is no
+      JSON, such as a date in a column of the data, counts by its `repr`.
   """
   total = hashlib.blake2b(digest_size=16)
   for part in _json_parts(rows):
@@ -327,11 +331,15 @@ def digest_of(rows: object) -> str:
   return total.hexdigest()
 
 
+def _plain(x: object) -> object:
+  return vars(x) if dataclasses.is_dataclass(x) else repr(x)
+
+
 def _json_parts(rows: object) -> Iterator[str]:
   # Row by row: the text of all rows takes more memory than they do.
   if isinstance(rows, list | tuple):
     for i, row in enumerate(rows):
-      yield (", " if i else "[") + json.dumps(row, default=vars)
+      yield (", " if i else "[") + json.dumps(row, default=_plain)
     yield "]"
   elif dataclasses.is_dataclass(rows):
     for i, (name, column) in enumerate(vars(rows).items()):
@@ -365,6 +373,10 @@ def open_run(
     UserError: the folder is of another config, or of other rows.
   """
   config, mesh, digest = spec.config, spec.mesh, digest_of(spec.rows)
+  # After a blank come the files of users' functions; what they import does not
+  # count.
+  if spec.files:
+    digest += f" {digest_of(spec.files)}"
   with (
     contextlib.closing(open_workdir(config, folder)) as run,
     contextlib.closing(
@@ -427,13 +439,18 @@ def open_run(
         leaf.delete()  # nor here
       state, done = restored.state, restored.step
       files, counters = restored.extra["files"], restored.extra["counters"]
-      same = restored.extra.get("rows", digest) == digest
-      if not same and not config.checkpoint.allow_other_data:
+      old = restored.extra.get("rows", digest)
+      if old != digest and not config.checkpoint.allow_other_data:
         field = "config.prompts" if spec.rollout else "config.data"
+        what = (
+          f"{field} no longer gives the rows that {run.path} was trained on"
+        )
+        what += ": a file"
+        if old.partition(" ")[0] == digest.partition(" ")[0]:
+          what = f"the file of a reward function or of a judge of {run.path}"
         raise UserError(
-          f"{field} no longer gives the rows that {run.path} was trained on: a "
-          "file has changed; restore it, start again in another --workdir, or "
-          "continue with --config.checkpoint.allow_other_data=true"
+          f"{what} has changed; restore it, start again in another --workdir, "
+          "or continue with --config.checkpoint.allow_other_data=true"
         )
     if hosts.is_lead():
       begins = f"{config.steps} steps"

@@ -1,6 +1,7 @@
 """A step's completions: drawn, scored, and what is reported about them."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import TypeVar
 
 import numpy as np
@@ -8,7 +9,8 @@ from jaxtyping import Float, Int
 
 from jaxalign.config.online import OnlineConfig
 from jaxalign.core.types import Completions, Metrics, TrainState
-from jaxalign.data import batches
+from jaxalign.data.batches import rows_of_step
+from jaxalign.data.rows import PromptRow
 from jaxalign.sampling.generator import Generator
 from jaxalign.scoring.reward_model import RewardModel
 from jaxalign.text import similarity
@@ -25,6 +27,10 @@ class Rollout:
   completions: Completions
   scores: Float[np.ndarray, "P S"]  # less the length penalty; -inf = unusable
   heldout_scores: Float[np.ndarray, " B"] | None  # None = not measured
+  # Of each of several train rewards, not weighed; {} where there is one.
+  rewards: Mapping[str, Float[np.ndarray, " B"]] = dataclasses.field(
+    default_factory=dict
+  )
 
   def metrics(self, kept: Int[np.ndarray, " K"]) -> Metrics:
     """Rewards of usable completions; lengths and diversity of all.
@@ -51,6 +57,12 @@ class Rollout:
         np.mean([similarity.repetition(text) for text in texts])
       ),
     }
+    for name, reward in self.rewards.items():
+      # A reward function that says None of a completion does not count it.
+      counted = reward[np.isfinite(reward)]
+      if len(counted):
+        found[f"rewards/{name}/mean"] = counted.mean()
+        found[f"rewards/{name}/std"] = counted.std()
     if self.heldout_scores is not None:
       heldout = np.where(usable, self.heldout_scores, np.nan)
       heldout[np.isinf(heldout)] = np.nan
@@ -96,23 +108,16 @@ class RolloutSource:
   """Where the rollouts of a run come from.
 
   Attributes:
-    prompts: the training prompts, system text included.
+    prompts: to train on, system text included.
     generator: writes completions with the policy's parameters.
     train_reward: scores what is trained on.
     heldout_reward: a reward model that is never trained against, or None.
   """
 
-  prompts: tuple[str, ...]
+  prompts: tuple[PromptRow, ...]
   generator: Generator
   train_reward: RewardModel
   heldout_reward: RewardModel | None = None
-
-  def prompts_of_step(self, config: OnlineConfig, step: int) -> list[str]:
-    """The prompts of a step, a pure function of the seed and the step."""
-    count = len(self.prompts)
-    size = config.prompts_per_step or count
-    rows = batches.rows_of_step(config.seed, step, size, count)
-    return [self.prompts[row] for row in rows]
 
 
 def collect(
@@ -123,18 +128,24 @@ def collect(
   Returns:
     None if the step failed, which `run` has counted; see `max_exception_count`.
   """
-  config = run.config
+  config, count = run.config, len(source.prompts)
+  # The prompts of a step are a pure function of the seed and the step.
+  size = config.prompts_per_step or count
+  order = rows_of_step(config.seed, step, size, count)
+  asked = [source.prompts[i] for i in order]
   with run.tolerate_failure(step, config.max_exception_count):
     with run.stage("sample"):
       completions = source.generator(
         run.policy_params(state),
-        source.prompts_of_step(config, step),
+        [row.prompt for row in asked],
         config.samples_per_prompt,
         run.step_key(step),
       )
-    texts, prompts = completions.texts, completions.prompt_of_each
+    texts = completions.texts
+    prompts = [row for row in asked for _ in range(config.samples_per_prompt)]
     with run.stage("score"):
-      scores = np.array(source.train_reward(prompts, texts), np.float64)
+      rewards = source.train_reward.scores(prompts, texts)
+      scores = source.train_reward.total(rewards, prompts).astype(np.float64)
       heldout = None
       if source.heldout_reward and due(
         step, config.validation_interval, config.steps
@@ -148,5 +159,8 @@ def collect(
     if not np.isfinite(scores).any():
       raise ValueError("every completion was empty or had no finite score")
     shape = len(completions.prompts), config.samples_per_prompt
-    return Rollout(completions, scores.reshape(shape), heldout)
+    each = {}
+    if len(rewards) > 1:
+      each = dict(zip(source.train_reward.names, rewards, strict=True))
+    return Rollout(completions, scores.reshape(shape), heldout, each)
   return None

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, PyTree
 from jaxalign.config.sections import TrainingConfig
 from jaxalign.core import keys, optim
 from jaxalign.core.types import Metrics, Params, TrainState
-from jaxalign.errors import UserError
+from jaxalign.errors import StepError, UserError
 from jaxalign.models import lora
 from jaxalign.models.heads import policy_of
 from jaxalign.models.model import Model
@@ -200,15 +200,15 @@ class Run(Generic[C]):
 
     Out of memory, no usable completion: tolerated up to a set number, as in
     SuperHF's released code, but counted and logged. A `UserError` is a mistake
-    in the input, which does not go away.
+    in the input, which does not go away, unless it is a `StepError`.
     """
     counters = self.recorder.counters
     counters.setdefault("exceptions", 0)
     try:
       yield
-    except UserError:
-      raise
-    except Exception:
+    except Exception as error:
+      if isinstance(error, UserError) and not isinstance(error, StepError):
+        raise
       counters["exceptions"] += 1
       if counters["exceptions"] > allowed:
         raise

@@ -14,6 +14,7 @@ import transformers
 from jaxalign.algorithms.superhf.data import KeptBatch
 from jaxalign.core import optim
 from jaxalign.core.types import Completions, Samples, TextBatch
+from jaxalign.data.rows import PromptRow
 from jaxalign.data.tokenizer import wrap_tokenizer
 from jaxalign.models import lora
 from jaxalign.models.model import Model
@@ -21,7 +22,7 @@ from jaxalign.models.neox import NeoXConfig
 from jaxalign.parallel import mesh as meshes
 from jaxalign.sampling.generator import Generator
 from jaxalign.scoring.reward_model import RewardModel
-from jaxalign.training import recorder
+from jaxalign.training import recorder, rollout
 from jaxalign.training.rollout import RolloutSource
 from jaxalign.training.run import Run
 
@@ -152,24 +153,26 @@ class Scores(RewardModel):
 
   def __init__(self, score):
     object.__setattr__(self, "score", score)
+    object.__setattr__(self, "scorers", (self,))
+    object.__setattr__(self, "weights", (1.0,))
 
-  def __call__(self, prompts, completions):
-    return np.asarray(self.score(prompts, completions), np.float32)
+  def scores(self, prompts, completions):
+    texts = [row.prompt for row in prompts]
+    return np.asarray([self.score(texts, completions)], np.float64)
 
 
 def source(prompts, sample, score, heldout=None):
-  """Where rollouts come from; every step takes the prompts in their order."""
-
-  class InOrder(RolloutSource):
-    def prompts_of_step(self, config, step):
-      return list(self.prompts)
-
-  return InOrder(
-    tuple(prompts),
+  """Where rollouts come from; `toy` gives each step all prompts, in order."""
+  return RolloutSource(
+    tuple(PromptRow(prompt) for prompt in prompts),
     Scripted(sample),
     Scores(score),
     Scores(heldout) if heldout else None,
   )
+
+
+def in_order(seed, step, size, count):
+  return range(count)
 
 
 def ids(text):
@@ -224,7 +227,8 @@ def completions(prompts, texts):
 
 
 @pytest.fixture
-def toy():
+def toy(monkeypatch):
+  monkeypatch.setattr(rollout, "rows_of_step", in_order)
   return types.SimpleNamespace(
     build=build,
     completions=completions,

@@ -1,6 +1,7 @@
 """PPO and online DPO from the command line, stopped and taken up."""
 
 import json
+import pathlib
 import shutil
 import threading
 import time
@@ -142,6 +143,16 @@ def test_people_judge(online, read, tmp_path, monkeypatch):
       "config.judge must be reward_model, people or FILE.py:FUNCTION, got",
     ),
     ("dpo.py:online", {"judge": "no.py:f"}, "config.judge: no.py does not"),
+    (
+      "dpo.py:online",
+      {"reward_model": "no.py:f"},
+      "config.reward_model: no.py does not exist",
+    ),
+    (
+      "ppo.py",
+      {"reward_model": "mine.py"},
+      "config.reward_model must name a reward function as FILE.py:FUNCTION",
+    ),
   ],
 )
 def test_what_is_refused(config, fields, said, online, lab, tmp_path, capsys):
@@ -154,3 +165,60 @@ def test_what_is_refused(config, fields, said, online, lab, tmp_path, capsys):
   assert said in error
   assert error.count("\n") == 1
   assert not (tmp_path / "run").exists()
+
+
+REWARDS = """
+async def short(completions, **_):
+  return [1 / (1 + len(text)) for text in completions]
+def names(prompts, completions, thing):
+  assert len(prompts) == len(completions) == len(thing)
+  return [float(word in text) if word else None
+          for word, text in zip(thing, completions)]
+"""
+
+
+def test_functions_and_a_model_reward_together(online, lab, read, tmp_path):
+  """Prompts of one text stay apart by a column that a function reads."""
+  file, prompts = tmp_path / "rewards.py", tmp_path / "prompts.jsonl"
+  file.write_text(REWARDS)
+  asked = read(pathlib.Path(lab.prompts))[:2]
+  rows = [row | {"thing": x} for row in asked for x in ("the", None)]
+  prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  fields = PPO | {
+    "advantage": "grpo",
+    "rollout.samples_per_prompt": 2,
+    "prompts": prompts,
+    "reward_model": f"{file}:short*2, {lab.reward}, {file}:names",
+    "test_reward_model": f"{file}:short",
+    "validation_interval": 1,
+    "steps": 1,
+  }
+  folder = tmp_path / "run"
+  assert main.main(online("ppo.py", folder, **fields)) == 0
+  (row,) = read(folder / "metrics.jsonl")
+  samples = read(folder / "samples.jsonl")
+  assert len(samples) == 8
+  short = [1 / (1 + len(sample["completion"])) for sample in samples]
+  assert row["rewards/short/mean"] == pytest.approx(np.mean(short))
+  assert row["test_score/mean"] == pytest.approx(np.mean(short))
+  assert row["rewards/names/mean"] in (0, 0.25, 0.5, 0.75, 1)
+  parts = 2 * row["rewards/short/mean"] + row["rewards/reward/mean"]
+  # `names` says None of half of the completions.
+  parts += row["rewards/names/mean"] / 2
+  assert row["score/mean"] == pytest.approx(parts, abs=1e-5)
+
+
+def test_a_changed_function_is_noticed_when_a_run_is_taken_up(
+  superhf, tmp_path, capsys
+):
+  file, folder = tmp_path / "rewards.py", tmp_path / "run"
+  file.write_text(REWARDS)
+  fields = {"reward_model": f"{file}:short", "steps": 1}
+  assert main.main(superhf(folder, **fields)) == 0
+  (folder / "finished.json").unlink()
+  file.write_text(REWARDS.replace("1 / (1", "2 / (1"))
+  assert main.main(superhf(folder, **fields)) == 2
+  error = capsys.readouterr().err
+  assert f"the file of a reward function or of a judge of {folder}" in error
+  fields["checkpoint.allow_other_data"] = "true"
+  assert main.main(superhf(folder, **fields)) == 0

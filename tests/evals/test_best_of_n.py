@@ -7,11 +7,12 @@ import jax
 import numpy as np
 import pytest
 
+from jaxalign.data.rows import PromptRow
 from jaxalign.evals.best_of_n import BestOfN
 from jaxalign.sampling.generator import Generator
 from jaxalign.scoring.reward_model import RewardModel
 
-PROMPTS = ("a", "b", "c")
+PROMPTS = tuple(map(PromptRow, "abc"))
 
 
 def generate(params, prompts, n, key):

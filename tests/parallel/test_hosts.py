@@ -38,7 +38,7 @@ jax.config.update("jax_cpu_collectives_implementation", "gloo")
 address, rank = sys.argv[1], int(sys.argv[2])
 jax.distributed.initialize(address, num_processes=2, process_id=rank)
 jax.config.update("jax_transfer_guard", "disallow")
-from jaxalign.errors import UserError
+from jaxalign.errors import StepError, UserError
 from jaxalign.parallel import hosts
 
 assert jax.process_count() == 2
@@ -68,12 +68,14 @@ def ask():
   return np.array([3, 4])
 
 assert hosts.from_lead(ask, np.zeros(2, np.int64)).tolist() == [3, 4]
-for kind, wanted in ((UserError, UserError), (OSError, RuntimeError)):
+kinds = {UserError: UserError, StepError: StepError, OSError: RuntimeError}
+for kind, wanted in kinds.items():
   def fail():
     raise kind("no answer")
   try:
     hosts.from_lead(fail, 0)
   except kind if rank == 0 else wanted as error:
+    assert type(error) is (kind if rank == 0 else wanted)
     assert ("no answer" if rank == 0 else "the lead process") in str(error)
   else:
     raise AssertionError("nothing failed")

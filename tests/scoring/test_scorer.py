@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import transformers
 
+from jaxalign.data.rows import PromptRow
 from jaxalign.data.tokenizer import wrap_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models.deberta import DebertaConfig
@@ -63,6 +64,10 @@ def make(kind="deberta", **changes):
   return Scorer(model, lively(model), tokenizer(), **settings | changes)
 
 
+def rows(*prompts):
+  return [PromptRow(prompt) for prompt in prompts]
+
+
 def letters(count, seed=0, longest=30):
   rng = np.random.default_rng(seed)
 
@@ -70,7 +75,7 @@ def letters(count, seed=0, longest=30):
     return "".join(rng.choice(list("abcdefgh"), n))
 
   return (
-    [words(rng.integers(1, 3)) for _ in range(count)],
+    [PromptRow(words(rng.integers(1, 3))) for _ in range(count)],
     [words(rng.integers(0, longest - 2)) for _ in range(count)],
   )
 
@@ -85,7 +90,7 @@ def test_scores_are_the_models_own_in_input_order(scorer):
   scores = scorer(prompts, completions)
   assert scores.dtype == np.float32
   for index in (0, 10):
-    prompt, completion = prompts[index], completions[index]
+    prompt, completion = prompts[index].prompt, completions[index]
     ids = [ord(letter) - ord("a") + 1 for letter in prompt + completion]
     types = [0] * len(prompt) + [1] * len(completion)
     alone = jax.jit(lambda params, *a: scorer.model.bind(params).score(*a))(
@@ -131,7 +136,7 @@ def test_programs_are_compiled_once():
 
 def test_long_texts_are_cut_on_the_right():
   scorer = make("neox", max_length=10, encoding="concat")
-  long, short = scorer(["abcdefgh"] * 2, ["abcdefgh", "ab"])
+  long, short = scorer([PromptRow("abcdefgh")] * 2, ["abcdefgh", "ab"])
   assert long == short
   # Also texts that are encoded already, whoever made them.
   rows = [(list(range(1, n + 1)), [0] * n) for n in (16, 10)]
@@ -144,7 +149,7 @@ def test_long_texts_are_cut_on_the_right():
 def test_nonfinite_scores_are_reported_by_index(caplog):
   scorer = make("neox")
   with caplog.at_level(logging.WARNING):
-    scores = scorer(["ab", "", "a", ""], ["c", "", "b", ""])
+    scores = scorer(rows("ab", "", "a", ""), ["c", "", "b", ""])
   assert non_finite(scores) == [1, 3]
   assert "2 of 4 scores are not finite; texts 1, 3" in caplog.text
   assert scorer([], []).shape == (0,)
@@ -196,15 +201,17 @@ def test_mesh_of_one_device_and_no_implicit_transfer():
 @pytest.mark.parametrize("encoding", ["pair", "concat"])
 def test_a_role_list_is_read_in_the_models_own_format(encoding):
   """Not in the policy's markup: its template, or else the role delimiters."""
-  messages = [{"role": "user", "content": "abc"}]
-  scorer = make(encoding=encoding, dialogues={"[U]abc[A]": messages})
-  (score,) = scorer(["[U]abc[A]"], ["de"])
+  asked = PromptRow("[U]abc[A]", messages=({"role": "user", "content": "abc"},))
+  scorer = make(encoding=encoding)
+  (score,) = scorer([asked], ["de"])
   wire = "\n\nHuman: abc\n\nAssistant:"
-  np.testing.assert_allclose(score, scorer([wire], ["de"])[0], atol=1e-6)
-  assert abs(score - make(encoding=encoding)(["[U]abc[A]"], ["de"])[0]) > 1e-3
+  np.testing.assert_allclose(score, scorer(rows(wire), ["de"])[0], atol=1e-6)
+  assert abs(score - scorer(rows("[U]abc[A]"), ["de"])[0]) > 1e-3
   if encoding == "concat":
     inner = copy.deepcopy(scorer.tokenizer.inner)
     inner.chat_template = "{% for m in messages %}u{{ m.content }}e{% endfor %}"
     own = dataclasses.replace(scorer, tokenizer=wrap_tokenizer(inner))
-    (score,) = own(["[U]abc[A]"], ["de"])
-    np.testing.assert_allclose(score, own([""], ["uabceudee"])[0], atol=1e-6)
+    (score,) = own([asked], ["de"])
+    np.testing.assert_allclose(
+      score, own(rows(""), ["uabceudee"])[0], atol=1e-6
+    )

@@ -6,13 +6,14 @@ import pytest
 
 from jaxalign.algorithms.superhf.config import SuperHFConfig
 from jaxalign.config.online import EvaluationConfig
+from jaxalign.data.rows import PromptRow
 from jaxalign.errors import UserError
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
 from jaxalign.parallel import mesh as meshes
+from jaxalign.setup.rewards import check_messages
 from jaxalign.setup.rollout import (
   RolloutSpec,
-  check_dialogues,
   split_prompts,
 )
 from jaxalign.training.rollout import RolloutSource
@@ -34,7 +35,7 @@ def split(word_tokenizer, tmp_path):
     train, kept_aside, *_ = split_prompts(
       config, word_tokenizer("abcdef"), 1024
     )
-    return train, kept_aside
+    return [[row.prompt for row in part] for part in (train, kept_aside)]
 
   return run
 
@@ -57,12 +58,10 @@ def test_nothing_left_to_train_on(split):
 def test_without_an_interval_nothing_is_kept_aside_or_evaluated(split):
   train, aside = split(PROMPTS, 2, interval=0)
   assert len(train) == len(PROMPTS)
-  assert aside == ()
+  assert aside == []
   model = Model.build(NeoXConfig(8, 8, 1, 1, 8, max_positions=8))
   config = SuperHFConfig(evaluation=EvaluationConfig(interval=0))
-  spec = RolloutSpec(
-    config, model, meshes.make_mesh(), train, aside, 8, (), (), {}
-  )
+  spec = RolloutSpec(config, model, meshes.make_mesh(), (), (), 8, (), ())
   source = RolloutSource.__new__(RolloutSource)  # not looked at
   assert spec.evaluators(source) == []
 
@@ -70,10 +69,11 @@ def test_without_an_interval_nothing_is_kept_aside_or_evaluated(split):
 def test_role_lists_that_a_reward_model_cannot_write(word_tokenizer):
   tokenizer = word_tokenizer("ab")
   said = {"role": "user", "content": "a"}
-  check_dialogues(tokenizer, {"x": [{"role": "system", "content": "b"}, said]})
+  system = {"role": "system", "content": "b"}
+  check_messages(tokenizer, [PromptRow("x", messages=(system, said))])
   for turn in (
     {"role": "developer", "content": "b"},
     {"role": "system", "content": [{"type": "text", "text": "b"}]},
   ):
     with pytest.raises(UserError, match="cannot be given; need text by system"):
-      check_dialogues(tokenizer, {"x": [turn, said]})
+      check_messages(tokenizer, [PromptRow("x", messages=(turn, said))])

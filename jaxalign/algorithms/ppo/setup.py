@@ -47,7 +47,8 @@ def describe(config: PPOConfig) -> RunSpec[PPOConfig]:
     batch_shape=(rollout.rows // config.micro_rows, config.micro_rows, length),
     live_reference=True,
     rollout=rollout,
-    rows=rollout.prompts,
+    rows=rollout.digest_rows,
+    files=rollout.files,
     value_model=value_model,
   )
 

@@ -22,7 +22,8 @@ def describe(config: SuperHFConfig) -> RunSpec[SuperHFConfig]:
     batch_shape=(size // micro, micro, length),
     live_reference=config.uses_reference,
     rollout=rollout,
-    rows=rollout.prompts,
+    rows=rollout.digest_rows,
+    files=rollout.files,
   )
 
 

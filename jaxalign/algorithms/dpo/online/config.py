@@ -1,10 +1,10 @@
 """Online DPO's config."""
 
 import dataclasses
-import re
 from collections.abc import Iterator
 
 from jaxalign.algorithms.dpo.config import PairLossConfig
+from jaxalign.config.names import is_function
 from jaxalign.config.online import OnlineConfig
 from jaxalign.config.rules import Rule, field
 
@@ -44,10 +44,7 @@ class OnlineDPOConfig(PairLossConfig, OnlineConfig):
     """What the judge requires."""
     yield from super().rules()
     yield Rule(
-      (
-        self.judge in ("reward_model", "people")
-        or re.fullmatch(r".+\.py:\w+", self.judge) is not None
-      ),
+      (self.judge in ("reward_model", "people") or is_function(self.judge)),
       "judge must be reward_model, people or FILE.py:FUNCTION",
       "write my_judge.py:prefer for the function prefer in my_judge.py",
     )

@@ -10,6 +10,7 @@ from jaxalign.feedback.judges import (
   make_judge,
   open_judge,
 )
+from jaxalign.scoring.function import digest_of_file
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.rollout import describe_rollout
 from jaxalign.setup.run import RunSpec, finish, open_mesh, open_run
@@ -35,7 +36,11 @@ def describe(config: OnlineDPOConfig) -> OnlineDPOSpec:
     batch_shape=(config.micro_batches, 2 * config.micro_rows, length),
     live_reference=True,
     rollout=rollout,
-    rows=rollout.prompts,
+    rows=rollout.digest_rows,
+    files=(
+      *rollout.files,
+      *([digest_of_file(config.judge)] if function else []),
+    ),
     function=function,
   )
 
