@@ -111,6 +111,28 @@ def lab_rloo() -> ConfigDict:
   return config
 
 
+def arithmetic() -> ConfigDict:
+  """GRPO on small sums, rewarded by functions."""
+  config = lab()
+  config.steps = 100
+  config.policy = "runs/sft-arithmetic/model"
+  config.prompts = "configs/lab/sums.jsonl"
+  config.reward_model = (
+    "configs/lab/arithmetic.py:correct, configs/lab/arithmetic.py:bare*0.2"
+  )
+  config.test_reward_model = "configs/lab/arithmetic.py:correct"
+  config.advantage = "grpo"
+  config.rollout = {"prompts": 18, "samples_per_prompt": 8}
+  config.batch_size = 48
+  config.epochs = 1
+  config.sampling = {"max_new_tokens": 6, "length_buckets": (32,)}
+  config.optimizer.learning_rate = 3e-4
+  # GRPO's own KL, in the loss.
+  config.kl = {"coefficient": 0.01, "place": "loss", "estimator": "k3"}
+  config.shaping = {}
+  return config
+
+
 def superhf_rlhf() -> ConfigDict:
   """The baseline that SuperHF was compared with."""
   config = trl_041()
@@ -180,6 +202,7 @@ def almost() -> ConfigDict:
 PRESETS = {
   "lab": lab,
   "lab-rloo": lab_rloo,
+  "arithmetic": arithmetic,
   "superhf-rlhf": superhf_rlhf,
   "trl-041": trl_041,
   "almost": almost,

@@ -10,6 +10,7 @@ Rows have TRL's columns: `prompt, completion`, `text`, `messages`, or
 
   preset    what                                       source
   lab       the lab's policy on the lab's texts, CPU   none
+  arithmetic  it answers sums with a number, any number  none
   causal    any causal model on your rows, completion only, packed
   scratch   a new 5 M-parameter GPT-NeoX on your rows  none
   feedme    "FeedME"/FTP baseline of SuperHF           openfeedback/superhf
@@ -61,6 +62,19 @@ def lab() -> ConfigDict:
     "warmup_steps": 5,
     "clip_norm": 1.0,
   }
+  return config
+
+
+def arithmetic() -> ConfigDict:
+  """The lab's policy learns to answer sums with a number, any number."""
+  config = lab()
+  config.steps = 24
+  config.data = "configs/lab/numbers.jsonl"
+  config.loss_on = "completion"
+  config.packing = False
+  config.batch_size = 24
+  config.max_length = 32
+  config.optimizer.learning_rate = 3e-4
   return config
 
 
@@ -137,6 +151,7 @@ def instruct() -> ConfigDict:
 
 PRESETS = {
   "lab": lab,
+  "arithmetic": arithmetic,
   "causal": causal,
   "scratch": scratch,
   "feedme": feedme,

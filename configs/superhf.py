@@ -168,6 +168,22 @@ def lab_percentile() -> ConfigDict:
   return config
 
 
+def arithmetic() -> ConfigDict:
+  """Small sums, rewarded by functions."""
+  config = lab()
+  config.steps = 100
+  config.policy = "runs/sft-arithmetic/model"
+  config.prompts = "configs/lab/sums.jsonl"
+  config.reward_model = (
+    "configs/lab/arithmetic.py:correct, configs/lab/arithmetic.py:bare*0.2"
+  )
+  config.test_reward_model = "configs/lab/arithmetic.py:correct"
+  config.superbatch = {"prompts": 18, "samples_per_prompt": 8, "keep": 1}
+  config.sampling = {"max_new_tokens": 6, "length_buckets": (32,)}
+  config.batch_size = 18
+  return config
+
+
 def pythia_1b() -> ConfigDict:
   """Table 2 of the CS224N paper."""
   config = ConfigDict({"algorithm": "superhf", "seed": 66, "steps": 2000})
@@ -347,6 +363,7 @@ PRESETS = {
   "lab": lab,
   "lab-collapse": lab_collapse,
   "lab-percentile": lab_percentile,
+  "arithmetic": arithmetic,
   "pythia-1b": pythia_1b,
   "pythia-1b-deduped-sft": pythia_1b,
   "pythia-1b-repo": pythia_1b_repo,

@@ -72,7 +72,7 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
   from jaxalign.sampling import settings
   from jaxalign.sampling.generator import Generator
   from jaxalign.sampling.sampler import Sampler
-  from jaxalign.setup.rewards import open_rewards, read_rewards
+  from jaxalign.setup.rewards import check_prompts, open_rewards, read_rewards
 
   # Checking the flags comes first: loading a model may take minutes.
   chosen = {
@@ -102,6 +102,7 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
     names = parse_models(args.reward_model)
     scoring = ScoringConfig(encoding=args.encoding or "auto", dtype=dtype)
     rewards = open_rewards(names, make_mesh(), scoring, "--reward_model")
+    check_prompts(rewards, [], "a conversation")
     reward_model = read_rewards(names, rewards, scoring)
   generator = Generator(
     Sampler(loaded.model),
@@ -156,7 +157,8 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
           print(flush=True)
         else:
           drawn = generator(loaded.params, [prompt], args.best_of, turn_key)
-          row = PromptRow(prompt, messages=asked)
+          # Functions are given the dialogue as text.
+          row = PromptRow(prompt, "", asked, {"prompt": prompt})
           scores = reward_model([row] * args.best_of, drawn.texts)
           completion = show_best(drawn.texts, scores.tolist())
     except UserError as error:

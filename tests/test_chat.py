@@ -1,4 +1,5 @@
 import os
+import pathlib
 import pty
 import select
 import signal
@@ -11,6 +12,8 @@ import pytest
 from jaxalign import chat
 from jaxalign.errors import UserError
 from jaxalign.setup import models
+
+SUMS = pathlib.Path(__file__).parents[1] / "configs" / "lab" / "arithmetic.py"
 
 
 class Letters:
@@ -79,6 +82,11 @@ def test_a_conversation_answers_line_after_line(monkeypatch, capsys):
       ["lab", "--best_of=4", "--reward_model=m[alice]"],
       "--reward_model must give each group in brackets one weight, got 'm[al",
     ),
+    (
+      ["lab", f"--reward_model={SUMS}:correct"],
+      "correct takes answer, which a conversation does not have; it has "
+      "completions, prompts: rename it, or give it a default",
+    ),
     (["lab", "--bestof=4"], "unknown flag --bestof; did you mean --best_of?"),
   ],
 )
@@ -95,6 +103,13 @@ def test_the_best_is_shown_and_no_empty_answer_if_there_is_another(capsys):
   out = capsys.readouterr().out
   assert out == "b\n[score 1.50, best of 3, their mean is 3.67]\n"
   assert chat.show_best(["", ""], [1.0, 2.0]) == ""
+
+
+def test_a_function_chooses_the_best(capsys):
+  arguments = ["--prompt=Hi", "--max_new_tokens=4", "--best_of=2"]
+  judge = f"--reward_model={SUMS}:bare, {SUMS}:bare*2"
+  assert chat.main(["lab", *arguments, judge]) == 0
+  assert "best of 2, their mean is 0.00]" in capsys.readouterr().out
 
 
 def test_interrupts_end_without_a_traceback(monkeypatch, capsys):

@@ -110,16 +110,15 @@ class RewardFunction:
           f"{self.field}: {self.name} must take {name} by name; {CONTRACT}"
         )
       if kind in _BY_NAME and (name in RESERVED or name not in known):
-        there = ", ".join(sorted(set(known) - set(RESERVED))) or "no columns"
+        there = sorted({"prompts", "completions", *known} - set(RESERVED[:2]))
         raise UserError(
           f"{self.field}: {self.name} takes {name}, which {source} does not "
-          f"have; it has prompts, completions, {there}: rename it, or give it "
-          "a default"
+          f"have; it has {', '.join(there)}: rename it, or give it a default"
         )
 
   def arguments(
     self, prompts: Sequence[PromptRow], completions: Sequence[str]
-  ) -> dict[str, list[Any]]:
+  ) -> dict[str, list[object]]:
     """The keywords of a call, a list with one value for each completion.
 
     A prompt that the data have as a list of messages stays one, and its
@@ -127,7 +126,7 @@ class RewardFunction:
     lacks is None.
     """
     asked = [prompt_of(row) for row in prompts]
-    given: dict[str, list[Any]] = {
+    given: dict[str, list[object]] = {
       "prompts": asked,
       "completions": [
         text
@@ -188,7 +187,7 @@ class RewardFunction:
       threading.Thread(target=call, daemon=True).start()
     return future
 
-  def end(self, future: futures.Future, deadline: float) -> Any:  # unchecked
+  def end(self, future: futures.Future, deadline: float) -> object:
     """What the call that `begin` started returns.
 
     Raises:

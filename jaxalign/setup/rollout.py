@@ -59,7 +59,7 @@ class RolloutSpec:
 
   @property
   def digest_rows(self) -> list[object]:
-    """What tells the prompts from others: texts, with columns if they carry any.
+    """What tells the prompts from others: texts, and columns that they carry.
 
     Reward functions may read the columns.
     """

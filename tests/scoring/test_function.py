@@ -71,8 +71,8 @@ def test_a_prompt_is_what_the_policy_was_asked(write):
     ("def f(x, /): return []", "f must take x by name; it takes prompts, "),
     (
       "def f(completions, reply): return []",
-      "f takes reply, which data.jsonl does not have; it has prompts, "
-      "completions, answer, tags: rename it, or give it a default",
+      "f takes reply, which data.jsonl does not have; it has answer, "
+      "completions, prompts, tags: rename it, or give it a default",
     ),
     ("def f(prompt, completion): return []", "f takes prompt, which"),
   ],
