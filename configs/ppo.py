@@ -12,6 +12,8 @@ from Human Feedback", CS224N 2023):
   preset        source
   lab           none: small models, so that a laptop finishes in minutes
   lab-rloo      lab against three other completions, without a value model
+  arithmetic    GRPO on small sums, rewarded by Python functions, after
+                configs/sft.py:arithmetic; docs/reward_functions.md
   superhf-rlhf  Kor, Table 3, and its released script
   trl-041       the defaults of TRL 0.4.1's PPOConfig, on the same models
   almost        "Aligning Large Language Models through Synthetic Feedback"

@@ -8,13 +8,13 @@ Rows have TRL's columns: `prompt, completion`, `text`, `messages`, or
 `chosen, rejected`, of which the chosen text is learned. A source is a hub id
 (`name` or `name:subset`), a .jsonl/.json/.csv/.parquet file or a glob.
 
-  preset    what                                       source
-  lab       the lab's policy on the lab's texts, CPU   none
-  arithmetic  it answers sums with a number, any number  none
-  causal    any causal model on your rows, completion only, packed
-  scratch   a new 5 M-parameter GPT-NeoX on your rows  none
-  feedme    "FeedME"/FTP baseline of SuperHF           openfeedback/superhf
-  instruct  "Instruct" baseline of SuperHF             openfeedback/superhf
+  preset      what                                       source
+  lab         the lab's policy on the lab's texts, CPU   none
+  arithmetic  it learns to answer sums with a number     none
+  causal      any causal model on your rows, completion only, packed
+  scratch     a new 5 M-parameter GPT-NeoX on your rows  none
+  feedme      "FeedME"/FTP baseline of SuperHF           openfeedback/superhf
+  instruct    "Instruct" baseline of SuperHF             openfeedback/superhf
 
 Settings of `feedme` and `instruct`, from openfeedback/superhf, later runs:
 

@@ -14,6 +14,8 @@ from Human Feedback", CS224N 2023; "repo" is openfeedback/superhf on GitHub;
   lab                none: small models, so that a laptop finishes in minutes
   lab-collapse       lab without KL at thrice the rate: reward hacking
   lab-percentile     lab with a growing percentile instead of the best one
+  arithmetic         small sums, rewarded by Python functions, after
+                     configs/sft.py:arithmetic; docs/reward_functions.md
   pythia-1b          Table 2 of the CS224N paper, the gold run
   pythia-1b-repo     repo, best-model-push.yaml v1 (2023-03-17)
   pythia-1b-cs224n   repo, default.yaml of the same time

@@ -25,6 +25,7 @@ MAY_CHANGE = (
   "micro_batch",
   "sampling.batch_prompts",
   "scoring.batch_size",
+  "scoring.function_timeout",
   "max_bad_share",
   "max_exception_count",
   "validation_interval",

@@ -150,7 +150,7 @@ class RewardFunction:
     # What a function changes in its arguments must not reach later steps.
     return copy.deepcopy(given)
 
-  def begin(
+  def _begin(
     self,
     prompts: Sequence[PromptRow],
     completions: Sequence[str],
@@ -187,8 +187,8 @@ class RewardFunction:
       threading.Thread(target=call, daemon=True).start()
     return future
 
-  def end(self, future: futures.Future, deadline: float) -> object:
-    """What the call that `begin` started returns.
+  def _end(self, future: futures.Future, deadline: float) -> object:
+    """What the call that `_begin` started returns.
 
     Raises:
       _TimeUp: it takes too long.
@@ -203,11 +203,11 @@ class RewardFunction:
         raise _TimeUp
     return future.result()
 
-  def deadline(self) -> float:
+  def _deadline(self) -> float:
     """When a call that starts now has to end, by `time.monotonic`."""
     return time.monotonic() + (self.seconds or math.inf)
 
-  def explain(
+  def _explain(
     self,
     error: BaseException,
     prompts: Sequence[PromptRow],
@@ -218,11 +218,11 @@ class RewardFunction:
     The rows are given to the function one by one until it happens again, all
     together within the time of one call.
     """
-    deadline, row = self.deadline(), ""
+    deadline, row = self._deadline(), ""
     for i in range(len(completions)):
       one = prompts[i : i + 1], completions[i : i + 1]
       try:
-        self.end(self.begin(*one, deadline), deadline)
+        self._end(self._begin(*one, deadline), deadline)
       except (Exception, _TimeUp):
         row = _row(i, prompts, completions)
         break
@@ -241,7 +241,7 @@ class RewardFunction:
       " with config.max_exception_count"
     )
 
-  def check(
+  def _check(
     self,
     result: object,
     prompts: Sequence[PromptRow],
@@ -270,7 +270,7 @@ class RewardFunction:
       try:
         # float() by itself would take the text "1.5".
         number = float(value + 0)
-      except (TypeError, ValueError):
+      except (TypeError, ValueError, OverflowError):
         raise UserError(
           f"{self.field}: {self.name} must return a float or None for each "
           f"completion, got {value!r:.{_SHOWN}} for "
@@ -341,16 +341,16 @@ def ask_functions(
     # Async ones first: they go on while the others run here.
     calls: dict[RewardFunction, tuple[futures.Future, float]] = {}
     for function in sorted(functions, key=lambda f: not f.is_async):
-      deadline = function.deadline()
-      future = function.begin(prompts, completions, deadline)
+      deadline = function._deadline()
+      future = function._begin(prompts, completions, deadline)
       calls[function] = future, deadline
     found = np.zeros((len(functions), len(completions)))
     for i, function in enumerate(functions):
       try:
-        result = function.end(*calls[function])
+        result = function._end(*calls[function])
       except (Exception, _TimeUp) as error:
-        raise function.explain(error, prompts, completions) from error
-      found[i] = function.check(result, prompts, completions)
+        raise function._explain(error, prompts, completions) from error
+      found[i] = function._check(result, prompts, completions)
     return found
 
   return hosts.from_lead(ask, np.zeros((len(functions), len(completions))))

@@ -442,10 +442,7 @@ def open_run(
       old = restored.extra.get("rows", digest)
       if old != digest and not config.checkpoint.allow_other_data:
         field = "config.prompts" if spec.rollout else "config.data"
-        what = (
-          f"{field} no longer gives the rows that {run.path} was trained on"
-        )
-        what += ": a file"
+        what = f"{field} no longer gives the rows of {run.path}: a file"
         if old.partition(" ")[0] == digest.partition(" ")[0]:
           what = f"the file of a reward function or of a judge of {run.path}"
         raise UserError(
