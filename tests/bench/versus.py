@@ -103,12 +103,13 @@ class Turns:
 
   @contextlib.contextmanager
   def stage(self, name):
-    """Times a part of the step, in CPU seconds."""
-    began = time.process_time()
+    """Times a part of the step: CPU seconds in `parts`, else in `waits`."""
+    began, wall = time.process_time(), time.perf_counter()
     yield
-    spent = time.process_time() - began
-    parts = self._found.setdefault("parts", {})
-    parts[name] = parts.get(name, 0.0) + spent
+    spent = time.process_time() - began, time.perf_counter() - wall
+    for kind, seconds in zip(("parts", "waits"), spent, strict=True):
+      found = self._found.setdefault(kind, {})
+      found[name] = found.get(name, 0.0) + seconds
 
 
 def ours(method, noted, config, workdir, **fields):
