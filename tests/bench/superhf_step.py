@@ -47,12 +47,18 @@ WARM_UP = 4  # steps; each length bucket compiles when it first comes
 ROOT = pathlib.Path(__file__).parents[2]
 STAGES = ("sample", "score", "update")
 BATCH = 64  # rows in a call of the 2023 code
-# Against torch: prompts, samples of each, new tokens, learning rate, sampling.
+# Against torch: preset, prompts, samples of each, new tokens, sampling.
 SHAPES = {
-  "lab": (8, 16, 48, 3e-4, {"top_p": 1.0, "repetition_penalty": 1.0}),
-  # The settings of the paper's Table 2.
-  "pythia-70m": (2, 32, 64, 1e-5, {"top_p": 0.9, "repetition_penalty": 1.05}),
+  "lab": ("lab", 8, 16, 48, {"top_p": 1.0, "repetition_penalty": 1.0}),
+  "pythia-70m": (
+    "pythia-1b",
+    2,
+    32,
+    64,
+    {"top_p": 0.9, "repetition_penalty": 1.05},
+  ),
 }
+RATE = 1e-5
 
 
 def start(folder, name):
@@ -179,7 +185,7 @@ def make(folder, shape):
     versus.make_model(folder / "policy", eos=False)
     versus.make_model(folder / "reward", scores=True, eos=False, seed=1)
     rng = random.Random(0)
-    prompts = [versus.prompt(rng, rng.randint(16, 80)) for _ in range(200)]
+    prompts = [versus.prompt(rng, rng.randint(16, 80)) for _ in range(100)]
   rows = [json.dumps({"prompt": prompt}) + "\n" for prompt in prompts]
   (folder / "prompts.jsonl").write_text("".join(rows))
 
@@ -189,19 +195,19 @@ def ours(folder, shape):
   sys.path.insert(0, str(ROOT))
   from jaxalign.training.rollout import RolloutSource
 
-  prompts, samples, tokens, rate, sampling = SHAPES[shape]
+  preset, prompts, samples, tokens, sampling = SHAPES[shape]
   choose = RolloutSource.prompts_of_step
 
   def noted(self, config, step):
     chosen = choose(self, config, step)
-    (folder / f"step{step}.json").write_text(json.dumps(chosen))
+    (folder / "asked.json").write_text(json.dumps(chosen))
     return chosen
 
   RolloutSource.prompts_of_step = noted
   return versus.ours(
     "superhf",
     ("score/mean", "loss/nll", "num_sampled_tokens"),
-    "configs/superhf.py:lab",
+    f"configs/superhf.py:{preset}",
     folder / "ours",
     policy=folder / "policy",
     prompts=folder / "prompts.jsonl",
@@ -209,6 +215,8 @@ def ours(folder, shape):
     test_reward_model="",
     validation_interval=0,
     max_prompt_chars=10**4,
+    system_prompt="",
+    superbatch__mode="prompt_accumulation",
     superbatch__prompts=prompts,
     superbatch__samples_per_prompt=samples,
     sampling__max_new_tokens=tokens,
@@ -220,7 +228,7 @@ def ours(folder, shape):
     max_length=1024,
     train_eos=False,
     kl_coefficient=-1.0,
-    optimizer__learning_rate=rate,
+    optimizer__learning_rate=RATE,
     optimizer__clip_norm=0.0,
   )
 
@@ -231,7 +239,7 @@ def theirs(folder, shape, together):
   import transformers
 
   turns = versus.Turns()
-  prompts, samples, tokens, rate, sampling = SHAPES[shape]
+  _, prompts, samples, tokens, sampling = SHAPES[shape]
   policy = transformers.AutoModelForCausalLM.from_pretrained(folder / "policy")
   reward = transformers.AutoModelForSequenceClassification.from_pretrained(
     folder / "reward"
@@ -243,10 +251,10 @@ def theirs(folder, shape, together):
     load(folder / "policy", padding_side="right"),
     load(folder / "reward"),
   )
-  optimizer = torch.optim.AdamW(policy.parameters(), lr=rate, fused=True)
-  for step in itertools.count():
+  optimizer = torch.optim.AdamW(policy.parameters(), lr=RATE, fused=True)
+  while True:
     turns.take()
-    asked = json.loads((folder / f"step{step}.json").read_text())
+    asked = json.loads((folder / "asked.json").read_text())
     asked = [prompt for prompt in asked for _ in range(samples)]
     parts = [asked[i : i + BATCH] for i in range(0, len(asked), BATCH)]
     with turns.stage("sample"), torch.inference_mode():
@@ -321,7 +329,7 @@ def spread(found, seconds):
 
 def against_torch(shape, together, repeats):
   """Both sides' figures."""
-  prompts, samples, tokens, _, _ = SHAPES[shape]
+  _, prompts, samples, tokens, _ = SHAPES[shape]
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     side = [sys.executable, __file__, "--folder", name, "--shape", shape]
@@ -331,7 +339,7 @@ def against_torch(shape, together, repeats):
       "jaxalign": [*side, "--side=ours"],
       "torch": [*side, "--side=theirs"],
     }
-    found = versus.alternate(folder, sides, repeats)
+    found = versus.alternate(folder, sides, repeats, WARM_UP)
   for side in found.values():
     for step in side[1:]:
       assert step["num_sampled_tokens"] == prompts * samples * tokens, step

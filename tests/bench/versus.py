@@ -169,13 +169,15 @@ def _take_turns(turns, *names):
   Recorder.report = noted
 
 
-def alternate(folder, sides, repeats):
-  """Lets commands take turns; what each told of each step but the first.
+def alternate(folder, sides, repeats, ahead=0):
+  """Lets commands take turns; what each told of each step.
 
   Args:
     folder: for their logs.
     sides: name -> command of a process that has a `Turns`.
     repeats: steps of each that count; one goes ahead, in which ours compiles.
+    ahead: more steps of the first side before, which are left out: it compiles
+      shapes that come later.
   """
   with contextlib.ExitStack() as undo:
     running = {}
@@ -198,12 +200,17 @@ def alternate(folder, sides, repeats):
         raise RuntimeError((folder / f"{name}.log").read_text()[-4000:])
       return json.loads(line)
 
+    def turn(name):
+      running[name].stdin.write("\n")
+      running[name].stdin.flush()
+      return told(name)
+
     found = {name: [told(name)] for name in sides}
+    for _ in range(ahead):
+      turn(next(iter(sides)))
     for _ in range(repeats + 1):
-      for name, process in running.items():
-        process.stdin.write("\n")
-        process.stdin.flush()
-        found[name].append(told(name))
+      for name in sides:
+        found[name].append(turn(name))
   return found
 
 
