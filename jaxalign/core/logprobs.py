@@ -110,7 +110,7 @@ def weighted_nll(
   unembed: Unembed,
   *,
   tokens_a_chunk: int = 512,
-) -> Float[Array, ""]:
+) -> tuple[Float[Array, ""], Float[Array, "B T"]]:
   """Σ −w log p(target), in nats; positions of weight 0 cost nothing.
 
   Cheaper than a sum over `target_logprobs`. The weights are known here, so the
@@ -124,15 +124,20 @@ def weighted_nll(
     weights: w, say 1 / tokens of the whole batch; no gradient flows into it.
     unembed: the model's output matrix; what it closes over gets gradients.
     tokens_a_chunk: positions whose logits are held at once on each device.
+
+  Returns:
+    The sum, and log p(target) at each position of another weight than 0, to
+    look at: it has no gradient.
   """
   # As in `over_counted`: one part per device.
-  parts = _row_parts(weights.shape[0])
+  shape, parts = weights.shape, _row_parts(weights.shape[0])
   hidden, targets, weights = (
     x.reshape(parts, -1, *x.shape[2:]) for x in (hidden, targets, weights)
   )
   size = min(tokens_a_chunk, weights.shape[1])
   apply, matrix = _hoist(unembed, size, [hidden])
-  return _weighted_nll(apply, size, matrix, hidden, targets, weights)
+  total, logps = _weighted_nll(apply, size, matrix, hidden, targets, weights)
+  return total, logps.reshape(shape)
 
 
 def _tail(size: int) -> int:
@@ -144,11 +149,13 @@ def _tail(size: int) -> int:
 def _weighted_nll(apply, size, matrix, hidden, targets, weights):
   def body(w, chunk, total):
     h, t = chunk
-    return total + _chunk_nll(apply(matrix, h), t, w)[0], ()
+    nll, logp, _ = _chunk_nll(apply(matrix, h), t, w)
+    return total + nll, logp
 
-  total = jnp.zeros(weights.shape[0])
-  chunks = hidden, targets
-  return _over_chunks(body, size, weights, chunks, total, ())[0].sum()
+  carry = jnp.zeros(weights.shape[0])
+  chunks, logps = (hidden, targets), jnp.zeros(weights.shape)
+  total, logps = _over_chunks(body, size, weights, chunks, carry, logps)
+  return total.sum(), logps
 
 
 def _weighted_nll_forward(apply, size, matrix, hidden, targets, weights):
@@ -156,24 +163,27 @@ def _weighted_nll_forward(apply, size, matrix, hidden, targets, weights):
     total, d_matrix = carry
     h, t = chunk
     logits, pull = jax.vjp(apply, matrix, h)
-    nll, d_logits = _chunk_nll(logits, t, w)
+    nll, logp, d_logits = _chunk_nll(logits, t, w)
     more, d_h = pull(d_logits)
-    return (total + nll, jax.tree.map(jnp.add, d_matrix, more)), d_h
+    return (total + nll, jax.tree.map(jnp.add, d_matrix, more)), (logp, d_h)
 
   # Each device sums up its own rows' gradients; they meet after the loop.
   parts = weights.shape[0]
   zeros = [jnp.zeros((parts, *m.shape), m.dtype) for m in matrix]
   carry = jnp.zeros(parts), zeros
   chunks = hidden, targets
-  (total, d_matrix), d_hidden = _over_chunks(
-    body, size, weights, chunks, carry, jnp.zeros_like(hidden)
+  placed = jnp.zeros(weights.shape), jnp.zeros_like(hidden)
+  (total, d_matrix), (logps, d_hidden) = _over_chunks(
+    body, size, weights, chunks, carry, placed
   )
-  return total.sum(), ([d.sum(0) for d in d_matrix], d_hidden)
+  return (total.sum(), logps), ([d.sum(0) for d in d_matrix], d_hidden)
 
 
 def _weighted_nll_backward(apply, size, saved, d):
   del apply, size
-  # The forward pass computed the gradients already; only scale them.
+  # The forward pass computed the gradients already; only scale them. What the
+  # log-probs are used for has no gradient.
+  d, _ = d
   scaled = jax.tree.map(lambda x: x * d.astype(x.dtype), saved)
   # Targets and weights get no gradient.
   return *scaled, None, None
@@ -182,8 +192,8 @@ def _weighted_nll_backward(apply, size, saved, d):
 _weighted_nll.defvjp(_weighted_nll_forward, _weighted_nll_backward)
 
 
-def _chunk_nll(logits: Array, targets: Array, w: Array) -> tuple[Array, Array]:
-  """Σ −w log p(target) of a chunk `[C, V]`, and d/d logits of it."""
+def _chunk_nll(logits: Array, targets: Array, w: Array):
+  """Σ −w log p(target) of a chunk `[C, V]`, log p, and d/d logits of it."""
   # The softmax, shared by the loss and its gradient.
   top = logits.max(axis=-1, keepdims=True)
   e = jnp.exp(logits - top)
@@ -192,7 +202,8 @@ def _chunk_nll(logits: Array, targets: Array, w: Array) -> tuple[Array, Array]:
   hit = jnp.arange(logits.shape[-1]) == targets[:, None]
   # `where`: a position of weight 0 may hold NaN.
   d_logits = jnp.where(w[:, None] == 0, 0, w[:, None] * (e / total - hit))
-  return jnp.where(w == 0, 0, w * nll).sum(), d_logits
+  nll = jnp.where(w == 0, 0, nll)
+  return (w * nll).sum(), -nll, d_logits
 
 
 def _over_chunks(body, size, weights, arrays, carry, placed):

@@ -190,9 +190,10 @@ def test_weighted_nll_by_hand():
   """
   hidden = jnp.log(jnp.array([[[1.0, 3.0]] * 3]))
   targets, weights = jnp.array([[0, 0, 1]]), jnp.array([[2.0, 0.0, 1.0]])
-  value, grad = jax.value_and_grad(logprobs.weighted_nll)(
-    hidden, targets, weights, identity
-  )
+  (value, logps), grad = jax.value_and_grad(
+    logprobs.weighted_nll, has_aux=True
+  )(hidden, targets, weights, identity)
+  np.testing.assert_allclose(logps, [[-np.log(4), 0, np.log(3 / 4)]], atol=1e-6)
   np.testing.assert_allclose(value, 2 * np.log(4) + np.log(4 / 3), atol=1e-6)
   wanted = [[[-1.5, 1.5], [0, 0], [0.25, -0.25]]]
   np.testing.assert_allclose(grad, wanted, atol=1e-6)
@@ -208,7 +209,7 @@ def test_weighted_nll_is_the_sum_of_log_probs(chunk):
   def fused(hidden, matrix):
     return logprobs.weighted_nll(
       *(hidden, targets, weights, lambda h: h @ matrix), tokens_a_chunk=chunk
-    )
+    )[0]
 
   def plain(hidden, matrix):
     logp = logprobs.target_logprobs(hidden, targets, mask, lambda h: h @ matrix)
@@ -234,7 +235,7 @@ def test_weighted_nll_runs_only_the_chunks_that_count():
     return h
 
   weights = jnp.array([[0, 1, 0, 0, 1, 0], [1, 0, 1, 1, 0, 0]], jnp.float32)
-  out = logprobs.weighted_nll(
+  out, _ = logprobs.weighted_nll(
     jnp.zeros((2, 6, 3)),
     jnp.zeros((2, 6), int),
     weights,
@@ -255,7 +256,7 @@ def test_weighted_nll_ends_in_small_chunks():
       jax.debug.callback(functools.partial(sizes.append, len(h)))
       return h
 
-    out = logprobs.weighted_nll(
+    out, _ = logprobs.weighted_nll(
       jnp.zeros((1, 20, 3)),
       jnp.zeros((1, 20), int),
       (jnp.arange(20)[None] >= 20 - count).astype(jnp.float32),

@@ -78,7 +78,7 @@ def chunked_losses(policy, prior, targets, mask):
     states, old, targets, mask, module.unembed, before.unembed
   )
   weights = mask.astype(jnp.float32)
-  nll = logprobs.weighted_nll(
+  nll, _ = logprobs.weighted_nll(
     states, targets, weights, module.unembed, tokens_a_chunk=512
   )
   return chosen, *both, nll

@@ -33,7 +33,7 @@ def sum_nll(
   """Σ −log p / `tokens`, and how many tokens count in a batch `[B, T]`."""
   p = forward(model, params, text, key)
   # As weights that are known beforehand, so no logits need to be kept.
-  loss = weighted_nll(p.hidden, p.targets, p.mask / tokens, p.unembed)
+  loss, _ = weighted_nll(p.hidden, p.targets, p.mask / tokens, p.unembed)
   return loss, p.mask.sum()
 
 

@@ -25,7 +25,7 @@ from jaxtyping import Array, Float, Int
 from jaxalign.algorithms.superhf.config import SuperbatchConfig, SuperHFConfig
 from jaxalign.algorithms.superhf.data import KeptBatch, kept_batches
 from jaxalign.core import filters, gradients, keys, losses
-from jaxalign.core.logprobs import logprobs_and_kl, target_logprobs
+from jaxalign.core.logprobs import logprobs_and_kl, weighted_nll
 from jaxalign.core.types import Metrics, Params, TrainState
 from jaxalign.models import lora
 from jaxalign.training.forward import forward
@@ -44,14 +44,14 @@ def train(run: Run[SuperHFConfig], source: RolloutSource) -> TrainState:
     metrics, rows = {}, ()
     rollout = collect(run, source, state, step)
     if rollout is not None:  # None: the step failed, was counted, is skipped
-      # Filtering: the best completions, as texts to train on.
+      # Filtering: the best completions.
       progress = step / max(config.steps - 1, 1)
       kept = keep_best(rollout.scores, config.superbatch, progress)
-      batches = kept_batches(
-        config, run.mesh, tokenizer, context, rollout, kept
-      )
       # Fine-tuning: some updates, all at the rate of this superbatch.
       with run.stage("update"):
+        batches = kept_batches(
+          config, run.mesh, tokenizer, context, rollout, kept
+        )
         measured = []
         for i, batch in enumerate(batches):
           key = keys.fold(run.update_key(step), i)
@@ -110,8 +110,9 @@ def make_update(run: Run[SuperHFConfig]) -> Update:
       p = forward(run.model, policy, micro.text, key)
       # One pass for the NLL, one more of the reference for the exact KL.
       if run.reference is None:
-        logp = target_logprobs(p.hidden, p.targets, p.mask, p.unembed)
-        kl = jnp.zeros_like(logp)
+        weights = p.mask / tokens
+        nll, logp = weighted_nll(p.hidden, p.targets, weights, p.unembed)
+        total = nll
       else:
         p0 = forward(run.reference[0], reference, micro.text)
         logp, kl = logprobs_and_kl(
@@ -123,16 +124,15 @@ def make_update(run: Run[SuperHFConfig]) -> Update:
           p0.unembed,
         )
         metrics["kl_sum"] = kl.sum()
+        # The NLL is a mean over all tokens. The KL is one over a text's tokens,
+        # summed over texts, as in the released code.
+        nll = -logp.sum() / tokens
+        total = nll + config.kl_weight * (kl * micro.text_means).sum()
       # Sampler and trainer; under dropout the two differ for a reason.
       if run.model.lora is None or run.model.lora.dropout == 0:
         gap = jnp.abs(logp - micro.sampled_logps)
         known = p.mask & micro.sampled
         metrics["logp_diff_max"] = jnp.where(known, gap, 0).max()
-      # The NLL is a mean over all tokens. The KL is one over a text's tokens,
-      # summed over texts, as in the released code.
-      nll = -logp.sum() / tokens
-      kl = losses.row_means(kl, p.mask).sum()
-      total = nll + config.kl_weight * kl
       # C / loss is of the whole batch: with C > 0 there is one micro-batch.
       if config.inverse_loss_penalty:
         total += losses.inverse_loss(nll, config.inverse_loss_penalty)
