@@ -18,6 +18,7 @@ from jaxalign.algorithms import dry_run, read_config, run
 from jaxalign.config import Row, TrainingConfig, describe, to_mapping
 from jaxalign.config.changes import suffix
 from jaxalign.errors import UserError
+from jaxalign.parallel import cpu
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,6 +61,7 @@ def train(argv: Sequence[str]) -> int:
   folder = pathlib.Path(args.workdir or workdir)
   if args.dry_run:
     return dry_run(config, folder)
+  cpu.keep_freed_memory()
   return run(
     config, folder, extend=args.extend, fresh=args.fresh, quiet=args.quiet
   )

@@ -83,6 +83,12 @@ class SamplingConfig(BucketConfig):
 class ScoringConfig(BucketConfig):
   """How rewards are taken: what reward models read, how long functions take."""
 
+  # Closer than those of prompts: every padded token of a text is computed.
+  length_buckets: tuple[int, ...] = field(
+    (64, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024),
+    "lengths in tokens of texts to score that get a compiled program each",
+    ">= 1",
+  )
   encoding: str = field(
     "auto",
     "concat = one text (SuperHF's way), pair = prompt and completion as "

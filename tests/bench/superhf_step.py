@@ -18,9 +18,12 @@ on a CPU: float32, all cores, `generate` with its cache, 64 rows a batch and a
 score call (the 2023 default), no dropout, the fused AdamW, and no padding where
 it trains: a text at a time or, with --together, a batch padded to its longest.
 Ours is the command as it stands, metrics and files included. The sides are
-processes of their own that take turns, step by step.
+processes of their own that take turns, step by step. Ours may have an
+environment of its own: this package does not need torch, but transformers
+imports it, 200 MB, where it is installed.
 
     python tests/bench/superhf_step.py --against=torch [--shape=pythia-70m]
+      [--python=/path/to/ours]
 
 Prints one JSON line.
 """
@@ -327,17 +330,17 @@ def spread(found, seconds):
   return [round(x, 2) for x in chosen]
 
 
-def against_torch(shape, together, repeats):
+def against_torch(shape, together, repeats, python):
   """Both sides' figures."""
   _, prompts, samples, tokens, _ = SHAPES[shape]
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    side = [sys.executable, __file__, "--folder", name, "--shape", shape]
+    side = [__file__, "--folder", name, "--shape", shape]
     side += ["--together"] if together else []
-    subprocess.run([*side, "--side=make"], check=True)
+    subprocess.run([sys.executable, *side, "--side=make"], check=True)
     sides = {
-      "jaxalign": [*side, "--side=ours"],
-      "torch": [*side, "--side=theirs"],
+      "jaxalign": [python, *side, "--side=ours"],
+      "torch": [sys.executable, *side, "--side=theirs"],
     }
     found = versus.alternate(folder, sides, repeats, WARM_UP)
   for side in found.values():
@@ -374,6 +377,7 @@ def main():
   parser.add_argument("--shape", choices=SHAPES, default="lab")
   parser.add_argument("--together", action="store_true")
   parser.add_argument("--repeats", type=int, default=5)
+  parser.add_argument("--python", default=sys.executable)
   parser.add_argument("--folder", type=pathlib.Path)  # these two: of a side
   parser.add_argument("--side", choices=("make", "ours", "theirs"))
   flags = parser.parse_args()
@@ -384,7 +388,9 @@ def main():
   if flags.side == "theirs":
     return theirs(flags.folder, flags.shape, flags.together)
   if flags.against:
-    found = against_torch(flags.shape, flags.together, flags.repeats)
+    found = against_torch(
+      flags.shape, flags.together, flags.repeats, flags.python
+    )
   else:
     found = alone(flags.steps)
   print(json.dumps({"bench": "superhf_step", **versus.machine(), **found}))
