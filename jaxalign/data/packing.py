@@ -11,8 +11,7 @@ from jaxalign.data.batches import bucket_length
 from jaxalign.data.encode import Encoded
 
 # Of rows that several texts may share; above, multiples of the last.
-WIDTHS = (32, 48, 64, 80, 96, 128, 160, 192, 224, 256, 320, 384, 448, 512)
-WIDTHS += (640, 768, 896, 1024)
+WIDTHS = (32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
 
 
 def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
