@@ -13,8 +13,8 @@ from collections.abc import Callable
 import numpy as np
 from jaxtyping import Bool, Int
 
-from jaxalign.cli import load_function
-from jaxalign.errors import UserError
+from jaxalign.cli import describe_error, load_function
+from jaxalign.errors import StepError, UserError
 from jaxalign.parallel import hosts
 from jaxalign.training.rollout import Rollout
 
@@ -101,9 +101,18 @@ def by_function(
 
   Raises:
     UserError: it does not give 0, 1 or -1 for every prompt.
+    StepError: it raised.
   """
   prompts, texts = rollout.completions.prompts, rollout.completions.texts
-  choices = list(function(list(prompts), texts[0::2], texts[1::2]))
+  try:
+    choices = list(function(list(prompts), texts[0::2], texts[1::2]))
+  except Exception as error:
+    file = pathlib.Path(name.rpartition(":")[0])
+    raise StepError(
+      f"config.judge: {name} failed for {len(prompts)} pairs: "
+      f"{describe_error(file, error)}; fix the function, or let some steps fail"
+      " with config.max_exception_count"
+    ) from error
   if len(choices) != len(prompts) or any(x not in (0, 1, -1) for x in choices):
     raise UserError(
       f"config.judge: {name} must return 0, 1 or -1 (neither) for each of "

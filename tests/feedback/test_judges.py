@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxalign.core.types import Completions, Samples
-from jaxalign.errors import UserError
+from jaxalign.errors import StepError, UserError
 from jaxalign.feedback import judges
 from jaxalign.training.rollout import Rollout
 
@@ -69,12 +69,16 @@ def test_a_function_of_the_user(tmp_path):
     "  return [int(len(b) > len(a)) for a, b in zip(first, second)]\n"
     "def lazy(prompts, first, second):\n"
     "  return [0]\n"
+    "def broken(prompts, first, second):\n"
+    "  return [int(text) for text in first]\n"
   )
   found = rollout(["aa", "b", "c", "dd", "e", "e"], [0.0] * 6)
   judge = make(f"{file}:longest", tmp_path)
   assert judge(0, found, never).tolist() == [0, 1, -1]
   with pytest.raises(UserError, match=r"lazy must return 0, 1 or -1 .* 3"):
     make(f"{file}:lazy", tmp_path)(0, found, never)
+  with pytest.raises(StepError, match=r"mine\.py line 6: ValueError: invalid"):
+    make(f"{file}:broken", tmp_path)(0, found, never)
   with pytest.raises(UserError, match="has no function other"):
     make(f"{file}:other", tmp_path)
   with pytest.raises(UserError, match=r"none\.py does not exist"):
