@@ -187,14 +187,27 @@ class InitConfig(Section):
   model_type: str = field(
     "gpt_neox",
     "architecture",
-    choices=("gpt_neox", "llama", "gpt_neo", "deberta-v2"),
+    choices=(
+      "gpt_neox",
+      "llama",
+      "mistral",
+      "qwen2",
+      "qwen3",
+      "phi3",
+      "gemma2",
+      "gemma3_text",
+      "gpt_neo",
+      "deberta-v2",
+    ),
     also=("architecture",),
   )
   hidden_size: int = field(256, "width", ">= 1", also=("d_model",))
   num_hidden_layers: int = field(4, "layers", ">= 1", also=("layers",))
   num_attention_heads: int = field(4, "query heads", ">= 1")
   num_key_value_heads: int = field(
-    0, "key and value heads (LLaMA); 0 = as many as query heads", ">= 0"
+    0,
+    "key and value heads (LLaMA and its relatives); 0 = as many as query heads",
+    ">= 0",
   )
   intermediate_size: int = field(
     0, "inner width of the feed-forward layer; 0 = 4 x hidden_size", ">= 0"

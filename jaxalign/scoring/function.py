@@ -127,7 +127,7 @@ class RewardFunction:
     """
     asked = [prompt_of(row) for row in prompts]
     given: dict[str, list[object]] = {
-      "prompts": asked,
+      "prompts": [*asked],
       "completions": [
         text
         if isinstance(prompt, str)

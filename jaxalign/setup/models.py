@@ -313,6 +313,15 @@ def _config_json(init: InitConfig, tokenizer: Tokenizer) -> JsonObject:
     "pad_token_id": tokenizer.pad_id,
     "eos_token_id": tokenizer.eos_id or 0,
   }
+  # LLaMA's relatives would take the numbers of their released sizes.
+  if init.model_type not in ("gpt_neox", "gpt_neo", "deberta-v2"):
+    values.setdefault("num_key_value_heads", init.num_attention_heads)
+    values |= {
+      "head_dim": init.hidden_size // init.num_attention_heads,
+      "sliding_window": None,
+    }
+  if init.model_type.startswith("gemma"):  # some of its layers have a window
+    values["sliding_window"] = init.max_position_embeddings
   # GPT-Neo alternates global and local attention, layer by layer.
   if init.model_type == "gpt_neo":
     kinds = ["global", "local"] * init.num_hidden_layers
