@@ -29,7 +29,7 @@ from jaxalign.data.fields import (
   prompt_completion_of,
   truth_of,
 )
-from jaxalign.data.prompt_format import DIALOGUE, in_turns
+from jaxalign.data.prompt_format import DIALOGUE, in_turns, with_system
 from jaxalign.data.rows import (
   CompletionRow,
   LoadedRows,
@@ -52,6 +52,7 @@ def load_completions(
   columns: Mapping[str, str] | None = None,
   group: str = "",
   every_turn: bool = False,
+  system: str = "",
 ) -> LoadedRows[CompletionRow]:
   """Prompts with completions, for SFT (`need=""`), KTO or distillation.
 
@@ -69,6 +70,7 @@ def load_completions(
       = the column `group` where there is one.
     every_turn: of role lists all assistant turns are marked in `turns`, not
       only the last.
+    system: text before every prompt, or a system turn; see `with_system`.
 
   Raises:
     UserError: see `sources.read`; missing columns; nothing left.
@@ -79,7 +81,7 @@ def load_completions(
   form = DIALOGUE if tokenizer is None else tokenizer.format
 
   def build(row: sources.Row) -> list[CompletionRow | PreferenceRow]:
-    row = in_turns(row, form)
+    row = with_system(in_turns(row, form), system)
     who = _group(row, group) or str(row.get("category") or "")
     # Dolly.
     if "instruction" in row and "response" in row and not need:
@@ -131,6 +133,7 @@ def load_preferences(
   part: str = "all",
   columns: Mapping[str, str] | None = None,
   group: str = "",
+  system: str = "",
 ) -> LoadedRows[PreferenceRow]:
   r"""Pairs of completions, for reward models and DPO.
 
@@ -144,7 +147,7 @@ def load_preferences(
   form = DIALOGUE if tokenizer is None else tokenizer.format
 
   def build(row: sources.Row) -> list[PreferenceRow]:
-    row = in_turns(row, form)
+    row = with_system(in_turns(row, form), system)
     prompt, chosen, rejected = preference_of(row, tokenizer)
     margin = number_of(row, "margin") or 0.0
     who = _group(row, group)

@@ -96,6 +96,28 @@ def of_tokenizer(inner: Any) -> PromptFormat:
   )
 
 
+def with_system(row: dict[str, Any], system: str) -> dict[str, Any]:
+  """A row of a data set with a system text before its prompt.
+
+  Args:
+    row: with a prompt, or with dialogues that begin with theirs.
+    system: text; dialogues with a system turn keep their own.
+  """
+  names = ("prompt",)
+  if row.get("prompt") is None:
+    names = ("chosen", "rejected", "messages")
+  new: dict[str, Any] = {}
+  for name in names if system else ():
+    value = row.get(name)
+    if isinstance(value, str):
+      new[name] = system + value
+    elif isinstance(value, list) and value and isinstance(value[0], dict):
+      own = value[0].get("role") == "system"
+      first = [] if own else [{"role": "system", "content": system}]
+      new[name] = first + value
+  return row | new
+
+
 def _special_tokens(inner: Any) -> list[tuple[int, str]]:
   added = inner.added_tokens_decoder.items()
   named = zip(inner.all_special_ids, inner.all_special_tokens, strict=True)

@@ -41,6 +41,24 @@ HFTokenizer = Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Notes:
+  """What a folder says of how its model was trained: `jaxalign_...` fields.
+
+  Attributes:
+    encoding: of a reward model, one of ENCODINGS; "" = it does not say.
+    max_length: tokens of the texts that a reward model was trained on; 0 = it
+      does not say.
+    system_prompt: system text that stood before a reward model's prompts.
+    prompt_format: `raw`, which no template can say; "" = another.
+  """
+
+  encoding: str = ""
+  max_length: int = 0
+  system_prompt: str = ""
+  prompt_format: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Tokenizer:
   """One tokenizer; made by `load_tokenizer`."""
 
@@ -54,8 +72,7 @@ class Tokenizer:
   suffix: tuple[int, ...]  # special tokens it puts after a text, e.g. (sep,)
   end_ids: tuple[int, ...] = ()  # any of them ends a completion; eos is first
   lossy: bool = False  # leaves out characters that it has no token for
-  # How the reward model that it belongs to was trained; "" = it does not say.
-  reward_encoding: str = ""
+  notes: Notes = Notes()  # of the model that it belongs to
   format: PromptFormat = DIALOGUE  # of conversations
   # generation_config.json of the model's folder; written with the tokenizer.
   generation: JsonObject = dataclasses.field(
@@ -320,7 +337,7 @@ class Tokenizer:
     return rows
 
   def special_ids(self) -> JsonObject:
-    """The special tokens as fields of a model's `config.json`."""
+    """Special tokens and notes as fields of a model's `config.json`."""
     # An id that only fills rows here is no pad token: transformers would take
     # the texts' ends for padding.
     pad = self.inner.pad_token_id
@@ -331,8 +348,7 @@ class Tokenizer:
     if len(self.end_ids) > 1:
       ids["eos_token_id"] = list(self.end_ids)
     known = {name: value for name, value in ids.items() if value is not None}
-    if self.reward_encoding:
-      known["jaxalign_encoding"] = self.reward_encoding
+    known |= {f"jaxalign_{k}": x for k, x in vars(self.notes).items() if x}
     return known | {"pad_token_id": pad if pad == self.pad_id else None}
 
   def save(self, folder: str | pathlib.Path) -> None:
@@ -487,6 +503,8 @@ def with_format(tokenizer: Tokenizer, setting: str) -> Tokenizer:
   Raises:
     UserError: no such format or file, or no chat template.
   """
+  if setting == "auto" and tokenizer.notes.prompt_format == "raw":
+    setting = "raw"
   # A copy, because whoever else has the tokenizer keeps its template.
   inner = copy.copy(tokenizer.inner)
   if setting.endswith((".jinja", ".jinja2")):
@@ -517,6 +535,9 @@ def with_format(tokenizer: Tokenizer, setting: str) -> Tokenizer:
   made = dataclasses.replace(
     tokenizer,
     inner=inner,
+    notes=dataclasses.replace(
+      tokenizer.notes, prompt_format="raw" if setting == "raw" else ""
+    ),
     format=dataclasses.replace(found, plain=setting not in ("auto", "raw")),
     end_ids=tuple(dict.fromkeys((*tokenizer.end_ids, *found.ends)))[:MOST_ENDS],
   )
@@ -606,7 +627,7 @@ def check_vocabulary(
 def with_notes(
   tokenizer: Tokenizer, generation: JsonObject, config: JsonObject
 ) -> Tokenizer:
-  """The tokenizer with what a model's folder says of ends and of encoding.
+  """The tokenizer with what a model's folder says of ends and of training.
 
   Chat models list several ends, of a turn and of a text; the tokenizer knows
   one of them. The ends are those of all three, at most as many as the sampler
@@ -626,9 +647,17 @@ def with_notes(
     for end in ends
     if isinstance(end, int) and 0 <= end < tokenizer.vocab_size
   )
+  length = config.get("jaxalign_max_length")
+  notes = Notes(
+    str(config.get("jaxalign_encoding") or ""),
+    length if isinstance(length, int) else 0,
+    str(config.get("jaxalign_system_prompt") or ""),
+    str(config.get("jaxalign_prompt_format") or ""),
+  )
   return dataclasses.replace(
     tokenizer,
     end_ids=tuple(known)[:MOST_ENDS],
-    reward_encoding=str(config.get("jaxalign_encoding") or ""),
+    notes=notes,
+    format=RAW if notes.prompt_format == "raw" else tokenizer.format,
     generation=generation,
   )

@@ -37,8 +37,9 @@ class Scorer:
     tokenizer: its own.
     encoding: "concat" or "pair", see `Tokenizer.encode_rewards`.
     name: for messages.
-    max_length: tokens of a text that are read, at most the model's context; the
-      rest is cut off on the right.
+    max_length: tokens of a text that are read, at most those that the model was
+      trained on and its context; the rest is cut off, on the right unless the
+      tokenizer says otherwise.
     lengths: padded lengths, increasing; each costs at most two compilations.
     tokens: padded tokens per call, at most.
     rows: rows per call, at most.
@@ -76,7 +77,7 @@ class Scorer:
       [prompt for prompt, _ in own],
       [completion for _, completion in own],
       self.encoding,
-      self.max_length,
+      self.limit,
       eos=self.model.config.head == "score_eos",
     )
     scores = self.score_ids(texts)
@@ -94,14 +95,23 @@ class Scorer:
 
   def _own_format(self, row: PromptRow, completion: str) -> tuple[str, str]:
     """Prompt and completion as this model reads dialogues."""
-    messages = row.messages
+    messages, system = list(row.messages), self.tokenizer.notes.system_prompt
+    renders = self.encoding == "concat" and self.tokenizer.has_chat_template
+    # A dialogue in the notation of SuperHF is turns to a chat template.
+    if renders and not messages and templates.HUMAN in row.prompt:
+      messages = templates.to_messages(row.prompt)
+    # The system text is the one that this model was trained with.
+    if system and messages:
+      messages = [turn for turn in messages if turn["role"] != "system"]
+      messages.insert(0, {"role": "system", "content": system})
     if not messages:
-      return row.prompt, completion
-    if self.encoding == "concat" and self.tokenizer.has_chat_template:
+      at = max(row.prompt.find(templates.HUMAN), 0)
+      return (system + row.prompt[at:] if system else row.prompt), completion
+    if renders:
       # The whole conversation, which the template ends as in training.
       answer = {"role": "assistant", "content": completion}
       return "", self.tokenizer.render_chat([*messages, answer])
-    return templates.from_messages(list(messages), reply=True), completion
+    return templates.from_messages(messages, reply=True), completion
 
   def score_ids(self, texts: Sequence[Encoded]) -> Float[np.ndarray, " B"]:
     """Scores texts that are encoded already; see `__call__`.
@@ -130,14 +140,16 @@ class Scorer:
   def limit(self) -> int:
     """Tokens of a text that are read."""
     config = self.model.config
+    trained = self.tokenizer.notes.max_length or self.max_length
+    longest = min(self.max_length, trained)
     # DeBERTa's relative positions have no limit; other models have a context.
     if (
       isinstance(config, DebertaConfig)
       and config.relative
       and not config.position_biased_input
     ):
-      return self.max_length
-    return min(self.max_length, config.max_positions)
+      return longest
+    return min(longest, config.max_positions)
 
   @property
   def traces(self) -> int:

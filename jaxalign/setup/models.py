@@ -153,6 +153,24 @@ def tokenizer_of(source: str | pathlib.Path, model: Model) -> Tokenizer:
   return check_vocabulary(tokenizer, model.config.vocab_size, str(source))
 
 
+def with_reward_notes(
+  tokenizer: Tokenizer, config: TrainingConfig
+) -> Tokenizer:
+  """The tokenizer of a reward model with how a run has trained it to read.
+
+  Args:
+    tokenizer: of its policy.
+    config: a `RewardModelConfig`.
+  """
+  notes = dataclasses.replace(
+    tokenizer.notes,
+    encoding=getattr(config, "encoding", ""),
+    max_length=config.max_length,
+    system_prompt=getattr(config, "system_prompt", ""),
+  )
+  return dataclasses.replace(tokenizer, notes=notes)
+
+
 def choose_encoding(
   asked: str, tokenizer: Tokenizer, model: Model, where: str
 ) -> str:
@@ -167,7 +185,7 @@ def choose_encoding(
   Raises:
     UserError: another one is asked for than it was trained with.
   """
-  noted = tokenizer.reward_encoding
+  noted = tokenizer.notes.encoding
   if noted and asked not in (noted, "auto"):
     raise UserError(
       f"{where} was trained with the encoding {noted}, got {asked}; its scores "

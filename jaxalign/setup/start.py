@@ -288,8 +288,7 @@ def restore(
     )
   tokenizer = loaded.tokenizer
   if config.algorithm == "reward_model" and tokenizer is not None:
-    encoding = getattr(config, "encoding", "")
-    tokenizer = dataclasses.replace(tokenizer, reward_encoding=encoding)
+    tokenizer = models.with_reward_notes(tokenizer, config)
   return models.Loaded(loaded.model, params, tokenizer)
 
 

@@ -6,9 +6,9 @@ import pytest
 import transformers
 
 from jaxalign.data import formats, prompts
-from jaxalign.data.prompt_format import DIALOGUE, in_turns
+from jaxalign.data.prompt_format import DIALOGUE, in_turns, with_system
 from jaxalign.data.rows import CompletionRow, PreferenceRow
-from jaxalign.data.tokenizer import load_tokenizer, with_format
+from jaxalign.data.tokenizer import load_tokenizer, with_format, with_notes
 from jaxalign.errors import UserError
 from jaxalign.text import templates
 
@@ -141,3 +141,27 @@ def test_instructions_are_turns(tiny_chat):
   assert found["prompt"][0]["content"] == "q\n\nContext: c"
   assert json.dumps(found["completion"]) == json.dumps([ANSWERED])
   assert in_turns(row, DIALOGUE) == row
+
+
+def test_raw_is_noted_in_the_models_config(tiny_chat):
+  raw = with_format(tiny_chat, "raw")
+  noted = with_notes(tiny_chat, {}, raw.special_ids())
+  assert noted.format == with_format(noted, "auto").format == raw.format
+  again = with_format(noted, "chat")
+  assert again.format.name == "chat"
+  assert "jaxalign_prompt_format" not in again.special_ids()
+
+
+def test_a_system_text_comes_before_the_prompt():
+  system = {"role": "system", "content": "s"}
+  for row, wanted in (
+    ({"prompt": "q", "chosen": "a"}, {"prompt": "sq", "chosen": "a"}),
+    (
+      {"chosen": HH, "rejected": HH},
+      {"chosen": "s" + HH, "rejected": "s" + HH},
+    ),
+    ({"messages": [ASKED]}, {"messages": [system, ASKED]}),
+    ({"prompt": [system, ASKED]}, {"prompt": [system, ASKED]}),
+  ):
+    assert with_system(row, "s") == wanted
+    assert with_system(row, "") == row

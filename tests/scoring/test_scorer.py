@@ -11,7 +11,7 @@ import tokenizers
 import transformers
 
 from jaxalign.data.rows import PromptRow
-from jaxalign.data.tokenizer import wrap_tokenizer
+from jaxalign.data.tokenizer import Notes, wrap_tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models.deberta import DebertaConfig
 from jaxalign.models.model import Model
@@ -211,7 +211,24 @@ def test_a_role_list_is_read_in_the_models_own_format(encoding):
     inner = copy.deepcopy(scorer.tokenizer.inner)
     inner.chat_template = "{% for m in messages %}u{{ m.content }}e{% endfor %}"
     own = dataclasses.replace(scorer, tokenizer=wrap_tokenizer(inner))
-    (score,) = own([asked], ["de"])
-    np.testing.assert_allclose(
-      score, own(rows(""), ["uabceudee"])[0], atol=1e-6
-    )
+    # A dialogue that is plain text is turns to a template as well.
+    for prompt in (asked, PromptRow(wire)):
+      np.testing.assert_allclose(
+        own([prompt], ["de"]), own(rows(""), ["uabceudee"]), atol=1e-6
+      )
+
+
+def test_a_model_is_read_as_it_was_trained():
+  """Its own system text in the place of the policy's, its own length."""
+  wire = "\n\nHuman: abc\n\nAssistant:"
+  plain = make(encoding="concat")
+  notes = Notes(system_prompt="xy", max_length=9)
+  noted = dataclasses.replace(
+    plain, tokenizer=dataclasses.replace(plain.tokenizer, notes=notes)
+  )
+  asked = PromptRow("z" + wire, messages=({"role": "user", "content": "abc"},))
+  short = dataclasses.replace(plain, max_length=9)
+  wanted = short(rows("xy" + wire), ["de"])
+  for prompt in (PromptRow("z" + wire), asked):
+    np.testing.assert_allclose(noted([prompt], ["de"]), wanted, atol=1e-6)
+  assert noted.limit == 9

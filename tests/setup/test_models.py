@@ -12,6 +12,7 @@ from safetensors.numpy import load_file, save_file
 from jaxalign.algorithms.sft.config import SFTConfig
 from jaxalign.config import InitConfig
 from jaxalign.config.sections import PrecisionConfig
+from jaxalign.data.tokenizer import Notes
 from jaxalign.errors import UserError
 from jaxalign.models.hf import folder
 from jaxalign.models.model import Model
@@ -166,7 +167,7 @@ def test_a_reward_models_encoding_is_its_own(capsys):
   ):
     choose("concat")
   assert not capsys.readouterr().out
-  silent = dataclasses.replace(spec.tokenizer, reward_encoding="")
+  silent = dataclasses.replace(spec.tokenizer, notes=Notes())
   assert choose("concat", silent) == "concat"
   assert not capsys.readouterr().out
   assert choose("auto", silent) == "pair"

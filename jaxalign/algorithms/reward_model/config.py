@@ -50,6 +50,12 @@ class RewardModelConfig(SupervisedConfig):
     ">= 0",
     alias=("centring",),
   )
+  system_prompt: str = field(
+    "",
+    "text directly before every prompt, or the system turn of dialogues that "
+    "have none; the model is then always read with it",
+    also=("conversation_prompt",),
+  )
   encoding: str = field(
     "concat",
     "concat = one text (SuperHF's way), pair = prompt and completion as "

@@ -316,6 +316,7 @@ def load_rows(
   options |= {
     "part": "all" if validation else config.half,
     "group": config.group_column,
+    "system": config.system_prompt,
   }
   scored: list[_Scored] = []
   if config.loss == "pairwise":

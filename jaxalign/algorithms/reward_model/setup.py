@@ -8,7 +8,7 @@ from jaxalign.algorithms.reward_model.data import ScoredData, load_data
 from jaxalign.algorithms.reward_model.evaluate import Agreement
 from jaxalign.algorithms.reward_model.train import make_update
 from jaxalign.errors import UserError
-from jaxalign.setup.models import open_policy, with_groups
+from jaxalign.setup.models import open_policy, with_groups, with_reward_notes
 from jaxalign.setup.run import DataSpec, finish, open_mesh, open_run
 from jaxalign.training.run import fit
 
@@ -55,8 +55,6 @@ def run(spec: Spec, folder: pathlib.Path) -> int:
       run.evaluators.append(Agreement(run, spec.data.validation))
     state = fit(run, spec.data, make_update(run))
   # The model remembers how it has to be read.
-  tokenizer = dataclasses.replace(
-    spec.policy.tokenizer, reward_encoding=spec.config.encoding
-  )
+  tokenizer = with_reward_notes(spec.policy.tokenizer, spec.config)
   policy = dataclasses.replace(policy, tokenizer=tokenizer)
   return finish(run, state, policy, folder)
