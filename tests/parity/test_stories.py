@@ -31,7 +31,7 @@ def read_weights(path):
     kv,
     head_dim,
     inner,
-    length,
+    max_positions=length,
     eps=1e-5,
     tied=True,
   )

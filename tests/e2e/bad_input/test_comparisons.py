@@ -20,7 +20,7 @@ PAIRS = {
   ),
   "sharegpt": (
     [{"conversations": [], "chosen": {"from": "gpt", "value": "b"}}],
-    ("rename conversations to messages",),
+    ("ShareGPT: write @sharegpt after the source's name",),
   ),
   "equal answers": (
     [PAIR | {"chosen": " No. "}],

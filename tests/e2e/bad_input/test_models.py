@@ -153,7 +153,7 @@ def has_fewer_embeddings(folder):
   change_tensors(folder, change)
 
 
-SUPPORTED = "deberta-v2, gpt_neo, gpt_neox, llama"
+SUPPORTED = "deberta-v2, gemma2, gemma3_text, gpt_neo, gpt_neox, llama, mistral"
 FOLDERS = [
   (is_missing, "model folder", "does not exist; check the path"),
   (is_a_file, "model folder", "is a file; check the path"),
