@@ -173,3 +173,11 @@ def inverse_loss(nll: Float[Array, ""], coefficient: float) -> Float[Array, ""]:
   The formula is infinite at loss 0; here the loss is at least 1e-6.
   """
   return coefficient / jnp.maximum(nll, 1e-6)
+
+
+def row_means(
+  x: Float[Array, "B T"], mask: Bool[Array, "B T"]
+) -> Float[Array, " B"]:
+  """Mean of each row's True positions; 0 for a row without any."""
+  total = jnp.where(mask, x, 0).sum(axis=1, dtype=jnp.float32)
+  return total / jnp.maximum(mask.sum(axis=1), 1)

@@ -1,7 +1,6 @@
 """Lays texts into rows of tokens: one per row, or several as segments."""
 
 import bisect
-import itertools
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,9 +8,6 @@ import numpy as np
 from jaxalign.core.types import TextBatch
 from jaxalign.data.batches import bucket_length
 from jaxalign.data.encode import Encoded
-
-# Of rows that several texts may share; above, multiples of the last.
-WIDTHS = (32, 48, 64, 80, 96, 128, 160, 192, 256, 320, 384, 512, 640, 768, 1024)
 
 
 def plan_packing(lengths: Sequence[int], length: int) -> list[list[int]]:
@@ -96,47 +92,3 @@ def pack(
 def row_width(rows: Sequence[Sequence[Encoded]], limit: int) -> int:
   """The length bucket of the longest row, at most `limit`."""
   return min(limit, bucket_length(max(sum(map(len, texts)) for texts in rows)))
-
-
-def share_rows(
-  groups: Sequence[Sequence[int]], rows: int, parts: int, limit: int
-) -> tuple[list[list[list[int]]], int]:
-  """Lays each group of texts into as many rows, all of one width.
-
-  A text has a row to itself, or some share half as many rows, whichever
-  computes less: rows pad to the longest text, shared ones to the mean.
-
-  Args:
-    groups: lengths of at most `rows` texts each, in [1, limit]; a group may be
-      empty, but not all.
-    rows: of each group at most; a multiple of `parts`.
-    parts: that rows are split into.
-    limit: tokens of a text at most.
-
-  Returns:
-    For each group the indices of each row's texts, and the width. There are few
-    widths, so that few programs are compiled.
-  """
-  longest = max(itertools.chain(*groups))
-  apart = min(limit, bucket_length(longest, WIDTHS))
-  half = -(-rows // (2 * parts)) * parts
-  # It ends: twice the longest text has room for any two.
-  shared = bucket_length(longest, WIDTHS)
-  plans = [plan_packing(lengths, shared) for lengths in groups]
-  while max(map(len, plans)) > half:
-    shared = bucket_length(shared + 1, WIDTHS)
-    plans = [plan_packing(lengths, shared) for lengths in groups]
-  if _cost(half, shared) >= _cost(rows, apart):
-    plans = [[[i] for i in range(len(lengths))] for lengths in groups]
-    half, shared = rows, apart
-  filled = [plan + [[]] * (half - len(plan)) for plan in plans]
-  return filled, shared
-
-
-def _cost(rows: int, width: int) -> int:
-  """Work on that many rows, in a unit of its own.
-
-  Layers cost 24 D² a token and attention 4 T D, so a token of a row of T = 6 D
-  costs twice as much. D = 256 is a small model's: a wide row is not underrated.
-  """
-  return rows * width * (width + 6 * 256)

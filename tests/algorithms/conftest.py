@@ -202,10 +202,8 @@ def text_batch(pairs, width, micro=None):
 def kept_batch(pairs, width=12, micro=None):
   """The same as the update of a superbatch; no sampler's log-probs."""
   text = text_batch(pairs, width, micro)
-  zeros, mask = jnp.zeros(text.targets.shape), text.target_mask
-  means = 1 / jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
-  means = jnp.broadcast_to(means, zeros.shape)
-  return KeptBatch(text, means, zeros, zeros.astype(bool))
+  shape = text.targets.shape
+  return KeptBatch(text, jnp.zeros(shape), jnp.zeros(shape, bool))
 
 
 def completions(prompts, texts):

@@ -212,3 +212,23 @@ def test_estimators_are_unbiased(kind):
   p, q = np.array([0.7, 0.3]), np.array([0.4, 0.6])
   found = losses.kl_estimate(kind, jnp.log(jnp.asarray(p / q)))
   np.testing.assert_allclose((p * found).sum(), (p * np.log(p / q)).sum(), 1e-5)
+
+
+@WRAPS
+def test_row_means(wrap):
+  """1 and 2, then 6 alone, then nothing: means 1.5, 6 and 0."""
+  nan, inf = float("nan"), float("inf")
+  x = jnp.array([[1.0, 2.0, nan], [6.0, inf, -inf], [nan, nan, nan]])
+  mask = jnp.array([[True, True, False], [True, False, False], [False] * 3])
+  np.testing.assert_array_equal(wrap(losses.row_means)(x, mask), [1.5, 6, 0])
+  # No gradient passes the mask, whatever stands under it.
+  grad = jax.grad(lambda x: losses.row_means(x, mask).sum())(x)
+  np.testing.assert_array_equal(grad, [[0.5, 0.5, 0], [1, 0, 0], [0, 0, 0]])
+
+
+def test_row_means_are_float32_whatever_comes_in():
+  """In bfloat16 256 + 1 is 256, so a sum of 300 ones would end there."""
+  x = jnp.ones((1, 300), jnp.bfloat16)
+  mean = losses.row_means(x, jnp.ones((1, 300), bool))
+  assert mean.dtype == jnp.float32
+  assert float(mean[0]) == 1.0

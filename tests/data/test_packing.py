@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 
 from jaxalign.core.types import TextBatch
 from jaxalign.data.encode import Encoded
-from jaxalign.data.packing import pack, plan_packing, row_width, share_rows
+from jaxalign.data.packing import pack, plan_packing, row_width
 
 T = 16
 
@@ -118,29 +118,3 @@ def test_rows_in_micro_batches_and_filler():
 def test_the_width_is_a_bucket_up_to_the_limit(lengths, limit, width):
   rows = [[encoded([1] * n) for n in row] for row in lengths]
   assert row_width(rows, limit) == width
-
-
-@pytest.mark.parametrize(
-  ("groups", "rows", "parts", "shape"),
-  [
-    # 626 tokens: four rows of 192 are less than eight of 128.
-    ([[123, 60, 62, 90, 70, 75, 66, 80]], 8, 1, (4, 192)),
-    # Equal texts: shared rows would compute no less.
-    ([[128] * 8], 8, 1, (8, 128)),
-    ([[100]], 1, 1, (1, 128)),
-    # The fullest group decides; an empty one has as many rows.
-    ([[90, 30, 30], []], 4, 1, (2, 96)),
-    # Rows stay a multiple of a mesh's parts.
-    ([[90, 30, 30, 30]], 4, 2, (2, 96)),
-    ([[90, 30, 30, 30]], 4, 4, (4, 96)),
-    # A text is never cut off, nor a row wider than needed.
-    ([[1000, 1000]], 2, 1, (2, 1000)),
-  ],
-)
-def test_share_rows(groups, rows, parts, shape):
-  plans, width = share_rows(groups, rows, parts, 1000)
-  assert (len(plans[0]), width) == shape
-  for lengths, plan in zip(groups, plans, strict=True):
-    assert len(plan) == shape[0]
-    assert sorted(i for row in plan for i in row) == list(range(len(lengths)))
-    assert all(sum(lengths[i] for i in row) <= width for row in plan)

@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from jaxalign.algorithms.superhf.config import SuperHFConfig
 from jaxalign.core.types import AnyArray, TextBatch
 from jaxalign.data.encode import encode_completions
-from jaxalign.data.packing import pack, share_rows
+from jaxalign.data.packing import pack, row_width
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.parallel import mesh as meshes
 from jaxalign.training.rollout import Rollout
@@ -23,17 +23,16 @@ from jaxalign.training.rollout import Rollout
 class KeptBatch:
   """Kept texts of one update, and the log-probs they were drawn with."""
 
-  text: TextBatch  # [M, B, T]; a row may hold several texts
-  text_means: Float[AnyArray, "*M B T-1"]  # 1 / counted tokens of its text
+  text: TextBatch  # [M, B, T]
   sampled_logps: Float[AnyArray, "*M B T-1"]  # the sampler's model log-probs
   sampled: Bool[AnyArray, "*M B T-1"]  # True = that log-prob is known
 
 
 def update_shape(config: SuperHFConfig, mesh: Mesh) -> tuple[int, int]:
-  """Texts of an update and of a micro-batch at most.
+  """Rows of an update and of a micro-batch, the same in every superbatch.
 
-  The same in every superbatch, and a multiple of the parts that the mesh splits
-  rows into. They have as many rows, or half as many.
+  Both are rounded up to a multiple of the parts that the mesh splits rows
+  into; filler rows count in nothing.
   """
   # A superbatch that keeps few texts needs no update full of filler.
   size = min(
@@ -65,43 +64,29 @@ def kept_batches(
     tokenizer, rollout.completions, kept, limit, config.train_eos
   )
   samples, batches = rollout.completions.samples, []
+  # One batch an update; empty rows fill the last one.
   for start in range(0, len(texts), size):
-    part, numbers = texts[start : start + size], kept[start : start + size]
-    lengths = [len(text) for text in part]
-    groups = [lengths[i : i + micro] for i in range(0, size, micro)]
-    shared, width = share_rows(groups, micro, meshes.row_count(mesh), limit)
-    # The texts of each row, by their places in `part`.
-    places = [
-      [m * micro + i for i in row]
-      for m, plan in enumerate(shared)
-      for row in plan
-    ]
-    rows = [[part[i] for i in row] for row in places]
+    part, indices = texts[start : start + size], kept[start : start + size]
+    rows = [[text] for text in part] + [[]] * (size - len(part))
+    width = row_width(rows, limit)
     # What the sampler said of the tokens that are the same as it drew.
-    logps = np.zeros((len(rows), width), np.float32)
-    means, known = np.zeros_like(logps), np.zeros(logps.shape, bool)
-    for b, row in enumerate(places):
-      first = 0
-      for i in row:
-        text, number = part[i], numbers[i]
-        drawn = samples.tokens[number][: samples.lengths[number]]
-        # Past the first token that differs, the contexts differ as well.
-        ids = text.ids[text.prompt_length :][: len(drawn)]
-        differ = np.flatnonzero(np.array(ids) != drawn[: len(ids)])
-        same = int(differ[0]) if len(differ) else len(ids)
-        at = first + text.prompt_length
-        logps[b, at : at + same] = samples.model_logps[number][:same]
-        known[b, at : at + same] = True
-        means[b, first : first + len(text)] = 1 / max(sum(text.loss_mask), 1)
-        first += len(text)
-    # Column t is of token t + 1, as in the text's targets.
-    cut = (len(groups), -1, width - 1)
+    logps = np.zeros((size, width), np.float32)
+    known = np.zeros((size, width), bool)
+    for row, (text, i) in enumerate(zip(part, indices, strict=True)):
+      drawn = samples.tokens[i][: samples.lengths[i]]
+      # Past the first token that differs, the contexts differ as well.
+      ids = text.ids[text.prompt_length :][: len(drawn)]
+      differ = np.flatnonzero(np.array(ids) != drawn[: len(ids)])
+      same = int(differ[0]) if len(differ) else len(ids)
+      span = slice(text.prompt_length, text.prompt_length + same)
+      logps[row, span] = samples.model_logps[i][:same]
+      known[row, span] = True
     batches.append(
       KeptBatch(
-        pack(rows, width, 0, len(groups)),
-        means[:, 1:].reshape(cut),
-        logps[:, 1:].reshape(cut),
-        known[:, 1:].reshape(cut),
+        pack(rows, width, 0, size // micro),
+        # Column t is of token t + 1, as in the text's targets.
+        logps[:, 1:].reshape(-1, micro, width - 1),
+        known[:, 1:].reshape(-1, micro, width - 1),
       )
     )
   return batches

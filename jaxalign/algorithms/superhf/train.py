@@ -127,7 +127,8 @@ def make_update(run: Run[SuperHFConfig]) -> Update:
         # The NLL is a mean over all tokens. The KL is one over a text's tokens,
         # summed over texts, as in the released code.
         nll = -logp.sum() / tokens
-        total = nll + config.kl_weight * (kl * micro.text_means).sum()
+        kl = losses.row_means(kl, p.mask).sum()
+        total = nll + config.kl_weight * kl
       # Sampler and trainer; under dropout the two differ for a reason.
       if run.model.lora is None or run.model.lora.dropout == 0:
         gap = jnp.abs(logp - micro.sampled_logps)

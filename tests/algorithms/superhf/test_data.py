@@ -88,13 +88,13 @@ def test_one_shape_for_all_superbatches(monkeypatch, parts, fields, shape):
 TEXTS = [" one", " two", " three", " four"]
 
 
-def test_several_updates():
-  """Three kept texts, two an update: the second has one."""
+def test_several_updates_and_filler_rows():
+  """Three kept texts, two an update: the second has one filler row."""
   found = completions(TEXTS, [t.strip() for t in TEXTS], [True] * 4)
   cfg = config(batch_size=2)
   first, second = encode(cfg, found, [3, 0, 2])
-  assert first.text.tokens.shape == (1, 2, 32)
-  assert second.text.tokens.shape == (1, 1, 32)
+  for batch in (first, second):
+    assert batch.text.tokens.shape == (1, 2, 32)
   for batch, row, text in ((first, 0, " four"), (second, 0, " three")):
     ids = [*map(ord, PROMPT + text), EOS]
     tokens = np.asarray(batch.text.tokens[0, row])
@@ -105,52 +105,23 @@ def test_several_updates():
     assert counted == list(range(len(PROMPT), len(ids)))
     segments = np.asarray(batch.text.segment_ids[0, row])
     assert segments.sum() == len(ids)
+  for leaf in (second.text.loss_mask, second.text.segment_ids, second.sampled):
+    assert not np.asarray(leaf[0, 1]).any()
 
 
-def test_short_texts_share_a_row_with_a_long_one():
-  """23 + 60 + 1 tokens, and 23 + 4 + 1 twice: two rows of 96, not four of 96.
-
-  Each text keeps its own positions, log-probs and mean: 61 and 5 tokens.
-  """
-  long = " " + "x" * 59
-  found = completions(
-    [long, *TEXTS[1:]], [long.strip(), "two", "two", "two"], [True] * 4
-  )
-  cfg = config(batch_size=4, micro_batch=4)
-  (batch,) = encode(cfg, found, [0, 1, 2], context=128)
-  assert batch.text.tokens.shape == (1, 2, 96)
-  assert batch.text.segment_ids[0, 1].max() == 2
-  start, size = len(PROMPT), len(PROMPT) + 5
-  for first, i in ((0, 1), (size, 2)):
-    # Column t of these is of token t + 1.
-    row = slice(first + start - 1, first + start + 3)
-    wanted = found.samples.model_logps[i][:4]
-    common = 4 if i == 1 else 2  # " two" and " three" begin alike
-    logps = batch.sampled_logps[0, 1][row]
-    assert logps[:common].tolist() == wanted[:common].tolist()
-    assert batch.sampled[0, 1][row].sum() == common
-    np.testing.assert_allclose(batch.text_means[0, 1][row], 1 / 5)
-  np.testing.assert_allclose(batch.text_means[0, 0][: start + 60], 1 / 61)
-  counted = batch.text.target_mask * batch.text_means
-  np.testing.assert_allclose(counted.sum(), 3, rtol=1e-6)
-
-
-def test_micro_batches_have_one_shape():
-  """One usable completion: the second micro-batch is empty."""
+def test_one_usable_completion_has_the_same_shape():
   found = completions(TEXTS, ["", "two", "", ""], [True] * 4)
   (batch,) = encode(config(batch_size=8), found, [1])
-  assert batch.text.tokens.shape == (1, 2, 32)
+  assert batch.text.tokens.shape == (1, 4, 32)
   (cut,) = encode(config(batch_size=8, micro_batch=2), found, [1])
-  assert cut.text.tokens.shape == (2, 1, 32)
-  for leaf in (cut.text.loss_mask, cut.text.segment_ids, cut.sampled):
-    assert not np.asarray(leaf[1]).any()
+  assert cut.text.tokens.shape == (2, 2, 32)
 
 
 def test_a_completion_that_was_cut_off_has_no_end():
   found = completions(TEXTS, [t.strip() for t in TEXTS], [True, False] * 2)
   (batch,) = encode(config(batch_size=4), found, [0, 1])
-  ends = np.asarray(batch.text.tokens[0]) == EOS
-  assert ends.sum(axis=1).tolist() == [1, 0]
+  ends = (np.asarray(batch.text.tokens[0]) == EOS).any(axis=1)
+  assert ends.tolist() == [True, False, False, False]
   cfg = dataclasses.replace(config(batch_size=4), train_eos=False)
   (batch,) = encode(cfg, found, [0, 1])
   assert not (np.asarray(batch.text.tokens[0]) == EOS).any()
