@@ -111,7 +111,7 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
       **chosen,
       eos_ids=tokenizer.end_ids,
       # A stream ends itself at the next turn; whole completions need stops.
-      stops=tokenizer.encode_batch(tokenizer.format.turns)
+      stops=settings.fitting(tokenizer.encode_batch(tokenizer.format.turns))
       if reward_model
       else (),
       pad_id=tokenizer.pad_id,
@@ -166,9 +166,9 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
         raise
       # Such as a question that is too long: the next one may be answered.
       print(f"error: {error}", file=sys.stderr)
-    if completion:
+    if asked and completion:
       messages.append({"role": "assistant", "content": completion.strip()})
-    elif not once:
+    elif asked:
       messages.pop()  # the question stays unanswered
   return cli.INTERRUPTED if once and interrupts.asked else 0
 

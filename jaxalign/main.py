@@ -60,7 +60,7 @@ def train(argv: Sequence[str]) -> int:
     workdir += suffix(config, preset_of(mapping, config), extend=args.extend)
   folder = pathlib.Path(args.workdir or workdir)
   if args.dry_run:
-    return dry_run(config, folder)
+    return dry_run(config, folder, extend=args.extend, fresh=args.fresh)
   cpu.keep_freed_memory()
   return run(
     config, folder, extend=args.extend, fresh=args.fresh, quiet=args.quiet

@@ -6,6 +6,7 @@ jax), `data.py` (its batches), `train.py` (the algorithm) and `setup.py`
 `UserError` where the run cannot start, and `run`; `run` below calls them).
 """
 
+import dataclasses
 import functools
 import glob
 import importlib
@@ -16,7 +17,7 @@ from typing import Any
 
 from jaxalign.config import TrainingConfig, nearest, read
 from jaxalign.config.supervised import SupervisedConfig
-from jaxalign.data import sources
+from jaxalign.data import converters, sources
 from jaxalign.errors import UserError
 
 # Module paths, not modules: only the method that runs is imported.
@@ -91,11 +92,14 @@ def check_sources(config: TrainingConfig) -> None:
     source = getattr(config, field, "")
     # A path that exists is one source, commas and all.
     for name in sources.part_names(source) if source else ():
-      # A subset or a converter may follow the path.
-      paths = [name, name.rpartition(":")[0], name.rpartition("@")[0]]
+      # A converter and a subset may follow the path.
+      head = name
+      if not os.path.exists(os.path.expanduser(name)):
+        head, _ = converters.split_name(name)
+      paths = [head, head.rpartition(":")[0]]
       paths = [os.path.expanduser(path) for path in paths if path]
       found = any(os.path.exists(p) or glob.glob(p) for p in paths)
-      if found or name == "lab" or not sources.is_local(name):
+      if found or head == "lab" or not sources.is_local(head):
         continue
       place = pathlib.Path(paths[0])
       near = nearest(place.name, (p.name for p in place.parent.glob("*")))
@@ -194,7 +198,7 @@ def run(
       f"the policy begins with the weights of {config.init_from}{reference}"
     )
   # All processes go by what the lead finds, because it changes the folder.
-  extended = functools.partial(extend_run, spec.config, folder)
+  extended = functools.partial(extend_run, spec, folder)
   if extend and not hosts.from_lead(extended, False):
     print(f"{finished}; raise config.steps or config.epochs to extend it")
     return 0
@@ -203,7 +207,13 @@ def run(
   return method.run(spec, folder)
 
 
-def dry_run(config: TrainingConfig, folder: pathlib.Path) -> int:
+def dry_run(
+  config: TrainingConfig,
+  folder: pathlib.Path,
+  *,
+  extend: bool = False,
+  fresh: bool = False,
+) -> int:
   """Opens and checks what a run would, and prints what that is.
 
   Reads no parameter and writes nothing, except that the hub's files are kept.
@@ -211,6 +221,8 @@ def dry_run(config: TrainingConfig, folder: pathlib.Path) -> int:
   Args:
     config: from `read_config`.
     folder: the run's.
+    extend: as for `run`.
+    fresh: as for `run`.
 
   Returns:
     The exit status, 0.
@@ -223,9 +235,15 @@ def dry_run(config: TrainingConfig, folder: pathlib.Path) -> int:
   from jaxalign.setup import start
   from jaxalign.setup.run import check_folder, summary
 
-  check_folder(config, folder)
-  if config.init_from:
-    start.find_source(config, folder)
+  check_folder(config, folder, extend=extend, fresh=fresh)
+  if config.init_from and not fresh and start.is_copied(config, folder):
+    config = start.begin(config, folder)
+  elif config.init_from:
+    # The same model, of a run that is not finished without what it has learned.
+    source = start.find_source(config, folder)
+    model = source.folder / "model"
+    policy = str(model) if model.is_dir() else source.config["policy"]
+    config = dataclasses.replace(config, policy=policy, init_from="")
   method = importlib.import_module(f"{METHODS[config.algorithm]}.setup")
   print(summary(method.describe(config), folder))
   return 0

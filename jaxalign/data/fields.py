@@ -405,12 +405,17 @@ def _marked(
   return [(start, end) for start, end in ranges if end > start]
 
 
-def instruction_of(row: Row) -> tuple[str, str]:
-  r"""Dolly's row as SuperHF reads it: `[\n\nContext: c]\n\nHuman: i…`."""
+def instruction_of(row: Row, raw: bool = False) -> tuple[str, str]:
+  r"""Dolly's row as SuperHF reads it: `[\n\nContext: c]\n\nHuman: i…`.
+
+  Under `raw` the texts as they are, the context before the instruction.
+  """
   given, asked, answer = (
     check_text(row.get(name) or "", name)
     for name in ("context", "instruction", "response")
   )
+  if raw:
+    return given + asked, answer
   # Dolly's context takes the place of the system text.
   system = f"\n\nContext: {given}" if given.strip() else ""
   return templates.build_prompt(asked, system), f" {answer.strip()}"

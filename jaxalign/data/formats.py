@@ -85,7 +85,8 @@ def load_completions(
     who = _group(row, group) or str(row.get("category") or "")
     # Dolly.
     if "instruction" in row and "response" in row and not need:
-      return [CompletionRow(*instruction_of(row), group=who)]
+      texts = instruction_of(row, form.name == "raw")
+      return [CompletionRow(*texts, group=who)]
     # A preference: for SFT its chosen completion, for KTO both.
     if "chosen" in row and not need:
       prompt, chosen, _ = preference_of(row, tokenizer)
@@ -115,8 +116,12 @@ def load_completions(
       "text",
       "chosen, rejected",
     ),
-    "label": ("prompt, completion, label", "chosen, rejected"),
-    "reward": ("prompt, completion, reward",),
+    "label": (
+      "prompt, completion, label",
+      "messages, label",
+      "chosen, rejected",
+    ),
+    "reward": ("prompt, completion, reward", "messages, reward"),
   }[need]
   tables = _tables(source, split, max_bad_share, part, columns or {})
   found = _load(tables, build, _with(wanted, group), max_bad_share)

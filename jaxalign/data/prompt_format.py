@@ -104,13 +104,18 @@ def with_system(row: dict[str, Any], system: str) -> dict[str, Any]:
     system: text; dialogues with a system turn keep their own.
   """
   names = ("prompt",)
-  if row.get("prompt") is None:
-    names = ("chosen", "rejected", "messages")
+  # Role lists of both completions may hold the prompt as well (UltraFeedback).
+  if row.get("prompt") is None or (
+    isinstance(row["prompt"], str) and isinstance(row.get("chosen"), list)
+  ):
+    names = ("chosen", "rejected", "messages", "question")
   new: dict[str, Any] = {}
   for name in names if system else ():
     value = row.get(name)
     if isinstance(value, str):
       new[name] = system + value
+    elif isinstance(value, dict) and isinstance(value.get("full_text"), str):
+      new[name] = value | {"full_text": system + value["full_text"]}  # WebGPT
     elif isinstance(value, list) and value and isinstance(value[0], dict):
       own = value[0].get("role") == "system"
       first = [] if own else [{"role": "system", "content": system}]

@@ -372,7 +372,10 @@ class Tokenizer:
         settings.pop(name, None)
       written = {file: settings}
       if self.generation:
-        written[place / GENERATION] = self.generation
+        # `generate` goes by these ends, before those of the config.
+        ends = self.special_ids().get("eos_token_id")
+        more = {} if ends is None else {"eos_token_id": ends}
+        written[place / GENERATION] = self.generation | more
       for path, values in written.items():
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")

@@ -15,6 +15,11 @@ STOP_SLOTS = 8
 STOP_WIDTH = 16
 
 
+def fitting(stops: Sequence[Sequence[int]]) -> list[Sequence[int]]:
+  """The stops that the sampler has room for; texts are cut at all of them."""
+  return [ids for ids in stops if 1 <= len(ids) <= STOP_WIDTH][:STOP_SLOTS]
+
+
 def make(
   *,
   temperature: float | int = 1.0,

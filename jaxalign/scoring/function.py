@@ -359,13 +359,13 @@ def ask_functions(
 def prompt_of(row: PromptRow) -> str | list[Message]:
   """A prompt as the data have it; where more is left out, as it is asked.
 
-  A text of the data that the policy reads whole is given without the role
-  delimiters around it.
+  A text of the data that the policy reads whole is given without what a format
+  puts around it. A prompt is messages only where the data hold messages.
   """
   column = next((name for name in COLUMNS if name in row.columns), "")
   own = row.columns.get(column)
-  if isinstance(own, str) and own.strip() in row.prompt:
-    return own
+  if isinstance(own, str):
+    return own if own.strip() in row.prompt else row.prompt
   return list(row.messages) if row.messages else row.prompt
 
 

@@ -107,9 +107,12 @@ class Scorer:
     if not messages:
       at = max(row.prompt.find(templates.HUMAN), 0)
       return (system + row.prompt[at:] if system else row.prompt), completion
+    if self.tokenizer.format.name == "raw":  # it has seen no delimiters
+      text = templates.from_messages(messages, reply=True)
+      return templates.bare_question(text), completion
     if renders:
       # The whole conversation, which the template ends as in training.
-      answer = {"role": "assistant", "content": completion}
+      answer = {"role": "assistant", "content": completion.strip()}
       return "", self.tokenizer.render_chat([*messages, answer])
     return templates.from_messages(messages, reply=True), completion
 

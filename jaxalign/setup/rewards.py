@@ -8,7 +8,6 @@ from jax.sharding import Mesh
 from jaxalign.config.names import is_function
 from jaxalign.config.online import ScoringConfig
 from jaxalign.data.rows import PromptRow
-from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.scoring.function import RewardFunction, open_function
 from jaxalign.scoring.reward_model import RewardModel
@@ -74,21 +73,24 @@ def check_prompts(
     if isinstance(reward, RewardFunction):
       reward.check_columns(sorted(columns), source)
     else:
-      check_messages(reward.tokenizer, rows)
+      check_messages(reward, rows)
 
 
-def check_messages(tokenizer: Tokenizer, rows: Sequence[PromptRow]) -> None:
+def check_messages(reward: ModelSpec, rows: Sequence[PromptRow]) -> None:
   """Refuses role lists that a reward model's format cannot write.
 
   Raises:
     UserError: a role or a content that it does not have.
   """
+  tokenizer = reward.tokenizer
+  renders = reward.encoding == "concat" and tokenizer.has_chat_template
   answer = {"role": "assistant", "content": "yes"}
   for messages in (row.messages for row in rows if row.messages):
     try:
-      tokenizer.render_chat([*messages, answer])
-      # What models that read two segments are given.
-      templates.from_messages(list(messages), reply=True)
+      if renders:
+        tokenizer.render_chat([*messages, answer])
+      else:
+        templates.from_messages(list(messages), reply=True)
     except (KeyError, TypeError) as error:
       roles = ", ".join(str(turn["role"]) for turn in messages)
       raise UserError(

@@ -188,7 +188,7 @@ def sampling_params(
 ) -> SamplingParams:
   """The sampler's traced settings."""
   # Sampling may stop early where the text would be cut anyway.
-  cuts = sampling.truncation != "none"
+  cuts, turns = sampling.truncation != "none", tokenizer.format.turns
   return settings.make(
     temperature=sampling.temperature,
     top_p=sampling.top_p,
@@ -198,7 +198,7 @@ def sampling_params(
     min_new_tokens=sampling.min_new_tokens,
     max_new_tokens=sampling.max_new_tokens,
     eos_ids=tokenizer.end_ids,
-    stops=tokenizer.encode_batch(tokenizer.format.turns) if cuts else (),
+    stops=settings.fitting(tokenizer.encode_batch(turns)) if cuts else (),
     pad_id=tokenizer.pad_id,
   )
 

@@ -33,6 +33,7 @@ from jaxalign.runtime import (
   checkpoint,
   console,
   environment,
+  manifest,
   metrics,
   profile,
   signals,
@@ -240,21 +241,50 @@ def open_workdir(
   )
 
 
-def extend_run(config: TrainingConfig, folder: pathlib.Path) -> bool:
+def check_unchanged(
+  spec: RunSpec[C], digest: str, extra: JsonObject, folder: pathlib.Path
+) -> None:
+  """Refuses to go on with a run on other rows, or with other functions.
+
+  Args:
+    spec: of the run as it is now.
+    digest: its own, see `digest_of_run`.
+    extra: of the checkpoint to go on from.
+    folder: the run's, for the message.
+
+  Raises:
+    UserError: they differ, and `checkpoint.allow_other_data` is off.
+  """
+  old = extra.get("rows", digest)
+  if old == digest or spec.config.checkpoint.allow_other_data:
+    return
+  field = "config.prompts" if spec.rollout else "config.data"
+  what = f"{field} no longer gives the rows of {folder}: a file"
+  if old.partition(" ")[0] == digest.partition(" ")[0]:
+    what = f"the file of a reward function or of a judge of {folder}"
+  raise UserError(
+    f"{what} has changed; restore it, start again in another --workdir, or "
+    "continue with --config.checkpoint.allow_other_data=true"
+  )
+
+
+def extend_run(spec: RunSpec[C], folder: pathlib.Path) -> bool:
   """Gives the run in a folder its new length, and says what its rate becomes.
 
   Called by the lead process alone.
 
   Args:
-    config: final; it differs from the run's in its length alone.
+    spec: its config differs from the run's in its length alone.
     folder: holds a run.
 
   Returns:
     Whether there is anything to do.
 
   Raises:
-    UserError: the run would become shorter.
+    UserError: the run would become shorter, has no checkpoint left, or would go
+      on with other rows or functions.
   """
+  config = spec.config
   old = workdir.read_config(folder)
   assert old is not None, folder
   before, now = old["steps"], config.steps
@@ -267,7 +297,19 @@ def extend_run(config: TrainingConfig, folder: pathlib.Path) -> bool:
   finished = workdir.read_finished(folder) is not None
   if now == before:
     return not finished
-  done = before if finished else checkpoint.last_step(folder / "checkpoints")
+  saves = folder / "checkpoints"
+  # Nothing is changed before it is sure that the run can go on.
+  newest = checkpoint.newest_whole(saves)
+  if finished and newest < 0:
+    raise UserError(
+      f"--extend: {folder} is finished and has no checkpoint left to go on "
+      f"from; begin another run with --init_from={folder}"
+    )
+  if newest >= 0:
+    body = manifest.read(saves / f"{newest:08d}")
+    assert body is not None, newest
+    check_unchanged(spec, digest_of_run(spec), body["extra"], folder)
+  done = before if finished else checkpoint.last_step(saves)
   # The rate of the last step done, and of the next.
   was, is_now, last = (
     np.asarray(schedule_of(dataclasses.replace(config, steps=steps))(i)).item()
@@ -316,6 +358,15 @@ def reference_of(model: Model, params: Params) -> tuple[Model, Params]:
   if model.lora:
     return model.without_lora(), lora.split(params)[1]
   return model, policy_of(params)
+
+
+def digest_of_run(spec: RunSpec[C]) -> str:
+  """Tells what a run reads from what others do: its rows, its functions' files.
+
+  What these files import does not count.
+  """
+  digest = digest_of(spec.rows)
+  return f"{digest} {digest_of(spec.files)}" if spec.files else digest
 
 
 def digest_of(rows: object) -> str:
@@ -372,11 +423,7 @@ def open_run(
   Raises:
     UserError: the folder is of another config, or of other rows.
   """
-  config, mesh, digest = spec.config, spec.mesh, digest_of(spec.rows)
-  # After a blank come the files of users' functions; what they import does not
-  # count.
-  if spec.files:
-    digest += f" {digest_of(spec.files)}"
+  config, mesh, digest = spec.config, spec.mesh, digest_of_run(spec)
   with (
     contextlib.closing(open_workdir(config, folder)) as run,
     contextlib.closing(
@@ -439,16 +486,7 @@ def open_run(
         leaf.delete()  # nor here
       state, done = restored.state, restored.step
       files, counters = restored.extra["files"], restored.extra["counters"]
-      old = restored.extra.get("rows", digest)
-      if old != digest and not config.checkpoint.allow_other_data:
-        field = "config.prompts" if spec.rollout else "config.data"
-        what = f"{field} no longer gives the rows of {run.path}: a file"
-        if old.partition(" ")[0] == digest.partition(" ")[0]:
-          what = f"the file of a reward function or of a judge of {run.path}"
-        raise UserError(
-          f"{what} has changed; restore it, start again in another --workdir, "
-          "or continue with --config.checkpoint.allow_other_data=true"
-        )
+      check_unchanged(spec, digest, restored.extra, run.path)
     if hosts.is_lead():
       begins = f"{config.steps} steps"
       if done:

@@ -162,6 +162,34 @@ def test_a_system_text_comes_before_the_prompt():
     ),
     ({"messages": [ASKED]}, {"messages": [system, ASKED]}),
     ({"prompt": [system, ASKED]}, {"prompt": [system, ASKED]}),
+    # The prompt is a string as well, next to lists that hold it.
+    (
+      {"prompt": "q", "chosen": [ASKED, ANSWERED]},
+      {"prompt": "q", "chosen": [system, ASKED, ANSWERED]},
+    ),
+    ({"question": "q", "score_0": 1}, {"question": "sq", "score_0": 1}),
   ):
     assert with_system(row, "s") == wanted
     assert with_system(row, "") == row
+
+
+def test_raw_instructions_have_no_delimiters(write, tiny):
+  path = write([{"instruction": "do", "response": "done"}])
+  raw = with_format(tiny, "raw")
+  rows = formats.load_completions(path, tokenizer=raw).rows
+  assert rows == (CompletionRow("do", "done"),)
+
+
+def test_the_saved_generation_config_has_the_trained_ends(make_tiny, tmp_path):
+  """It is what transformers' generate goes by."""
+  template = PLAIN.replace("{% endfor %}", "<s>{% endfor %}")
+  tokenizer = with_notes(make_tiny(template=template), {"eos_token_id": 1}, {})
+  with_format(tokenizer, "auto").save(tmp_path)
+  saved = json.loads((tmp_path / "generation_config.json").read_text())
+  assert saved["eos_token_id"] == [1, 0]
+
+
+def test_labelled_messages(write, tiny):
+  path = write([{"messages": [ASKED, ANSWERED], "label": True}])
+  rows = formats.load_completions(path, tokenizer=tiny, need="label").rows
+  assert rows == (CompletionRow(HH, " a", label=True),)

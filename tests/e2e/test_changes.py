@@ -81,6 +81,10 @@ def test_the_rates_of_an_extended_run(sft, tmp_path, capsys, monkeypatch):
     return 0
 
   monkeypatch.setattr(setup, "run", begin)
+  # In the place of a checkpoint that a training would have left.
+  inside = "jaxalign.setup.run."
+  monkeypatch.setattr(f"{inside}checkpoint.newest_whole", lambda folder: 2)
+  monkeypatch.setattr(f"{inside}manifest.read", lambda place: {"extra": {}})
   argv = sft(tmp_path / "run", optimizer__schedule="linear")
   assert main.main(argv) == 0
   assert main.main([*argv, "--config.steps=4", "--extend"]) == 0
@@ -88,6 +92,19 @@ def test_the_rates_of_an_extended_run(sft, tmp_path, capsys, monkeypatch):
     "2 are done; the linear learning rate was 0.005 at step 2 and is 0.005 at "
     "step 3, stretched over 4 steps and 0.0025 at the last\n"
   ) in capsys.readouterr().out
+
+
+def test_a_finished_run_without_checkpoints_is_not_extended(
+  sft, short, tmp_path, capsys
+):
+  run = tmp_path / "run"
+  shutil.copytree(short, run)
+  shutil.rmtree(run / "checkpoints")
+  before = {p: p.read_bytes() for p in run.glob("*.json*")}
+  argv = [w for w in sft(run) if "--config.steps=" not in w]
+  assert main.main([*argv, "--config.steps=9", "--extend"]) == 2
+  assert "has no checkpoint left to go on" in capsys.readouterr().err
+  assert {p: p.read_bytes() for p in run.glob("*.json*")} == before
 
 
 def test_a_run_begins_again_from_another(sft, short, tmp_path, capsys):

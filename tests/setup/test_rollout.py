@@ -11,6 +11,7 @@ from jaxalign.errors import UserError
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
 from jaxalign.parallel import mesh as meshes
+from jaxalign.setup.models import ModelSpec
 from jaxalign.setup.rewards import check_messages
 from jaxalign.setup.rollout import (
   RolloutSpec,
@@ -67,13 +68,16 @@ def test_without_an_interval_nothing_is_kept_aside_or_evaluated(split):
 
 
 def test_role_lists_that_a_reward_model_cannot_write(word_tokenizer):
-  tokenizer = word_tokenizer("ab")
+  model = Model.build(NeoXConfig(8, 8, 1, 1, 8, head="score_last"))
+  spec = ModelSpec(
+    model, word_tokenizer("ab"), meshes.make_mesh(), None, encoding="concat"
+  )
   said = {"role": "user", "content": "a"}
   system = {"role": "system", "content": "b"}
-  check_messages(tokenizer, [PromptRow("x", messages=(system, said))])
+  check_messages(spec, [PromptRow("x", messages=(system, said))])
   for turn in (
     {"role": "developer", "content": "b"},
     {"role": "system", "content": [{"type": "text", "text": "b"}]},
   ):
     with pytest.raises(UserError, match="cannot be given; need text by system"):
-      check_messages(tokenizer, [PromptRow("x", messages=(turn, said))])
+      check_messages(spec, [PromptRow("x", messages=(turn, said))])

@@ -15,6 +15,7 @@ from jaxtyping import Bool, Float, Int
 from jaxalign.algorithms.reward_model.config import RewardModelConfig
 from jaxalign.core.types import AnyArray
 from jaxalign.data import batches, formats
+from jaxalign.data.prompt_format import DIALOGUE
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models.groups import listed
@@ -310,9 +311,11 @@ def load_rows(
 
   With `end` each text ends in the end of text, which a score head reads.
   """
-  source, options = source_of(
-    config, tokenizer, validation, "comparisons.jsonl"
-  )
+  reader = tokenizer
+  # Two segments are the bare question and its answer, in no template.
+  if config.encoding == "pair":
+    reader = dataclasses.replace(tokenizer, format=DIALOGUE)
+  source, options = source_of(config, reader, validation, "comparisons.jsonl")
   options |= {
     "part": "all" if validation else config.half,
     "group": config.group_column,
