@@ -14,10 +14,9 @@ import textwrap
 from collections.abc import Sequence
 
 from jaxalign import cli
-from jaxalign.algorithms import dry_run, read_config, run
+from jaxalign.algorithms import dry_run, preset_of, read_config, run
 from jaxalign.config import Row, TrainingConfig, describe, to_mapping
 from jaxalign.config.changes import suffix
-from jaxalign.errors import UserError
 from jaxalign.parallel import cpu
 
 
@@ -65,14 +64,6 @@ def train(argv: Sequence[str]) -> int:
   return run(
     config, folder, extend=args.extend, fresh=args.fresh, quiet=args.quiet
   )
-
-
-def preset_of(mapping: object, config: TrainingConfig) -> TrainingConfig:
-  """The config of a preset alone, which may lack what the flags have added."""
-  try:
-    return read_config(mapping, [("algorithm", config.algorithm)])
-  except UserError:
-    return type(config)()
 
 
 def make_parser() -> cli.Parser:

@@ -39,15 +39,16 @@ def config_class(method: str) -> type[TrainingConfig]:
 
 # mapping is Any because a user wrote it: what it is, is checked here.
 def read_config(
-  mapping: Any, flags: Sequence[tuple[str, str]] = ()
+  mapping: Any, flags: Sequence[tuple[str, object]] = ()
 ) -> TrainingConfig:
   """The validated config of a run.
 
   Args:
     mapping: a dict or ConfigDict; `algorithm` chooses the method, a field
       that is left out has its default.
-    flags: (path below `config`, text) pairs of the command line. They win
-      over the mapping, later ones over earlier ones.
+    flags: (path below `config`, text) pairs of the command line, or values
+      in place of texts. They win over the mapping, later ones over earlier
+      ones.
 
   Raises:
     UserError: one line with the full path, the rule, the value, the remedy.
@@ -78,6 +79,14 @@ def read_config(
   if by_epochs and "steps" not in typed:
     flags = [*flags, ("steps", "0")]
   return read(kind, mapping, flags)
+
+
+def preset_of(mapping: object, config: TrainingConfig) -> TrainingConfig:
+  """The config of a preset alone, which may lack what the flags have added."""
+  try:
+    return read_config(mapping, [("algorithm", config.algorithm)])
+  except UserError:
+    return type(config)()
 
 
 def check_sources(config: TrainingConfig) -> None:

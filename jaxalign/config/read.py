@@ -39,7 +39,7 @@ _log = logging.getLogger(__name__)
 def read(
   cls: type[S],
   mapping: Any,  # a user's: what it holds is checked here
-  flags: Sequence[tuple[str, str]] = (),
+  flags: Sequence[tuple[str, object]] = (),
   path: str = "config",
   root: type[Section] | None = None,
 ) -> S:
@@ -48,8 +48,8 @@ def read(
   Args:
     cls: the class; fields whose type is a dataclass are its sections.
     mapping: anything with `items()`: a dict, a ConfigDict, parsed JSON.
-    flags: (path below this section, text) pairs. They win over the mapping,
-      later ones over earlier ones.
+    flags: (path below this section, text or value) pairs. They win over the
+      mapping, later ones over earlier ones.
     path: name of this section in messages.
     root: class of the whole config, searched for the nearest names.
 
@@ -63,7 +63,7 @@ def read(
       f"set one of {path}.{{{', '.join(kinds)}}}"
     )
   # The flags of each field: ("", text), or (path below it, text) of a section.
-  below: dict[str, list[tuple[str, str]]] = {}
+  below: dict[str, list[tuple[str, object]]] = {}
   for name, text in flags:
     first, _, rest = name.partition(".")
     below.setdefault(first, []).append((rest, text))
@@ -153,8 +153,10 @@ def convert(kind: Any, value: Any) -> Any:
   return kind(value)
 
 
-def parse_text(kind: Any, text: str) -> Any:
-  """A flag's text as the field's type, or the text itself where it is not."""
+def parse_text(kind: Any, text: object) -> Any:
+  """A flag's text as the field's type, or as it is where it is none."""
+  if not isinstance(text, str):
+    return text
   if inner := get_args(kind):
     parts = text.strip("()[] ").split(",")
     words = (part.strip().strip("'\"") for part in parts)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from types import FrameType
@@ -40,22 +41,30 @@ class Stop:
 def catch_signals() -> Iterator[Stop]:
   """Turns the first signal into a flag; the second ends the process at once.
 
-  The same signal again within a second counts once. Only for the main thread,
-  as Python requires of signal handlers. The earlier handlers are restored at
-  the end.
+  The same signal again within a second counts once. Where the program had a
+  handler of its own, it gets the second signal. The earlier handlers are
+  restored at the end. Outside of the main thread nothing is caught, because
+  Python runs handlers there.
 
   Yields:
     The flag to check after each step.
   """
   stop, first = Stop(), 0.0
+  if threading.current_thread() is not threading.main_thread():
+    yield stop
+    return
+  earlier = {int(number): signal.getsignal(number) for number in _CAUGHT}
 
   def handle(number: int, frame: FrameType | None) -> None:
     nonlocal first
-    del frame
     now = time.monotonic()
     if stop.signal == number and now - first < _ECHO_SECONDS:
       return
     if stop.requested:
+      own = earlier[number]
+      if callable(own) and own is not signal.default_int_handler:
+        own(number, frame)
+        return
       leave(128 + number)
     stop.signal, first = number, now
     if not stop.on_screen:
@@ -66,6 +75,30 @@ def catch_signals() -> Iterator[Stop]:
     for number in _CAUGHT:
       undo.callback(signal.signal, number, signal.signal(number, handle))
     yield stop
+
+
+@contextlib.contextmanager
+def raise_second() -> Iterator[None]:
+  """Has the second Ctrl-C of `catch_signals` raise a `KeyboardInterrupt`.
+
+  For notebooks and users' programs, which must not lose their process. A
+  handler that the program has set itself stays.
+  """
+
+  def handle(number: int, frame: FrameType | None) -> None:
+    signal.default_int_handler(number, frame)
+
+  # None where the handler is none of Python's.
+  before = signal.getsignal(signal.SIGINT)
+  in_main = threading.current_thread() is threading.main_thread()
+  if not in_main or before is not signal.default_int_handler:
+    yield
+    return
+  signal.signal(signal.SIGINT, handle)
+  try:
+    yield
+  finally:
+    signal.signal(signal.SIGINT, before)
 
 
 def leave(status: int) -> None:

@@ -41,7 +41,13 @@ class Generator:
   whole_tokens: bool = False
 
   def __call__(
-    self, params: Params, prompts: Sequence[str], samples: int, key: jax.Array
+    self,
+    params: Params,
+    prompts: Sequence[str],
+    samples: int,
+    key: jax.Array,
+    *,
+    first_prompt: int = 0,
   ) -> Completions:
     """Draws completions of each prompt.
 
@@ -51,6 +57,7 @@ class Generator:
       samples: S, completions of each prompt.
       key: consumed. A completion depends on it, on its prompt's place in the
         list and on its own number, not on the other prompts.
+      first_prompt: place of the first of them, where they are a part of a list.
 
     Returns:
       P S completions, those of a prompt next to each other.
@@ -69,7 +76,9 @@ class Generator:
         self.settings,
         key,
         samples_per_prompt=samples,
-        prompt_numbers=range(start, min(start + size, len(ids))),
+        prompt_numbers=[
+          first_prompt + i for i in range(start, min(start + size, len(ids)))
+        ],
       )
       for start in range(0, len(ids), size)
     ]

@@ -127,14 +127,7 @@ class Sampler:
     prefix: Sequence[int],
   ) -> tuple[np.ndarray, np.ndarray, np.ndarray, NumpyPrefix | None]:
     """Pads prompts to their bucket: tokens, mask, ids, prefix."""
-    config = self.model.config
-    assert isinstance(config, CausalConfig), config
-    context = config.max_positions
-    if config.context_switch and len(prefix):
-      # The prefix is read as a short text, so the whole has to be one.
-      context = min(context, config.context_switch)
-    for number, prompt in enumerate(prompts):
-      self._check(number, len(prompt), len(prefix), context)
+    context = self.check(prompts, prefix)
     width = max(len(prompt) for prompt in prompts)
     width = min(bucket_length(width, self.prompt_buckets), context)
     # Few programs: the number of prompts is rounded up too. Filler rows have no
@@ -151,22 +144,40 @@ class Sampler:
     front, real = pad_rows([prefix], width, side="left")
     return tokens, mask, ids, (front[0], real[0])
 
+  def check(
+    self, prompts: Sequence[Sequence[int]], prefix: Sequence[int] = ()
+  ) -> int:
+    """Refuses prompts that cannot be completed, before anything is compiled.
+
+    Returns:
+      The context in tokens, which prompt, prefix and completion share.
+
+    Raises:
+      UserError: a prompt is empty or does not fit into the context.
+    """
+    config = self.model.config
+    assert isinstance(config, CausalConfig), config
+    context = config.max_positions
+    if config.context_switch and len(prefix):
+      # The prefix is read as a short text, so the whole has to be one.
+      context = min(context, config.context_switch)
+    for number, prompt in enumerate(prompts):
+      if len(prompt) == 0:
+        raise UserError(
+          f"prompt {number} is empty; a prompt needs at least one token"
+        )
+      if len(prompt) + len(prefix) >= context:
+        few_shot = f" after a prefix of {len(prefix)}" if len(prefix) else ""
+        raise UserError(
+          f"prompt {number} has {len(prompt)} tokens{few_shot}, but prompt and "
+          f"completion must fit into the model's context of {context}; shorten "
+          "it or take a model with a longer context"
+        )
+    return context
+
   def capacity(self, max_new_tokens: int) -> int:
     """The bucket of new tokens that holds `max_new_tokens`."""
     return bucket_length(max_new_tokens, self.new_token_buckets)
-
-  def _check(self, number, length, prefix, context):
-    if length == 0:
-      raise UserError(
-        f"prompt {number} is empty; a prompt needs at least one token"
-      )
-    if length + prefix >= context:
-      few_shot = f" after a prefix of {prefix}" if prefix else ""
-      raise UserError(
-        f"prompt {number} has {length} tokens{few_shot}, but prompt and "
-        f"completion must fit into the model's context of {context}; shorten "
-        "it or take a model with a longer context"
-      )
 
   @functools.cached_property
   def _jitted(self) -> "_Programs":

@@ -71,17 +71,26 @@ class Scorer:
       Float32 scores. NaN for a text without any token. Scores that are not
       finite are logged with the texts' indices.
     """
+    scores = self.score_ids(self.encode(prompts, completions))
+    self.warn_non_finite(scores)
+    return scores
+
+  def encode(
+    self, prompts: Sequence[PromptRow], completions: Sequence[str]
+  ) -> list[tuple[list[int], list[int]]]:
+    """Ids and segment types of each text, as `score_ids` takes them."""
     pairs = zip(prompts, completions, strict=True)
     own = [self._own_format(*pair) for pair in pairs]
-    texts = self.tokenizer.encode_rewards(
+    return self.tokenizer.encode_rewards(
       [prompt for prompt, _ in own],
       [completion for _, completion in own],
       self.encoding,
       self.limit,
       eos=self.model.config.head == "score_eos",
     )
-    scores = self.score_ids(texts)
-    # Reported, not raised: a run leaves such completions out.
+
+  def warn_non_finite(self, scores: Float[np.ndarray, " B"]) -> None:
+    """Logs which scores are not finite; a run leaves such completions out."""
     bad = non_finite(scores)
     if bad:
       _log.warning(
@@ -91,7 +100,6 @@ class Scorer:
         len(scores),
         ", ".join(map(str, bad[:20])) + (", ..." if len(bad) > 20 else ""),
       )
-    return scores
 
   def _own_format(self, row: PromptRow, completion: str) -> tuple[str, str]:
     """Prompt and completion as this model reads dialogues."""

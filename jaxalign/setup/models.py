@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import operator
 import os
 import pathlib
 from collections.abc import Mapping
@@ -29,9 +30,11 @@ from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
 
 LAB = pathlib.Path(__file__).parent.parent / "lab"
+LAB_MODELS = ("policy", "reward-train", "reward-test")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)  # hashable: by identity
+# Hashable by identity; its repr would list every parameter.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Loaded:
   """A model with its parameters and its tokenizer.
 
@@ -39,11 +42,32 @@ class Loaded:
     model: the architecture.
     params: its parameters, nested dicts of arrays.
     tokenizer: None if the model's folder has no tokenizer files.
+    name: what it was loaded by, for people; "" if it was made otherwise.
   """
 
   model: Model
   params: Params
   tokenizer: Tokenizer | None
+  name: str = ""
+
+  def __repr__(self) -> str:
+    config, leaves = self.model.config, jax.tree.leaves(self.params)
+    parts = [
+      config.model_type,
+      f"{sum(leaf.size for leaf in leaves):,} parameters",
+      f"head {config.head}",
+    ]
+    if config.groups:
+      parts.append(f"groups {groups.listed(config.groups)}")
+    if self.model.lora:
+      parts.append(f"LoRA of rank {self.model.lora.rank}")
+    # Adapters are float32 whatever the others are, so the largest array counts.
+    dtype = str(max(leaves, key=operator.attrgetter("size")).dtype)
+    parts.append(dtype)
+    if dtype != config.dtype:
+      parts.append(f"computes in {config.dtype}")
+    name = f"{self.name}: " if self.name else ""
+    return f"Loaded({name}{', '.join(parts)})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +117,8 @@ class ModelSpec:
 
   def load(self) -> Loaded:
     """The model with its parameters."""
-    return Loaded(self.model, self.read(), self.tokenizer)
+    name = self.tokenizer.name
+    return Loaded(self.model, self.read(), self.tokenizer, name)
 
   def fingerprint(self) -> dict[str, str]:
     """What tells this model from others: its config and its weight files."""
@@ -119,7 +144,9 @@ def compute_dtype(setting: str) -> str:
 
 
 def locate(name: str, lab: str) -> str:
-  """A model's name, where `lab` is the model that ships as `lab/<lab>`."""
+  """A name, where `lab` is what ships as `lab/<lab>`, or `lab/MODEL` is."""
+  if name in [f"lab/{model}" for model in LAB_MODELS]:
+    lab, name = name.removeprefix("lab/"), "lab"
   return str(LAB / lab) if name == "lab" else name
 
 
@@ -129,11 +156,12 @@ def locate_model(name: str, lab: str) -> str:
   Raises:
     UserError: the run has not finished.
   """
-  folder = pathlib.Path(locate(name, lab)).expanduser()
+  place = locate(name, lab)
+  folder = pathlib.Path(place).expanduser()
   # A run's config names its method, a model's does not.
   config = folder / "config.json"
   if not os.path.isfile(config) or "algorithm" not in read_json(config):
-    return str(folder) if name == "lab" else name
+    return place
   if not os.path.isfile(folder / "model" / "config.json"):
     raise UserError(
       f"{name} holds a run that is not finished; go on with it, or write its "

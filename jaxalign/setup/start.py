@@ -289,7 +289,7 @@ def restore(
   tokenizer = loaded.tokenizer
   if config.algorithm == "reward_model" and tokenizer is not None:
     tokenizer = models.with_reward_notes(tokenizer, config)
-  return models.Loaded(loaded.model, params, tokenizer)
+  return models.Loaded(loaded.model, params, tokenizer, str(run_folder))
 
 
 def _sizes(tree: PyTree) -> PyTree:
