@@ -1,7 +1,9 @@
-"""The five functions for notebooks, on a tiny model with its tokenizer."""
+"""The functions for notebooks, on a tiny model with its tokenizer."""
 
 import copy
 import json
+import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -11,15 +13,24 @@ import numpy as np
 import pytest
 
 import jaxalign
+from jaxalign import api
+from jaxalign.algorithms import read_config
 from jaxalign.models.hf import folder
 from jaxalign.models.llama import LlamaConfig
 from jaxalign.models.model import Model
+from jaxalign.setup import models
 
-SIZE = 16  # three special tokens and 13 letters
+WORDS = [*"abcdefgh", "Human:", "Assistant:", "ijk", "lmn", "opq"]
+SIZE = 16  # three special tokens and the words
+QUESTION = [
+  {"role": "system", "content": "g"},
+  {"role": "user", "content": "a b c"},
+]
+WRITTEN = "g\n\nHuman: a b c\n\nAssistant:"
 
 
 def tiny(path, head, tokenizer):
-  """A folder with a random model and a tokenizer of single letters."""
+  """A folder with a random model and a tokenizer of whole words."""
   config = LlamaConfig(
     SIZE, 16, 2, 2, 1, 8, 16, max_positions=64, head=head, eos_id=1
   )
@@ -39,13 +50,13 @@ def tiny(path, head, tokenizer):
 @pytest.fixture(scope="module")
 def policy(tmp_path_factory, word_tokenizer):
   path = tmp_path_factory.mktemp("policy") / "model"
-  return tiny(path, "lm", word_tokenizer("abcdefghijklm"))
+  return tiny(path, "lm", word_tokenizer(WORDS))
 
 
 @pytest.fixture(scope="module")
 def reward_model(tmp_path_factory, word_tokenizer):
   path = tmp_path_factory.mktemp("reward") / "model"
-  return tiny(path, "score_last", word_tokenizer("abcdefghijklm"))
+  return tiny(path, "score_last", word_tokenizer(WORDS))
 
 
 def test_logits_of_a_language_model_and_a_classifier(policy, reward_model):
@@ -90,6 +101,102 @@ def test_the_wrong_kind_of_model_is_refused(policy, reward_model):
     jaxalign.score(jaxalign.load(policy), ["a"], ["b"])
   with pytest.raises(jaxalign.UserError, match="as many prompts"):
     jaxalign.score(jaxalign.load(reward_model), ["a"], ["b", "c"])
+
+
+def test_a_role_list_is_written_in_the_models_format(policy):
+  model = jaxalign.load(policy)
+  greedy = {"temperature": 0, "max_new_tokens": 6}
+  ((text,),) = jaxalign.generate(model, WRITTEN, **greedy)
+  assert jaxalign.generate(model, QUESTION, **greedy) == [[text.strip()]]
+  both = jaxalign.generate(model, [QUESTION, WRITTEN], **greedy)
+  assert both == [[text.strip()], [text]]
+
+
+def test_batches_do_not_change_what_is_drawn(policy, capfd):
+  model = jaxalign.load(policy)
+  prompts = ["a b", "c d e", "f"]
+  drawn = {"samples_per_prompt": 2, "max_new_tokens": 6, "seed": 3}
+  whole = jaxalign.generate(model, prompts, **drawn)
+  assert not capfd.readouterr().err
+  parts = jaxalign.generate(
+    model, prompts, batch_size=1, progress=True, **drawn
+  )
+  assert parts == whole
+  assert "3/3" in capfd.readouterr().err
+
+
+def test_a_stop_text_within_tokens_cuts_there(policy):
+  """In batches too, and of several the first counts."""
+  model = jaxalign.load(policy)
+  greedy = {"temperature": 0, "max_new_tokens": 6}
+  prompts = ["a b", "c d e", "f"]
+  whole = jaxalign.generate(model, prompts, **greedy)
+  # From the second character of a word to the first of the next one.
+  middles = re.findall(r"(?<=\w)\S \S", " / ".join(t for (t,) in whole))
+  assert any(middle in text for middle in middles for (text,) in whole)
+  for middle in middles:
+    wanted = [[text.partition(middle)[0]] for (text,) in whole]
+    found = jaxalign.generate(
+      model, prompts, stop=["never", middle], batch_size=1, **greedy
+    )
+    assert found == wanted
+
+
+def test_scores_of_role_lists_and_batches(reward_model, monkeypatch):
+  model = jaxalign.load(reward_model)
+  answers = ["e f g", "h", "a b c d e"]
+  scores = jaxalign.score(model, [WRITTEN] * 3, answers)
+  monkeypatch.setattr(api, "SCORED", 2)
+  by_turns = jaxalign.score(model, [QUESTION] * 3, answers, batch_size=1)
+  np.testing.assert_allclose(by_turns, scores, atol=1e-5)
+  assert jaxalign.score(model, [], []).shape == (0,)
+
+
+def test_a_model_is_a_line(policy, reward_model):
+  assert repr(jaxalign.load(policy)) == (
+    f"Loaded({policy}: llama, 3,664 parameters, head lm, float32)"
+  )
+  half = repr(jaxalign.load(reward_model, dtype="bfloat16"))
+  assert half.endswith("head score_last, bfloat16)")
+
+
+def test_names_of_the_models_that_ship():
+  for name in ("policy", "reward-train", "reward-test"):
+    place = models.locate_model(f"lab/{name}", "policy")
+    assert pathlib.Path(place, "model.safetensors").is_file()
+
+
+def test_the_page_for_notebooks_runs(
+  policy, reward_model, monkeypatch, tmp_path
+):
+  """Its code, on the tiny models; its config is checked and not trained."""
+  root = pathlib.Path(__file__).parents[1]
+  page = (root / "docs" / "python.md").read_text()
+  loaded = {
+    "lab/policy": jaxalign.load(policy),
+    "lab/reward-train": jaxalign.load(reward_model),
+    str(tmp_path / "model"): jaxalign.load(policy),
+  }
+  row = {"step": 1, "loss/nll": 2.0}
+
+  def train(config, workdir):
+    config = read_config(config)
+    assert config.steps == 20
+    metrics = tmp_path / workdir / "metrics.jsonl"
+    metrics.parent.mkdir(parents=True)
+    metrics.write_text(json.dumps(row) + "\n")
+    return jaxalign.TrainResult(metrics.parent, True, [row], tmp_path / "model")
+
+  monkeypatch.setattr(api, "load", lambda name: loaded[str(name)])
+  monkeypatch.setattr(api, "train", train)
+  monkeypatch.chdir(tmp_path)
+  names = {}
+  for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL):
+    exec(block, names)
+  assert [len(texts) for texts in names["texts"]] == [2, 2]
+  assert names["rewards"].shape == (4,)
+  assert "finished after 1 steps" in repr(names["result"])
+  assert (tmp_path / "my-model" / "model.safetensors").is_file()
 
 
 def test_save_writes_tokenizer_and_card(policy, tmp_path):
@@ -207,33 +314,82 @@ def test_other_mistakes_are_one_line_too(policy, reward_model, tmp_path):
 # The test run checks annotations, so what breaks them is tried outside of it.
 MISTAKES = """
 import sys, jaxalign
-model = jaxalign.load(sys.argv[1])
+model, judge = map(jaxalign.load, sys.argv[1:])
+half = chr(0xD800)
+user = {'role': 'user', 'content': 'a'}
 for call in (
+  "jaxalign.load(5)",
+  "jaxalign.load(sys.argv[1], dtype='int8')",
+  "jaxalign.load(sys.argv[1], group_weights=['a'])",
+  "jaxalign.load(sys.argv[1], group_weights={'a': 'b'})",
   "jaxalign.logits('lab', [[1]])",
   "jaxalign.logits(model, [['a']])",
+  "jaxalign.logits(model, [[3, 4]], [[1], [1, 2]])",
+  "jaxalign.logits(model, [[3]], [['x']])",
   "jaxalign.generate(None, ['a'])",
   "jaxalign.generate(model, 5)",
+  "jaxalign.generate(model, user)",
+  "jaxalign.generate(model, ['a', user])",
+  "jaxalign.generate(model, b'a')",
+  "jaxalign.generate(model, half)",
+  "jaxalign.generate(model, '')",
+  "jaxalign.generate(model, ['a'] * 3 + ['a ' * 70])",
+  "jaxalign.generate(model, [[]])",
   "jaxalign.generate(model, [{'role': 'user'}])",
+  "jaxalign.generate(model, [user | {'content': 5}])",
+  "jaxalign.generate(model, [user | {'content': half}])",
+  "jaxalign.generate(model, [user | {'role': 'bot'}])",
+  "jaxalign.generate(model, [user | {'role': 'system'}])",
+  "jaxalign.generate(model, [user, user | {'role': 'assistant'}])",
   "jaxalign.generate(model, 'a', temperature='hot')",
   "jaxalign.generate(model, 'a', samples_per_prompt=1.5)",
+  "jaxalign.generate(model, 'a', samples_per_prompt=True)",
   "jaxalign.generate(model, 'a', seed=2**70)",
   "jaxalign.generate(model, 'a', stop=[3])",
+  "jaxalign.generate(model, 'a', stop=5)",
   "jaxalign.generate(model, 'a', stops=5)",
   "jaxalign.generate(model, 'a', eos_ids=3)",
   "jaxalign.generate(model, 'a', pad_id='x')",
-  "jaxalign.score(model, [1], ['a'])",
+  "jaxalign.generate(model, 'a', batch_size=0)",
+  "jaxalign.generate(model, 'a', batch_size='all')",
+  "jaxalign.generate(model, 'a', progress=1)",
+  "jaxalign.score(judge, [1], ['a'])",
+  "jaxalign.score(judge, ['a'], [1])",
+  "jaxalign.score(judge, ['a'], half)",
+  "jaxalign.score(judge, [[user | {'role': 'bot'}]], ['a'])",
+  "jaxalign.score(judge, ['a'], ['a'], batch_size=-1)",
+  "jaxalign.score(judge, ['a'], ['a'], encoding=['concat'])",
   "jaxalign.save(model, None)",
+  "jaxalign.save(model, 'unwritten', dtype=16)",
+  "jaxalign.save(model, 'unwritten', license=None)",
+  "jaxalign.read_run(None)",
+  "jaxalign.train(None)",
+  "jaxalign.train('')",
+  "jaxalign.train('configs/none.py')",
+  "jaxalign.train({})",
+  "jaxalign.train({'algorithm': 'sft', 'step': 3}, 'unwritten')",
+  "jaxalign.train({'algorithm': 'sft', 'steps': '3x'}, 'unwritten')",
+  "jaxalign.train({'algorithm': 'sft'}, 5)",
+  "jaxalign.train({'algorithm': 'sft'}, overrides=['steps'])",
+  "jaxalign.train({'algorithm': 'sft'}, overrides={'steps': 1.5})",
+  "jaxalign.train({'algorithm': 'sft'}, overrides={'optimizer': {'lr': 1}})",
+  "jaxalign.train({'algorithm': 'sft'}, overrides={5: 1})",
+  "jaxalign.train({'algorithm': 'sft'}, quiet=1)",
 ):
   try:
     eval(call)
   except jaxalign.UserError as error:
     assert len(str(error).splitlines()) == 1, call
+  except Exception as error:
+    raise SystemExit(f"{call}: {error!r}")
   else:
     raise SystemExit(call)
 """
 
 
-def test_values_of_another_type_are_a_line(policy):
-  code = [sys.executable, "-c", MISTAKES, str(policy)]
-  done = subprocess.run(code, capture_output=True, text=True, timeout=300)
+def test_values_of_another_type_are_a_line(policy, reward_model, tmp_path):
+  code = [sys.executable, "-c", MISTAKES, str(policy), str(reward_model)]
+  done = subprocess.run(
+    code, capture_output=True, text=True, timeout=300, cwd=tmp_path
+  )
   assert done.returncode == 0, done.stderr

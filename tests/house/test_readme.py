@@ -76,7 +76,7 @@ def test_links_exist(root):
 
 
 @pytest.mark.parametrize(
-  "name", ["load", "logits", "generate", "score", "save", "read_run"]
+  "name", ["load", "logits", "generate", "score", "save", "read_run", "train"]
 )
 def test_the_functions(name):
   package = importlib.import_module("jaxalign")
