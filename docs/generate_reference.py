@@ -74,7 +74,7 @@ def table(rows: list[configs.Row]) -> str:
 
 
 def section_of(row: configs.Row) -> str:
-  """"optimizer" of config.optimizer.name, "" of config.steps."""
+  """The section of a field: "optimizer", "" of one that is in none."""
   section, dot, _ = row.path.removeprefix("config.").partition(".")
   return section if dot else ""
 
