@@ -13,6 +13,7 @@ import rich.console
 from rich import live
 
 from jaxalign import main
+from jaxalign.runtime import console
 
 picture, *flags = sys.argv[1:]
 screen = rich.console.Console(
@@ -34,8 +35,8 @@ def one_screen() -> rich.console.Console:
   return screen
 
 
-live.Live = LastPanel
-rich.console.Console = one_screen
+console.live.Live = LastPanel
+console.rich.console.Console = one_screen
 status = main.main(flags)
 screen.save_svg(picture, title=f"python -m jaxalign.main {' '.join(flags)}")
 sys.exit(status)
