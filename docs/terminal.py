@@ -38,5 +38,5 @@ def one_screen() -> rich.console.Console:
 console.live.Live = LastPanel
 console.rich.console.Console = one_screen
 status = main.main(flags)
-screen.save_svg(picture, title=f"python -m jaxalign.main {' '.join(flags)}")
+screen.save_svg(picture, title="python -m jaxalign.main")
 sys.exit(status)
