@@ -373,9 +373,14 @@ class Tokenizer:
       written = {file: settings}
       if self.generation:
         # `generate` goes by these ends, before those of the config.
-        ends = self.special_ids().get("eos_token_id")
-        more = {} if ends is None else {"eos_token_id": ends}
-        written[place / GENERATION] = self.generation | more
+        given = self.generation.get("eos_token_id")
+        ends = given if isinstance(given, list) else [given]
+        more = [end for end in self.end_ids if end not in ends]
+        if more:
+          ends = [*(end for end in ends if end is not None), *more]
+          given = ends if len(ends) > 1 else ends[0]
+        known = {} if given is None else {"eos_token_id": given}
+        written[place / GENERATION] = self.generation | known
       for path, values in written.items():
         text = json.dumps(values, indent=2, ensure_ascii=False) + "\n"
         path.write_text(text, encoding="utf-8")
