@@ -124,7 +124,7 @@ class Interrupts:
 
   @contextlib.contextmanager
   def answer(self) -> Iterator[None]:
-    """Around an answer: here the first Ctrl-C only sets `asked`."""
+    """Around an answer of its own: here the first Ctrl-C only sets `asked`."""
     self.answering, self.asked = True, False
     try:
       yield
@@ -133,12 +133,16 @@ class Interrupts:
 
   @contextlib.contextmanager
   def typing(self) -> Iterator[None]:
-    """Around `input`: here Ctrl-C is a `KeyboardInterrupt`."""
+    """Around `input`: here Ctrl-C is a `KeyboardInterrupt`.
+
+    From the first line on everything else belongs to an answer, so that no
+    moment is left in which Ctrl-C would end the conversation.
+    """
     self.is_typing = True
     try:
       yield
     finally:
-      self.is_typing = False
+      self.answering, self.asked, self.is_typing = True, False, False
 
 
 @contextlib.contextmanager
