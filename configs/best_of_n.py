@@ -50,7 +50,7 @@ def lab() -> ConfigDict:
     "batch_prompts": 8,
   }
   config.scoring = {
-    "encoding": "pair",
+    "encoding": "auto",
     "max_length": 128,
     "length_buckets": (48, 64, 96, 128),
   }

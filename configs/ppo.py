@@ -86,7 +86,7 @@ def lab() -> ConfigDict:
   config.epochs = 2
   config.sampling = {"max_new_tokens": 48, "length_buckets": (32, 64, 128)}
   config.scoring = {
-    "encoding": "pair",
+    "encoding": "auto",
     "max_length": 128,
     "length_buckets": (48, 64, 96, 128),
   }

@@ -61,7 +61,7 @@ def lab() -> ConfigDict:
   config = ConfigDict({"algorithm": "reward_model", "seed": 0, "steps": 50})
   config.policy = "lab"
   config.data = "lab"
-  config.encoding = "pair"
+  config.encoding = "auto"
   config.batch_size = 16
   config.max_length = 128
   config.optimizer = {

@@ -136,7 +136,7 @@ def lab() -> ConfigDict:
     "length_buckets": (32, 64, 128),
   }
   config.scoring = {
-    "encoding": "pair",
+    "encoding": "auto",
     "max_length": 128,
     "length_buckets": (48, 64, 96, 128),
   }

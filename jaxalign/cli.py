@@ -11,6 +11,7 @@ import inspect
 import os
 import pathlib
 import re
+import signal
 import sys
 import traceback
 import types
@@ -188,6 +189,9 @@ def exit_status(
     return INTERRUPTED
   except UserError as error:
     message = str(error)
+  except BrokenPipeError:  # the reader of the output has ended, as `head` does
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
   except OSError as error:
     if error.errno not in DISK_FULL:
       raise

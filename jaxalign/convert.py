@@ -148,6 +148,8 @@ def save_adapters(source: Path, target: Path) -> None:
   loaded = restore(run_folder, read_config(config), step)
   kind = "policy" if loaded.model.config.head == "lm" else "reward-train"
   base = models.locate(config["policy"], kind)
+  # A run's folder stands for its model here, and not in peft.
+  base = models.locate_model(base, "policy")
   peft.save(loaded.model, loaded.params, target, base=base)
 
 

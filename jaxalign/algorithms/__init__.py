@@ -242,6 +242,7 @@ def dry_run(
   check_sources(config)
   # Imported late, as above.
   from jaxalign.setup import start
+  from jaxalign.setup.example import example_of
   from jaxalign.setup.run import check_folder, summary
 
   check_folder(config, folder, extend=extend, fresh=fresh)
@@ -254,5 +255,7 @@ def dry_run(
     policy = str(model) if model.is_dir() else source.config["policy"]
     config = dataclasses.replace(config, policy=policy, init_from="")
   method = importlib.import_module(f"{METHODS[config.algorithm]}.setup")
-  print(summary(method.describe(config), folder))
+  spec = method.describe(config)
+  print(example_of(spec.rows, spec.policy.tokenizer))
+  print(summary(spec, folder))
   return 0

@@ -307,7 +307,7 @@ class TrainingConfig(Section):
   @property
   def micro_rows(self) -> int:
     """Rows in one forward and backward pass."""
-    return self.micro_batch or self.batch_size
+    return min(self.micro_batch or self.batch_size, self.batch_size)
 
   @property
   def micro_batches(self) -> int:

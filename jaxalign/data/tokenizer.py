@@ -549,6 +549,14 @@ def with_format(tokenizer: Tokenizer, setting: str) -> Tokenizer:
     format=dataclasses.replace(found, plain=setting not in ("auto", "raw")),
     end_ids=tuple(dict.fromkeys((*tokenizer.end_ids, *found.ends)))[:MOST_ENDS],
   )
+  for turn in found.turns if found.name == "chat" else ():
+    if mark := re.search(r"<[|/\w]+>|\[/?[A-Z]+\]", turn):
+      print(
+        f"prompt_format: {mark[0]} is plain text to {tokenizer.name}, not one "
+        "of its tokens: completions are cut there, but other programs will not "
+        "end there; add it to the tokenizer as a special token"
+      )
+      break
   # A mistake in the template shows now, and not in every row.
   if setting != "raw":
     made.render_chat([{"role": "user", "content": "a question"}], reply=True)

@@ -1,6 +1,7 @@
 """One example of what a run reads, as its model sees it."""
 
 import dataclasses
+import itertools
 from collections.abc import Iterable
 
 from jaxalign.data.encode import Encoded
@@ -21,8 +22,18 @@ def example_of(rows: object, tokenizer: Tokenizer) -> str:
     A training text, the part that counts in the loss in ⟦brackets⟧; or what a
     completion is sampled after. "" where there is no row.
   """
-  first = _first(rows)
-  name = tokenizer.format.name
+  first = _first(rows, Encoded) or _first(rows)
+  form = tokenizer.format
+  name = form.name
+  # Plain strings are joined as they are, whatever the format is.
+  if isinstance(first, Encoded) and name != "raw":
+    prompt = first.ids[: first.prompt_length] or first.ids
+    text = tokenizer.inner.decode(list(prompt))
+    if not (
+      any(turn.strip() in text for turn in form.turns)
+      or set(form.ends) & set(prompt)
+    ):
+      name = f"as written, not in turns; prompt_format={name} makes it some"
   if isinstance(first, Encoded):
     shown, ids, mask = "", first.ids, first.loss_mask
     start = 0
@@ -40,18 +51,22 @@ def example_of(rows: object, tokenizer: Tokenizer) -> str:
   return ""
 
 
-def _first(rows: object) -> Encoded | str | tuple[int, ...] | None:
-  """The first text, prompt or list of ids in nested rows."""
-  if isinstance(rows, Encoded | str):
+def _first(
+  rows: object, kind: type | None = None
+) -> Encoded | str | tuple[int, ...] | None:
+  """The first text, prompt or list of ids in nested rows; or of a `kind`."""
+  if isinstance(rows, kind or Encoded | str):
     return rows
   if isinstance(rows, list | tuple):
-    if rows and isinstance(rows[0], int):
+    if kind is None and rows and isinstance(rows[0], int):
       return tuple(rows)
-    found = map(_first, rows)
+    parts = rows
   elif dataclasses.is_dataclass(rows):
-    found = map(_first, vars(rows).values())
+    parts = vars(rows).values()
   else:
     return None
+  # Of many rows the first says what kind they are.
+  found = (_first(part, kind) for part in itertools.islice(parts, 100))
   return next((x for x in found if x is not None), None)
 
 

@@ -217,7 +217,8 @@ def choose_encoding(
   if noted and asked not in (noted, "auto"):
     raise UserError(
       f"{where} was trained with the encoding {noted}, got {asked}; its scores "
-      "would mean nothing: leave the encoding auto"
+      "would mean nothing: give --config.scoring.encoding=auto (in chat: leave "
+      "out --encoding)"
     )
   if noted or asked != "auto":
     return noted or asked

@@ -65,7 +65,10 @@ def test_labelled_answers_say_how_to_convert(write, row, message):
     formats.load_completions(write([row]), need="label")
   line = str(told.value)
   assert message in line
-  assert "need (prompt, completion, label) or (chosen, rejected)" in line
+  need = (
+    "(prompt, completion, label) or (messages, label) or (chosen, rejected)"
+  )
+  assert f"need {need}" in line
 
 
 def test_distillation_needs_a_reward(write):

@@ -50,7 +50,9 @@ def test_what_is_there_is_said(dry, supervised, tmp_path, lab, capfd):
   assert "(finished; nothing would be done)\n" in dry(argv)
 
 
-def test_a_score_head_and_adapters_by_default(dry, supervised, tmp_path, lab):
+def test_a_score_head_and_adapters_by_default(
+  dry, supervised, tmp_path, lab, capfd
+):
   """On a language model, with a rank and nothing else."""
   argv = supervised(
     "reward_model.py",
@@ -58,9 +60,12 @@ def test_a_score_head_and_adapters_by_default(dry, supervised, tmp_path, lab):
     policy=lab.policy,
     data=lab.pairs,
     lora__rank=2,
-    encoding="concat",
   )
   out = dry(argv)
+  # One text: only DeBERTa has segments.
+  assert "\\n\\nAssistant: " in out
+  assert main.main([*argv, "--config.encoding=pair"]) == 2
+  assert "give auto or concat" in capfd.readouterr().err
   assert f"{lab.policy} is a language model: it gets a new score head" in out
   # Two layers of 16: A [16, 2] and B [2, 48] each, and the head's 16.
   assert "LoRA on query_key_value: 272 of " in out

@@ -22,6 +22,7 @@ def test_a_training_text_shows_what_the_loss_counts():
   # As the methods keep them: in rows, in pairs, one by one.
   assert example_of([list(rows)], TOKENIZER) == wanted
   assert example_of([(rows[0], rows[0])], TOKENIZER) == wanted
+  assert example_of([(prompt, " Yes.", rows[0])], TOKENIZER) == wanted  # KTO
 
 
 def test_prompts_and_columns_of_ids():

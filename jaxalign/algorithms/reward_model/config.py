@@ -57,10 +57,10 @@ class RewardModelConfig(SupervisedConfig):
     also=("conversation_prompt",),
   )
   encoding: str = field(
-    "concat",
+    "auto",
     "concat = one text (SuperHF's way), pair = prompt and completion as "
-    "segments",
-    choices=("concat", "pair"),
+    "segments (DeBERTa), auto = pair where the model tells segments apart",
+    choices=("auto", "concat", "pair"),
   )
   head: str = field(
     "auto",
@@ -83,9 +83,13 @@ class RewardModelConfig(SupervisedConfig):
 
   @property
   def derived(self) -> tuple[str, ...]:
-    """The names of the groups too, where they are left open."""
-    is_open = bool(self.group_column) and not self.groups
-    return (*super().derived, *(("groups",) if is_open else ()))
+    """The encoding and the names of the groups too, where they are open."""
+    is_open = {
+      "groups": bool(self.group_column) and not self.groups,
+      "encoding": self.encoding == "auto",
+    }
+    open_here = (name for name, value in is_open.items() if value)
+    return (*super().derived, *open_here)
 
   def rules(self) -> Iterator[Rule]:
     """What the losses and heads require."""

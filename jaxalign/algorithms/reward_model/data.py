@@ -226,8 +226,7 @@ def load_data(
   size, count = config.batch_size, len(rows.ids)
   if count < size:
     raise UserError(
-      f"config.data: {config.data} gives {count} completions within "
-      f"config.max_example_chars={config.max_example_chars}, fewer than "
+      f"config.data: {config.data} gives {count} completions, fewer than "
       f"config.batch_size={size}; lower it or give more data"
     )
   groups = groups or config.groups

@@ -34,6 +34,18 @@ def describe(config: RewardModelConfig) -> Spec:
   if config.dropout:
     dropping = policy.model.replace(dropout=config.dropout)
     policy = dataclasses.replace(policy, model=dropping)
+  # Segments: only some models have them, and a causal one has no separator.
+  encoding = config.encoding
+  if encoding == "auto":
+    apart = getattr(model, "type_vocab_size", 0) > 1
+    encoding = "pair" if apart else "concat"
+  if encoding == "pair" and not hasattr(model, "type_vocab_size"):
+    raise UserError(
+      f"config.encoding=pair: {config.policy} is a {model.module.__name__}, "
+      "which would read a question and its answer without anything between "
+      "them; give auto or concat"
+    )
+  config = dataclasses.replace(config, encoding=encoding)
   # The data come before the heads: they may name the groups.
   data = load_data(
     config, policy.tokenizer, model.max_positions, model.head, model.groups

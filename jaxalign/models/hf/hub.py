@@ -17,8 +17,9 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
   """The folder of a model, downloaded if a hub id names it.
 
   Args:
-    source: an existing folder, a path (it begins with `.`, `/` or `~`), or a
-      hub id such as "EleutherAI/pythia-70m", optionally with "@revision".
+    source: an existing folder, a path (it begins with `.`, `/`, `~` or
+      `runs/`), or a hub id such as "EleutherAI/pythia-70m", optionally with
+      "@revision".
 
   Returns:
     The folder. Only an id may need the network; an earlier download is found
@@ -30,7 +31,9 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
   # A local folder, or what can only be meant as one.
   name = str(source)
   folder = pathlib.Path(name).expanduser()
-  if name and (folder.exists() or name.startswith((".", "/", "~"))):
+  # `runs/` is where this package puts its runs, and no owner of the hub.
+  local = name.startswith((".", "/", "~", "runs/"))
+  if name and (folder.exists() or local):
     if not folder.is_dir():
       state = "is a file" if folder.exists() else "does not exist"
       raise UserError(f"model folder {name} {state}; check the path")

@@ -74,6 +74,7 @@ def test_scores_in_a_column_of_another_name_and_long_rows(tokenizer, tmp_path):
     for answer, score in ((" b", 1.5), (" c", 0.5), (" b c d a b", 9.0))
   ]
   config = RewardModelConfig(
+    encoding="concat",
     policy="x",
     data=written(tmp_path / "rows.jsonl", rows),
     loss="distill",
@@ -96,7 +97,9 @@ def test_a_score_at_the_end_of_text_needs_one(head, tokenizer, tmp_path):
   """Whatever the config says: the model's own head decides."""
   row = {"prompt": "a", "chosen": " b", "rejected": " c"}
   config = RewardModelConfig(
-    data=written(tmp_path / "rows.jsonl", [row]), batch_size=2
+    encoding="concat",
+    data=written(tmp_path / "rows.jsonl", [row]),
+    batch_size=2,
   )
   batch = load_data(config, tokenizer, 32, head).batch(0)
   last = batch.tokens[0][np.arange(2), batch.mask[0].sum(axis=1) - 1]
@@ -112,7 +115,7 @@ def judged(tmp_path, *rows, **changes):
     "group_column": "who",
     "batch_size": 2,
   }
-  return RewardModelConfig(**fields | changes)
+  return RewardModelConfig(**{"encoding": "concat"} | fields | changes)
 
 
 def loaded(config, tokenizer, known=()):
@@ -156,7 +159,7 @@ def test_scores_by_two_groups_are_never_compared(tokenizer, tmp_path):
   ]
   path = written(tmp_path / "rows.jsonl", rows)
   config = RewardModelConfig(
-    data=path, loss="both", group_column="who", batch_size=4
+    encoding="concat", data=path, loss="both", group_column="who", batch_size=4
   )
   batch = loaded(config, tokenizer).batch(0)
   assert sorted(

@@ -72,7 +72,8 @@ LABELS = {
     [{"prompt": "a", "completion": "b"}],
     (
       "{} has the columns (completion, prompt), need (prompt, completion, "
-      "label) or (chosen, rejected); nearest format: add the column label",
+      "label) or (messages, label) or (chosen, rejected); nearest format: add "
+      "the column label",
     ),
   ),
   "a grade": (
