@@ -197,17 +197,16 @@ def make(folder, shape):
 def ours(folder, shape):
   """Takes turns until none is left, by this package."""
   sys.path.insert(0, str(ROOT))
-  from jaxalign.training.rollout import RolloutSource
+  from jaxalign.sampling.generator import Generator
 
   preset, prompts, samples, tokens, sampling = SHAPES[shape]
-  choose = RolloutSource.prompts_of_step
+  call = Generator.__call__
 
-  def noted(self, config, step):
-    chosen = choose(self, config, step)
-    (folder / "asked.json").write_text(json.dumps(chosen))
-    return chosen
+  def noted(self, params, prompts, samples, key):
+    (folder / "asked.json").write_text(json.dumps(list(prompts)))
+    return call(self, params, prompts, samples, key)
 
-  RolloutSource.prompts_of_step = noted
+  Generator.__call__ = noted
   return versus.ours(
     "superhf",
     ("score/mean", "loss/nll", "num_sampled_tokens"),
