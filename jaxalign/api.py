@@ -36,23 +36,11 @@ from jaxalign.runtime import workdir as runs
 from jaxalign.runtime.metrics import number
 from jaxalign.sampling.generator import Generator
 from jaxalign.sampling.sampler import Sampler
-from jaxalign.sampling.settings import STOP_SLOTS, STOP_WIDTH, make
+from jaxalign.sampling.settings import fitting, make
 from jaxalign.scoring.scorer import Scorer
 from jaxalign.setup import models
 from jaxalign.setup.models import Loaded
 from jaxalign.text.templates import Message
-
-__all__ = [
-  "Loaded",
-  "TrainResult",
-  "generate",
-  "load",
-  "logits",
-  "read_run",
-  "save",
-  "score",
-  "train",
-]
 
 T = TypeVar("T")
 # A text that is continued as it is, or the turns of a conversation.
@@ -271,9 +259,8 @@ def generate(
   # else it occurs, it is cut below.
   early = stop if any(isinstance(prompt, str) for prompt in asked) else ends[0]
   sequences = [tokenizer.encode(text) for text in early]
-  settings["stops"] = [s for s in stops if not isinstance(s, str)] + [
-    ids for ids in sequences if 1 <= len(ids) <= STOP_WIDTH
-  ][:STOP_SLOTS]
+  given = [s for s in stops if not isinstance(s, str)]
+  settings["stops"] = given + fitting(sequences)
   packed = make(
     temperature=temperature,
     top_p=top_p,

@@ -16,7 +16,6 @@ It may also be a function, FILE.py:FUNCTION, and several with commas.
 """
 
 import argparse
-import contextlib
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -148,8 +147,7 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
     turn_key = key if once else jax.random.fold_in(key, turn)
     completion = ""
     try:
-      # Of a conversation every answer belongs to a line.
-      with interrupts.answer() if once else contextlib.nullcontext():
+      with interrupts.answer():
         if reward_model is None:
           for piece in generator.stream(loaded.params, prompt, turn_key):
             print(piece, end="", flush=True)

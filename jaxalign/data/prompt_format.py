@@ -17,6 +17,10 @@ from typing import Any
 from jaxalign.text import templates
 from jaxalign.text.templates import ASSISTANT, HUMAN, Message
 
+# A transformers.PreTrainedTokenizerBase. Its import takes seconds, so the class
+# is not named here, where every annotation is evaluated in the test run.
+HFTokenizer = Any
+
 NAMES = ("chat", "human_assistant", "raw")
 # What `templates.from_messages` writes, for transformers.
 HUMAN_ASSISTANT_TEMPLATE = (
@@ -57,12 +61,8 @@ DIALOGUE = PromptFormat("human_assistant", (HUMAN, ASSISTANT))
 RAW = PromptFormat("raw")
 
 
-def of_tokenizer(inner: Any) -> PromptFormat:
-  """The format of a transformers tokenizer: its chat template's, if it has one.
-
-  Args:
-    inner: a `transformers.PreTrainedTokenizerBase`.
-  """
+def of_tokenizer(inner: HFTokenizer) -> PromptFormat:
+  """The format of its chat template; without one, SuperHF's delimiters."""
   if not inner.chat_template or (
     inner.chat_template == HUMAN_ASSISTANT_TEMPLATE
   ):
@@ -81,7 +81,12 @@ def of_tokenizer(inner: Any) -> PromptFormat:
   except Exception:
     return PromptFormat("chat")
   # Special tokens have an id; decoding leaves them out of a text.
-  special = {token: i for i, token in _special_tokens(inner)}
+  special = dict(
+    zip(inner.all_special_tokens, inner.all_special_ids, strict=True)
+  )
+  for i, token in inner.added_tokens_decoder.items():
+    if token.special:
+      special[str(token)] = i
   turns, ends = [], []
   for opening in (opens_question, opens_answer):
     at = {t: p for t in special if (p := opening.find(t)) >= 0}
@@ -121,12 +126,6 @@ def with_system(row: dict[str, Any], system: str) -> dict[str, Any]:
       first = [] if own else [{"role": "system", "content": system}]
       new[name] = first + value
   return row | new
-
-
-def _special_tokens(inner: Any) -> list[tuple[int, str]]:
-  added = inner.added_tokens_decoder.items()
-  named = zip(inner.all_special_ids, inner.all_special_tokens, strict=True)
-  return [*named, *((i, str(token)) for i, token in added if token.special)]
 
 
 def turns_of(text: str) -> list[Message]:

@@ -17,7 +17,7 @@ from typing import Any, SupportsIndex
 
 from jaxalign.core.types import JsonObject
 from jaxalign.data import prompt_format
-from jaxalign.data.prompt_format import DIALOGUE, RAW, PromptFormat
+from jaxalign.data.prompt_format import DIALOGUE, RAW, HFTokenizer, PromptFormat
 from jaxalign.errors import UserError
 from jaxalign.text import templates
 
@@ -34,10 +34,6 @@ MOST_ENDS = 8  # ids that can end a completion; the sampler has a table of them
 END_TOKENS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "[SEP]")
 
 _MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-
-# A transformers.PreTrainedTokenizerBase. Its import takes seconds, so the class
-# is not named here, where every annotation is evaluated in the test run.
-HFTokenizer = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -513,7 +509,7 @@ def with_format(tokenizer: Tokenizer, setting: str) -> Tokenizer:
   """
   if setting == "auto" and tokenizer.notes.prompt_format == "raw":
     setting = "raw"
-  # A copy, because whoever else has the tokenizer keeps its template.
+  # A copy: other uses of the tokenizer keep its template.
   inner = copy.copy(tokenizer.inner)
   if setting.endswith((".jinja", ".jinja2")):
     try:

@@ -38,8 +38,6 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
   config: C
   block: type[Any]  # called with (config, lora=, rngs=), which Module has not
   outputs: tuple[str, ...] = ("lm_head",)  # names of the output matrix
-  # The layers that get adapters where a config names none, as in peft.
-  lora_targets: tuple[str, ...] = ("q_proj", "v_proj")
 
   def __init__(self, config: C, *, lora=None, rngs: nnx.Rngs):
     self.config = config

@@ -74,6 +74,11 @@ class ModelConfig(Protocol):
     ...
 
   @property
+  def lora_targets(self) -> tuple[str, ...]:
+    """The layers that get adapters where a run names none, as in peft."""
+    ...
+
+  @property
   def module(self) -> type[Any]:  # a CausalLM or Deberta: both import this
     """The class of the module that these sizes describe."""
     ...

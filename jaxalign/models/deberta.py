@@ -98,6 +98,11 @@ class DebertaConfig:
     return self.buckets or self.max_distance
 
   @property
+  def lora_targets(self) -> tuple[str, ...]:
+    """The layers that get adapters where a run names none, as in peft."""
+    return ("query_proj", "value_proj")
+
+  @property
   def module(self) -> type[nnx.Module]:
     """The nnx class of this architecture."""
     return Deberta
@@ -281,8 +286,6 @@ class Convolution(nnx.Module):
 
 class Deberta(Scored, nnx.Module):
   """Embeddings, L blocks and a score head."""
-
-  lora_targets = ("query_proj", "value_proj")  # see `CausalLM`
 
   def __init__(self, config: DebertaConfig, *, lora=None, rngs: nnx.Rngs):
     # The embeddings.

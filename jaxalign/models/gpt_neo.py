@@ -60,6 +60,11 @@ class GPTNeoConfig:
     return self.hidden_size // self.heads
 
   @property
+  def lora_targets(self) -> tuple[str, ...]:
+    """The layers that get adapters where a run names none, as in peft."""
+    return ("q_proj", "v_proj")
+
+  @property
   def module(self) -> type[nnx.Module]:
     """The module that these sizes describe."""
     return GPTNeo

@@ -79,6 +79,11 @@ class LlamaConfig:
     return self.rotary_scaling.switch if self.rotary_scaling else 0
 
   @property
+  def lora_targets(self) -> tuple[str, ...]:
+    """The layers that get adapters where a run names none, as in peft."""
+    return ("qkv_proj",) if self.fused else ("q_proj", "v_proj")
+
+  @property
   def module(self) -> type[nnx.Module]:
     """The module that these sizes describe."""
     return Llama

@@ -61,6 +61,11 @@ class NeoXConfig:
     return self.hidden_size // self.heads
 
   @property
+  def lora_targets(self) -> tuple[str, ...]:
+    """The layers that get adapters where a run names none, as in peft."""
+    return ("query_key_value",)
+
+  @property
   def module(self) -> type[nnx.Module]:
     """The module that these sizes describe."""
     return NeoX
@@ -119,7 +124,6 @@ class NeoX(CausalLM[NeoXConfig]):
 
   block = NeoXBlock
   outputs = ("embed_out", "lm_head")  # in files, and in newer transformers
-  lora_targets = ("query_key_value",)
 
   def rope(self, positions, lengths):
     """Rotary angles of these positions."""

@@ -124,7 +124,13 @@ class Interrupts:
 
   @contextlib.contextmanager
   def answer(self) -> Iterator[None]:
-    """Around an answer of its own: here the first Ctrl-C only sets `asked`."""
+    """Around an answer: here the first Ctrl-C only sets `asked`.
+
+    The answer to a line that was typed has begun with the line already.
+    """
+    if self.answering:
+      yield
+      return
     self.answering, self.asked = True, False
     try:
       yield

@@ -106,8 +106,7 @@ class DataSpec(RunSpec[C], Generic[C, D]):
 def summary(spec: RunSpec[C], folder: pathlib.Path) -> str:
   """What a run would be, for people: a line for each of its parts."""
   config = spec.config
-  saves = (folder / "checkpoints").glob("*")
-  done = max((int(p.name) for p in saves if p.name.isdigit()), default=0)
+  done = checkpoint.last_step(folder / "checkpoints")
   state = f"goes on after step {done}" if done else "new"
   if workdir.read_finished(folder) is not None:
     state = "finished; nothing would be done"
@@ -173,13 +172,13 @@ def open_mesh(config: TrainingConfig, *, fills_rows: bool = False) -> Mesh:
   devices, used = jax.device_count(), mesh.size
   if devices > 1 and hosts.is_lead():
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    count = f"{used}" if used == devices else f"{used} of {devices}"
+    share = f"{used}" if used == devices else f"{used} of {devices}"
     # What it would be if the rows had allowed it.
     whole = meshes.row_count(meshes.make_mesh(*config.mesh.sizes))
     why = ""
     if whole > meshes.row_count(mesh):
       why = f"; {field} gives {rows} rows, a multiple of {whole} uses more"
-    print(f"mesh: {count} devices ({axes}){why}")
+    print(f"mesh: {share} devices ({axes}){why}")
   return mesh
 
 

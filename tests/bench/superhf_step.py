@@ -17,7 +17,7 @@ many tokens; the loss has no KL and no end of text. It gets what serves it best
 on a CPU: float32, all cores, `generate` with its cache, 64 rows a batch and a
 score call (the 2023 default), no dropout, the fused AdamW, and no padding where
 it trains: a text at a time or, with --together, a batch padded to its longest.
-Ours is the command as it stands, metrics and files included. The sides are
+Ours is the unchanged command, metrics and files included. The sides are
 processes of their own that take turns, step by step. Ours may have an
 environment of its own: this package does not need torch, but transformers
 imports it, 200 MB, where it is installed.

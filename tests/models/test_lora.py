@@ -32,6 +32,15 @@ def test_merged_kernel_by_hand():
   np.testing.assert_allclose(found, [[4, 31], [7, 61]])
 
 
+def test_every_architecture_names_layers_that_it_has(make):
+  """Phi-3 has queries, keys and values in one layer."""
+  for name in ("llama", "neox", "phi3", "gemma3", "gpt-neo"):
+    targets = make(name)[0].config.lora_targets
+    _, params = make(name, lora=LoraConfig(2, 4.0, targets=targets))
+    assert set(lora.split(params)[0]["blocks"]) == set(targets)
+  assert make("phi3")[0].config.lora_targets == ("qkv_proj",)
+
+
 def test_split_takes_the_adapters_and_join_puts_them_back(make):
   _, params = make(lora=CONFIG)
   trainable, frozen = lora.split(params)

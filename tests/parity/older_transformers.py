@@ -19,7 +19,7 @@ import numpy as np
 TEXT = "Hello, wörld! It 's 2+2 ?"
 QUESTION = [{"role": "user", "content": TEXT}]
 LIMIT = 1e-4
-# Version 4.45 computes no odd rotary width, whoever has written the folder.
+# Version 4.45 computes no odd rotary width, of its own folders either.
 LEFT_OUT = ("neox-odd-rotary",)
 # Runs there; prints a line for each folder.
 READER = """

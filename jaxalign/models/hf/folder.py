@@ -190,10 +190,7 @@ def open_pretrained(
       )
     model = Model.build(model.config, peft.read_config(adapters, model))
   elif lora is not None:
-    default = model.config.module.lora_targets
-    if getattr(model.config, "fused", False):  # Phi-3: one layer of all three
-      default = ("qkv_proj",)
-    targets = lora.targets or default
+    targets = lora.targets or model.config.lora_targets
     lora = dataclasses.replace(lora, targets=targets)
     model = Model.build(model.config, lora)
     check_targets(model, "config.lora.targets")
