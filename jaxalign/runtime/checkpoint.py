@@ -122,6 +122,7 @@ class Checkpointer:
       item_handlers={"arrays": arrays.handler()},
     )
     self._body: JsonObject | None = None  # of the save in flight
+    self._told = False  # whether a failure was raised
     self._given_up: set[int] = set()  # steps that a resume did not go on from
     self._last_save = time.monotonic()
 
@@ -240,7 +241,13 @@ class Checkpointer:
     try:
       self.wait()
     finally:
-      self._manager.close()
+      try:
+        self._manager.close()
+      except Exception:
+        # Arrays and metadata are written by threads of their own: where both
+        # fail, Orbax raises the second failure here, after `wait` told of it.
+        if not self._told:
+          raise
 
   def _seal(self) -> None:
     """Orbax calls it, on the lead, when all is written, before the commit."""
@@ -251,7 +258,7 @@ class Checkpointer:
 
   def _failed(self, step: int, error: Exception) -> Exception:
     """Removes what a failed save wrote; the error to raise."""
-    self._body = None
+    self._body, self._told = None, True
     if hosts.is_lead():
       for draft in self.folder.glob(f"{step:08d}.*"):
         shutil.rmtree(draft, ignore_errors=True)

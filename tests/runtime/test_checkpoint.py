@@ -1,5 +1,6 @@
 """Round trips, damage, kills and full disks."""
 
+import contextlib
 import errno
 import gc
 import json
@@ -16,6 +17,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from jaxalign.errors import UserError
@@ -292,6 +294,22 @@ def test_full_disk_in_the_background(saver, monkeypatch):
   assert names(saver) == ["00000001"]
   saver.save(3, state, {})
   assert saver.restore_latest(abstract(state)).step == 3
+
+
+def test_a_save_that_fails_twice_is_told_once(saver, monkeypatch):
+  """Orbax writes arrays and metadata in two threads; both meet a full disk."""
+  second = ValueError("RESOURCE_EXHAUSTED: No space left on device")
+
+  def close(self):
+    raise second
+
+  with monkeypatch.context() as patch:
+    patch.setattr(manifest, "seal", no_space)
+    patch.setattr(ocp.AsyncCheckpointer, "close", close)
+    with pytest.raises(UserError, match="full while saving step 2"):
+      with contextlib.closing(saver):
+        saver.save(2, make_state(), {})
+        saver.wait()
 
 
 def test_full_disk_at_the_start_of_a_save(saver, monkeypatch):
