@@ -6,6 +6,7 @@ the stacked blocks, stores and reads keys and values, and applies the head.
 """
 
 import operator
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -25,6 +26,7 @@ from jaxalign.models.layers import (
   layer_params,
   stack,
 )
+from jaxalign.parallel.mesh import ROWS, constrain, constrain_rows, gathered
 
 C = TypeVar("C", bound=CausalConfig)
 
@@ -126,7 +128,8 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       # The block calls `attention` once, which leaves its keys in `kept`.
       block = nnx.merge(graph, params)
       x = block(x, attention, self.layer_rope(rope, window), key)
-      return x, kept if keep else []
+      # XLA would otherwise move whole batches rather than parameters.
+      return constrain_rows(x), _constrain_heads(kept) if keep else []
 
     # Scanning the stacked blocks: one is compiled, whatever the depth.
     graph, params = layer_params(self.blocks, self.config.dtype)
@@ -138,7 +141,8 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     # All with a leading layer axis; None has no leaves and stays None.
     xs = (params, self._windows(), [(p.k, p.v) for p in past], keys)
     body = jax.checkpoint(layer) if self.config.remat else layer
-    x, kept = jax.lax.scan(body, self.embed(tokens, positions), xs)
+    x = constrain_rows(self.embed(tokens, positions))
+    x, kept = jax.lax.scan(body, x, xs)
     hidden = self._states(x, head_key)
     if not keep:
       return hidden, None
@@ -186,6 +190,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
         k = jax.lax.dynamic_update_slice(own.k[layer], k, at)
         v = jax.lax.dynamic_update_slice(own.v[layer], v, at)
+        k, v = _constrain_heads((k, v))
         cache.append((k, v))
         past_kv = [(p.k[layer], p.v[layer]) for p in past]
         shared = _past_parts(past, past_kv, positions, window)
@@ -195,13 +200,13 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       return attention
 
     # An unrolled loop: a scan would copy every layer's cache in and out.
-    x = self.embed(tokens[:, None], positions)
+    x = constrain_rows(self.embed(tokens[:, None], positions))
     windows = self.config.windows
     for layer, params in enumerate(layers or self.unstack()):
       window = None if windows is None else jnp.asarray(windows[layer])
       block = nnx.merge(graph, params)
       angles = self.layer_rope(rope, window)
-      x = block(x, attention_of(layer, window), angles, None)
+      x = constrain_rows(block(x, attention_of(layer, window), angles, None))
     k, v = zip(*cache, strict=True)
     return self._states(x)[:, 0], KV(k, v, own_positions, own_mask)
 
@@ -216,6 +221,12 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     """Float32 logits over the vocabulary, of a call's hidden states."""
     head = self.embedding if self.config.tied else self.lm_head
     return head.attend(hidden)
+
+  def chunked_unembed(self) -> Callable[[Array], Array]:
+    """`unembed` for loops over chunks: its matrix is gathered once, before."""
+    head = self.embedding if self.config.tied else self.lm_head
+    graph, state = nnx.split(head)
+    return nnx.merge(graph, gathered(nnx.to_pure_dict(state))).attend
 
   def scores(
     self,
@@ -253,6 +264,11 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
   def _windows(self) -> Int[Array, " L"] | None:
     windows = self.config.windows
     return None if windows is None else jnp.asarray(windows)
+
+
+def _constrain_heads(kv):
+  """Keys and values `[B, K, T, H]`: rows and heads split over the mesh."""
+  return jax.tree.map(lambda x: constrain(x, ROWS, "tensor"), kv)
 
 
 def _attended(

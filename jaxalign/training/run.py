@@ -149,20 +149,15 @@ class Run(Generic[C]):
   def jit(self, update: Update) -> Step:
     """Compiles an update; with shardings, keeps them and donates the state."""
 
-    # `constrain_rows` inside an update goes by the mesh in force.
-    @functools.wraps(update)
-    def on_mesh(*args):
-      with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-        return update(*args)
-
     # The reference is an argument: a constant would be compiled in.
     reference = self.reference_params
     if self.shardings is None:
       compiled = jax.jit(update)
     else:
       on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-      compiled = jax.jit(
-        on_mesh,
+      compiled = meshes.jit(
+        update,
+        self.mesh,
         donate_argnums=0,
         out_shardings=(self.shardings, None),
         compiler_options=COMPILER_OPTIONS if on_cpu else None,
