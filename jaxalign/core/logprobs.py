@@ -265,15 +265,17 @@ def _row_parts(rows: int) -> int:
 def _sum_parts(gradient: Float[Array, "parts ..."]) -> Float[Array, "..."]:
   """Adds up the devices' gradients, of which each keeps its share."""
   shape = jax.sharding.get_abstract_mesh().shape
-  fsdp = shape.get("fsdp", 1)
-  if len(gradient) == 1 or fsdp == 1 or gradient.shape[-1] % fsdp:
+  fsdp, tensor = shape.get("fsdp", 1), shape.get("tensor", 1)
+  _, *sizes = gradient.shape
+  if len(gradient) == 1 or fsdp == 1 or sizes[-1] % fsdp:
     return gradient.sum(0)
+  # The vocabulary, or whatever comes first.
+  lead = ["tensor" if n % tensor == 0 else None for n in sizes[:1]]
+  others = [*lead, *[None] * len(sizes)][: len(sizes) - 1]
 
   # Written out, because XLA adds up the whole on every device.
   @jax.shard_map(
-    in_specs=P(("replica", "fsdp")),
-    out_specs=P(*[None] * (gradient.ndim - 2), "fsdp"),
-    axis_names={"replica", "fsdp"},
+    in_specs=P(("replica", "fsdp"), *others), out_specs=P(*others, "fsdp")
   )
   def scatter(own):
     own = jax.lax.psum(own[0], "replica")
