@@ -69,7 +69,7 @@ HELD_OUT = POLICY | {
   "validation_data": "lab",
   "validation_rows": 8,
 }
-# Of each method every part that is a program or a branch of one.
+# What follows a comma is added to the case of the method alone.
 CASES = {
   "superhf": ONLINE
   | {
@@ -82,19 +82,36 @@ CASES = {
     "test_reward_model": "lab",
     "validation_interval": 2,
   },
-  "superhf, adapters": {"lora": {"rank": 4}},
+  # Everything that reshapes what is drawn, and texts without a reference.
+  "superhf, adapters": {
+    "lora": {"rank": 4},
+    "kl_coefficient": -1.0,
+    "test_reward_model": "",
+    "validation_interval": 0,
+    "sampling": {
+      "max_new_tokens": 8,
+      "min_new_tokens": 2,
+      "temperature": 0.7,
+      "top_p": 0.9,
+      "top_k": 20,
+      "repetition_penalty": 1.1,
+      "no_repeat_ngram": 3,
+    },
+  },
   "ppo": ONLINE
   | {
     "rollout": {"prompts": 8, "samples_per_prompt": 4},
     "value_model": "separate",
     "target_kl": 0.1,
   },
+  "ppo, shared values": {"value_model": "shared", "target_kl": 0.0},
   "online_dpo": ONLINE,
   "sft": HELD_OUT | {"packing": True},
   "dpo": HELD_OUT,
   "dpo, stored": {"reference": "stored"},
   "kto": HELD_OUT,
-  "reward_model": HELD_OUT,
+  "reward_model": HELD_OUT | {"head": "score_last"},
+  "reward_model, pair": {"policy": "lab", "head": "auto"},
 }
 
 
