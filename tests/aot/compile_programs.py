@@ -13,7 +13,6 @@ import pathlib
 import sys
 import time
 
-import jax
 from jax.experimental import topologies
 
 from jaxalign import algorithms
@@ -84,6 +83,7 @@ CASES = {
   },
   # Everything that reshapes what is drawn, and texts without a reference.
   "superhf, adapters": {
+    "policy": "lab",
     "lora": {"rank": 4},
     "kl_coefficient": -1.0,
     "test_reward_model": "",
