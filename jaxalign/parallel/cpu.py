@@ -8,7 +8,7 @@ import sys
 COMPILER_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 # Options of glibc's mallopt.
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 
 
 def keep_freed_memory() -> None:
@@ -16,14 +16,12 @@ def keep_freed_memory() -> None:
 
   XLA takes its temporary memory from malloc and gives it back after every call.
   glibc hands large pieces on to the system, and to touch them again costs a
-  tenth of a small model's step. It also has several heaps, one a thread, each
-  with the holes of its own; two of them lower the peak by a tenth. Nothing
-  happens where the C library is another one.
+  tenth of a small model's step. Nothing happens where the C library is another
+  one.
   """
   if not sys.platform.startswith("linux"):
     return
   mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
   if mallopt is not None:
-    mallopt(_ARENA_MAX, 2)
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)

@@ -9,13 +9,33 @@ from typing import TypeVar
 from jaxtyping import PyTree
 
 from jaxalign.config.supervised import PreferenceConfig
+from jaxalign.core.types import TextBatch
 from jaxalign.errors import UserError
+from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.program import Program
 from jaxalign.setup.models import Loaded
 from jaxalign.setup.run import RunSpec, open_workdir, reference_of
 from jaxalign.training import reference_cache
 from jaxalign.training.reference_cache import ReferenceCache
 
 C = TypeVar("C", bound=PreferenceConfig)
+
+
+def reference_program(
+  spec: RunSpec[C], text: TextBatch, batches: int
+) -> Program:
+  """The pass of a stored reference over the texts of a run.
+
+  Args:
+    spec: of the run.
+    text: a numpy batch of the largest shape.
+    batches: to go over before the first step.
+  """
+  model, params = reference_of(spec.policy.model, spec.policy.shapes())
+  arguments = params, meshes.row_shapes(text, spec.mesh)
+  calls = batches / max(spec.config.steps, 1)
+  function = reference_cache.compile_logps(model)
+  return Program("reference", function, arguments, calls)
 
 
 def cached_reference(

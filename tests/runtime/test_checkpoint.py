@@ -303,13 +303,16 @@ def test_a_save_that_fails_twice_is_told_once(saver, monkeypatch):
   def close(self):
     raise second
 
+  def save():
+    with contextlib.closing(saver):
+      saver.save(2, make_state(), {})
+      saver.wait()
+
   with monkeypatch.context() as patch:
     patch.setattr(manifest, "seal", no_space)
     patch.setattr(ocp.AsyncCheckpointer, "close", close)
     with pytest.raises(UserError, match="full while saving step 2"):
-      with contextlib.closing(saver):
-        saver.save(2, make_state(), {})
-        saver.wait()
+      save()
 
 
 def test_full_disk_at_the_start_of_a_save(saver, monkeypatch):
