@@ -84,15 +84,15 @@ def begin(
   return fixed, _emit(module, fixed, state, repeat(hidden[:, -1]), settings)
 
 
-def unstack(model: Model, params: Params) -> list[Params]:
-  """Each layer's parameters by themselves, as `advance` takes them."""
+def unstack(model: Model, params: Params) -> list[Params] | Params:
+  """The layers' parameters as `advance` takes them."""
   return model.bind(_cast(params, model.config.dtype)).unstack()
 
 
 def advance(
   model: Model,
   params: Params,
-  layers: list[Params],
+  layers: list[Params] | Params,
   fixed: Fixed,
   state: State,
   settings: SamplingParams,
@@ -217,12 +217,14 @@ def _emit(module, fixed, state, hidden, settings):
   def write(logps, new):
     return logps.at[:, drawn].set(jnp.where(alive, new, 0))
 
-  rows = jnp.arange(token.shape[0])
+  seen = state.seen
+  if seen is not None:
+    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
   return dataclasses.replace(
     state,
     drawn=drawn + 1,
     history=history,
-    seen=state.seen.at[rows, token].set(True),
+    seen=seen,
     done=state.done | ended | stopped | full,
     lengths=state.lengths + alive,
     finish=jnp.where(alive, finish, state.finish),
