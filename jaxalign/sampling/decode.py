@@ -16,6 +16,7 @@ from jaxalign.core.types import Params, Samples, SamplingParams
 from jaxalign.models.config import CausalConfig
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
+from jaxalign.sampling import compaction
 from jaxalign.sampling.draw import choose
 from jaxalign.sampling.state import (
   EOS,
@@ -102,6 +103,30 @@ def advance(
   return _advance(module, layers, fixed, state, settings)
 
 
+def resume(
+  model: Model,
+  params: Params,
+  layers: list[Params] | Params,
+  fixed: Fixed,
+  state: State,
+  settings: SamplingParams,
+) -> tuple[State, Samples, tuple[Int[Array, ""], Int[Array, ""]]]:
+  """Draws until all rows have ended, or few are left: see `compaction`.
+
+  Returns:
+    The state, the samples so far, and what `compaction.needed` says.
+  """
+  module = model.bind(_cast(params, model.config.dtype))
+  groups = compaction.prompt_groups(fixed)
+  state = jax.lax.while_loop(
+    lambda s: ~s.done.all() & ~compaction.pays(s.done, groups),
+    lambda s: _advance(module, layers, fixed, s, settings),
+    state,
+  )
+  size = compaction.needed(state.done, groups)
+  return state, _samples(state, settings), size
+
+
 def sample(
   model: Model,
   params: Params,
@@ -163,7 +188,12 @@ def sample(
     lambda s: _advance(module, layers, fixed, s, settings),
     state,
   )
-  # Writing the pad id after each row's end.
+  return _samples(state, settings)
+
+
+def _samples(state, settings):
+  """What has been drawn, with the pad id after each row's end."""
+  capacity = state.model_logps.shape[1]
   new = state.history[:, -capacity:]
   inside = jnp.arange(capacity) < state.lengths[:, None]
   return Samples(

@@ -13,7 +13,7 @@ from jaxalign.data.batches import bucket_length, pad_rows
 from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
 from jaxalign.models.model import Model
-from jaxalign.sampling import decode
+from jaxalign.sampling import compaction, decode
 from jaxalign.sampling import state as state_lib
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -32,12 +32,17 @@ class Sampler:
     new_token_buckets: the same for `max_new_tokens`.
     mesh: the parameters are sharded over it; so are the rows, over its row
       axes. None = one device.
+    compact: rows that have ended leave the batch, see `compaction`: faster
+      where completions differ in length, for a few more programs to compile.
+      The same random numbers draw the tokens; log-probabilities may differ in
+      their last bits, as the matrix products have other shapes. For one device.
   """
 
   model: Model
   prompt_buckets: tuple[int, ...] = BUCKETS
   new_token_buckets: tuple[int, ...] = BUCKETS
   mesh: Mesh | None = None
+  compact: bool = False
 
   def __call__(
     self,
@@ -74,18 +79,57 @@ class Sampler:
     inputs = self.prepare(prompts, prompt_numbers, prefix)
     wanted = int(settings.max_new_tokens)
     # Explicit transfers: the training loop forbids implicit ones.
-    samples = self._jitted.sample(
+    settings = jax.device_put(settings)
+    args = (
       params,
-      *jax.device_put((*inputs[:3], settings)),
+      *jax.device_put(inputs[:3]),
+      settings,
       key,
       *jax.device_put((inputs[3], np.int32(first_sample))),
-      samples_per_prompt=samples_per_prompt,
-      capacity=self.capacity(wanted),
     )
+    sizes = {
+      "samples_per_prompt": samples_per_prompt,
+      "capacity": self.capacity(wanted),
+    }
+    if self.compact:
+      begun = self._jitted.begin(*args, **sizes)
+      samples = self._drawn_by_fewer_rows(params, settings, *begun)
+    else:
+      samples = self._jitted.sample(*args, **sizes)
     # Cutting off filler rows, and columns beyond what was asked for.
     rows = len(prompts) * samples_per_prompt
     samples = jax.tree.map(lambda x: x[:rows], jax.device_get(samples))
     return jax.tree.map(lambda x: x[:, :wanted] if x.ndim > 1 else x, samples)
+
+  def _drawn_by_fewer_rows(
+    self,
+    params: Params,
+    settings: SamplingParams,
+    fixed: state_lib.Fixed,
+    state: state_lib.State,
+  ) -> Samples:
+    """Draws all tokens after the first, in ever smaller batches."""
+    layers = self._jitted.unstack(params)
+    samples, rows = None, np.arange(len(state.done))
+    while True:
+      # The state is given away, and what has been drawn so far comes back.
+      state, *drawn = self._jitted.resume(
+        params, layers, fixed, state, settings
+      )
+      part, (prompts, each), done = jax.device_get((*drawn, state.done))
+      if samples is None:
+        samples = jax.tree.map(np.array, part)
+      else:
+        for whole, new in zip(
+          jax.tree.leaves(samples), jax.tree.leaves(part), strict=True
+        ):
+          whole[rows] = new
+      if done.all():
+        return samples
+      groups = compaction.prompt_groups(fixed)
+      kept = compaction.choose(done, groups, int(prompts), int(each))
+      fixed, state = self._jitted.take(fixed, state, *jax.device_put(kept))
+      rows = rows[kept[1]]
 
   def stream(
     self,
@@ -206,6 +250,9 @@ class _Programs:
         mesh=mesh,
       )
 
+    def resume(params, layers, fixed, state, settings):
+      return decode.resume(model, params, layers, fixed, state, settings)
+
     def unstack(params):
       return decode.unstack(model, params)
 
@@ -219,6 +266,8 @@ class _Programs:
     self.unstack = jax.jit(unstack)
     # The caches are updated in place: `state` is donated.
     self.advance = jax.jit(advance, donate_argnums=3)
+    self.resume = jax.jit(resume, donate_argnums=3)
+    self.take = jax.jit(compaction.take)
 
 
 def _next_power_of_two(count: int) -> int:

@@ -1,5 +1,7 @@
 """Invariances of the sampler on tiny models with random weights."""
 
+import dataclasses
+import itertools
 import re
 
 import jax
@@ -12,7 +14,7 @@ from jaxalign.models import cache, causal, lora
 from jaxalign.models.layers import LoraConfig
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
-from jaxalign.sampling import decode, settings
+from jaxalign.sampling import compaction, decode, settings
 from jaxalign.sampling.sampler import Sampler
 
 VOCAB = 131
@@ -253,6 +255,37 @@ def test_scanned_layers_draw_the_same(model, params, sampler, monkeypatch):
   streamed = list(deep.stream(params, PROMPTS[0], drawn, KEY))
   whole = deep(params, PROMPTS[:1], drawn, KEY)
   assert streamed == whole.tokens[0, : whole.lengths[0]].tolist()
+
+
+def test_ended_rows_leave_the_batch_and_change_no_token(
+  sampler, params, model, monkeypatch
+):
+  drawn = settings.make(max_new_tokens=16, eos_ids=range(3, 131, 17), **PAPER)
+  prefix = [11, 12]
+  whole = sampler(
+    params, PROMPTS, drawn, KEY, samples_per_prompt=5, prefix=prefix
+  )
+  sizes, needed = [], compaction.needed
+
+  def counting(done, groups):
+    sizes.append((groups, len(done) // groups))  # once a program
+    return needed(done, groups)
+
+  monkeypatch.setattr(compaction, "needed", counting)
+  few = dataclasses.replace(sampler, compact=True)
+  found = few(params, PROMPTS, drawn, KEY, samples_per_prompt=5, prefix=prefix)
+  for name in ("tokens", "lengths", "finish"):
+    np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+  for name in ("model_logps", "sampling_logps"):
+    np.testing.assert_allclose(
+      getattr(found, name), getattr(whole, name), atol=1e-5
+    )
+  # Three prompts of five rows and a filler; batches halve down to four rows.
+  assert len(set(whole.lengths.tolist())) > 4
+  assert sizes[0] == (4, 5)
+  assert len(set(sizes)) >= 3
+  rows = [prompts * each for prompts, each in dict.fromkeys(sizes)]
+  assert all(b <= a // 2 for a, b in itertools.pairwise(rows))
 
 
 def greedy(sampler, params, prompt, **chosen):
