@@ -28,6 +28,7 @@ from jaxalign.models.layers import (
   layer_params,
   stack,
 )
+from jaxalign.parallel.mesh import constrain_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -371,8 +372,8 @@ class Deberta(Scored, nnx.Module):
     start = jnp.argmax(mask, axis=1, keepdims=True)
     # What stands before the text wraps around to the end of the row.
     columns = (jnp.arange(length) + start) % length
-    tokens, mask = (
-      jnp.take_along_axis(a, columns, axis=1) for a in (tokens, mask)
+    tokens, mask = constrain_rows(
+      [jnp.take_along_axis(a, columns, axis=1) for a in (tokens, mask)]
     )
     if types is not None:
       types = jnp.take_along_axis(types, columns, axis=1)
@@ -383,7 +384,9 @@ class Deberta(Scored, nnx.Module):
       # For the embeddings, the blocks, and the projection's adapter.
       dropout_key, layers_key, proj_key = jax.random.split(dropout_key, 3)
       keys = jax.random.split(layers_key, config.layers)
-    embedded = self._embed(tokens, mask, types, dropout_key, proj_key)
+    embedded = constrain_rows(
+      self._embed(tokens, mask, types, dropout_key, proj_key)
+    )
     relative = self._relative()
     graph, params = layer_params(self.blocks, config.dtype)
 
@@ -391,7 +394,8 @@ class Deberta(Scored, nnx.Module):
     def layer(queries):
       def run(x, one):
         params, key = one
-        return nnx.merge(graph, params)(x, mask, relative, queries, key)
+        x = nnx.merge(graph, params)(x, mask, relative, queries, key)
+        return constrain_rows(x)
 
       return jax.checkpoint(run) if config.remat else run
 

@@ -126,7 +126,7 @@ def _of_rows(x: PyTree, mesh: Mesh) -> NamedSharding:
   return replicated(mesh) if np.ndim(x) < 2 else rows(mesh, 1)
 
 
-def jit(fn: Callable, mesh: Mesh | None, **options: Any) -> Callable:
+def jit(fn: Callable, mesh: Mesh | None, **options: Any) -> jax.stages.Wrapped:
   """`jax.jit` with the mesh in force, which the constraints below go by."""
   if mesh is None:
     return jax.jit(fn, **options)

@@ -34,7 +34,7 @@ def reference_program(
   model, params = reference_of(spec.policy.model, spec.policy.shapes())
   arguments = params, meshes.row_shapes(text, spec.mesh)
   calls = batches / max(spec.config.steps, 1)
-  function = reference_cache.compile_logps(model)
+  function = reference_cache.compile_logps(model, spec.mesh)
   return Program("reference", function, arguments, calls)
 
 

@@ -151,7 +151,6 @@ class Run(Generic[C]):
 
   def jit(self, update: Update) -> "Step":
     """Compiles an update; with shardings, keeps them and donates the state."""
-
     if self.shardings is None:
       return Step(self, jax.jit(update))
     on_cpu = meshes.platform(self.mesh) == "cpu"

@@ -11,7 +11,6 @@ the chips send each other, in all and in a layer.
 
 import argparse
 import collections
-import dataclasses
 import json
 import os
 import time
@@ -95,7 +94,9 @@ def update_of(args, model, mesh):
   given = (
     placed(state, run.shardings),
     {},
-    placed(model.shapes, meshes.shardings(model.shapes, mesh)) if with_kl else {},
+    placed(model.shapes, meshes.shardings(model.shapes, mesh))
+    if with_kl
+    else {},
     jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
     ),
@@ -118,7 +119,9 @@ def sample_of(args, model, mesh):
   drawn = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=whole), drawn
   )
-  tokens = jax.ShapeDtypeStruct((prompts, args.length), np.int32, sharding=whole)
+  tokens = jax.ShapeDtypeStruct(
+    (prompts, args.length), np.int32, sharding=whole
+  )
   mask = jax.ShapeDtypeStruct(tokens.shape, bool, sharding=whole)
   numbers = jax.ShapeDtypeStruct((prompts,), np.int32, sharding=whole)
   params = placed(model.shapes, meshes.shardings(model.shapes, mesh))
@@ -169,7 +172,9 @@ def main():
   devices = topologies.get_topology_desc(args.on, "tpu").devices
   fsdp = args.fsdp or len(devices) // args.replica // args.tensor
   sizes = (args.replica, fsdp, args.tensor)
-  mesh = Mesh(np.array(devices[: int(np.prod(sizes))]).reshape(sizes), meshes.AXES)
+  mesh = Mesh(
+    np.array(devices[: int(np.prod(sizes))]).reshape(sizes), meshes.AXES
+  )
   model = model_of(args)
   start = time.monotonic()
   make = sample_of if args.program == "sample" else update_of
