@@ -5,6 +5,7 @@ the stacked blocks, stores and reads keys and values, and applies the head.
 `__call__` reads whole texts, `step` one token per row.
 """
 
+import functools
 import operator
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -15,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.core.types import Params
-from jaxalign.models import heads
+from jaxalign.models import heads, remat
 from jaxalign.models.cache import KV, UNROLLED, attend
 from jaxalign.models.config import CausalConfig
 from jaxalign.models.layers import (
@@ -123,16 +124,19 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
         own = (k, v, mask & _within(near, window))
         shared = _past_parts(past, past_kv, positions, window)
         kept.append((k, v))
-        return attend(q, [*shared, own], scale=scale, cap=cap)
+        read = functools.partial(attend, scale=scale, cap=cap)
+        return remat.of_attention(read, policy)(q, [*shared, own])
 
       # The block calls `attention` once, which leaves its keys in `kept`.
-      block = nnx.merge(graph, params)
+      block = nnx.merge(graph, remat.cast(params, self.config.dtype))
+      x = remat.block_input(x)
       x = block(x, attention, self.layer_rope(rope, window), key)
       # XLA would otherwise move whole batches rather than parameters.
       return constrain_rows(x), _constrain_heads(kept) if keep else []
 
     # Scanning the stacked blocks: one is compiled, whatever the depth.
-    graph, params = layer_params(self.blocks, self.config.dtype)
+    graph, params = layer_params(self.blocks)
+    policy = self.config.remat
     keys = head_key = None
     if dropout_key is not None:
       # One key per block, the last for the output matrix's adapter.
@@ -140,7 +144,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       keys, head_key = keys[:-1], keys[-1]
     # All with a leading layer axis; None has no leaves and stays None.
     xs = (params, self._windows(), [(p.k, p.v) for p in past], keys)
-    body = jax.checkpoint(layer) if self.config.remat else layer
+    body = remat.of_block(layer, policy, params, self.config.dtype)
     x = constrain_rows(self.embed(tokens, positions))
     x, kept = jax.lax.scan(body, x, xs)
     hidden = self._states(x, head_key)
@@ -238,7 +242,10 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
 
     One tree per layer, or beyond `UNROLLED` layers one tree of stacked ones.
     """
-    _, params = layer_params(self.blocks, self.config.dtype)
+    dtype = self.config.dtype
+    params = jax.tree.map(
+      lambda p: p.astype(dtype), layer_params(self.blocks)[1]
+    )
     count = self.config.layers
     if count > UNROLLED:
       return params

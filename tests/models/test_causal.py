@@ -5,6 +5,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax._src.ad_checkpoint import saved_residuals  # no public name
 
 from jaxalign.models import causal
 from jaxalign.models.cache import KV
@@ -175,14 +177,46 @@ def test_score_heads_read_where_they_say(make):
   assert abs(scores["score_mean"] - scores["score_last"]).min() > 1e-4
 
 
-def test_bfloat16_and_remat_leave_the_result(make):
+def test_bfloat16_leaves_the_result(make):
   model, params = make("neox")
   tokens = np.array([[4, 9, 7, 3]])
   args = (tokens, np.arange(4)[None], np.ones((1, 4)))
   exact = read(model, params, *args)
-  remat = read(model.replace(remat=True), params, *args)
-  np.testing.assert_allclose(remat, exact, atol=1e-6)
   rough = read(model.replace(dtype="bfloat16"), params, *args)
   assert rough.dtype == np.float32
   np.testing.assert_allclose(rough, exact, atol=0.1)
   assert dataclasses.replace(model.config, dtype="bfloat16") != model.config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_remat_policy_leaves_the_gradient(make, dtype):
+  """And keeps less the further down it stands in the list."""
+  model, params = make("neox")
+  tokens = np.array([[4, 9, 7, 3, 5, 8]])
+
+  def loss_of(policy):
+    module = model.replace(remat=policy, dtype=dtype)
+
+    def loss(params):
+      bound = module.bind(params)
+      hidden, _ = bound(tokens, np.arange(6)[None], np.ones((1, 6), np.int32))
+      return (bound.unembed(hidden) ** 2).mean()
+
+    return loss
+
+  def kept(policy):
+    found = saved_residuals(loss_of(policy), params)
+    return sum(
+      x.size * x.dtype.itemsize for x, why in found if "arg" not in why
+    )
+
+  exact = jax.jit(jax.grad(loss_of("none")))(params)
+  for policy in ("attention", "dots", "full"):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5),
+      jax.jit(jax.grad(loss_of(policy)))(params),
+      exact,
+    )
+  sizes = [kept(p) for p in ("none", "attention", "dots", "full")]
+  assert sizes == sorted(sizes, reverse=True)
+  assert len(set(sizes)) == 4, sizes
