@@ -48,6 +48,12 @@ class OptimizerConfig(Section):
     also=("max_grad_norm", "grad_clip"),
   )
   ema: float = field(0.0, "decay of the averaged parameters; 0 = off", "[0, 1)")
+  mu_dtype: str = field(
+    "float32",
+    "format of the gradient mean of adamw and lion; bfloat16 saves 2 bytes a "
+    "parameter",
+    choices=("float32", "bfloat16"),
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,6 +150,12 @@ class PrecisionConfig(Section):
     "format inside layers; auto = bfloat16 on accelerators, float32 on CPU",
     choices=("auto", "float32", "bfloat16"),
     also=("mixed_precision", "dtype", "bf16"),
+  )
+  reference: str = field(
+    "float32",
+    "format of a reference policy that is a copy of the trained one; bfloat16 "
+    "halves it",
+    choices=("float32", "bfloat16"),
   )
 
 

@@ -25,6 +25,7 @@ def make_optimizer(
   weight_decay: float,
   clip_norm: float,
   ratios: Mapping[str, float] | None = None,
+  mu_dtype: str = "float32",
 ) -> optax.GradientTransformation:
   """The direction of an update; `apply_gradients` multiplies it by −lr.
 
@@ -38,15 +39,16 @@ def make_optimizer(
     clip_norm: largest global gradient norm; 0 = no clipping.
     ratios: factors on the learning rate of top-level parts of the parameters:
       `{"value": 10}`.
+    mu_dtype: in which the mean of the gradients is kept, by AdamW and Lion.
   """
   # Clipping comes first: it bounds the raw gradient, as torch's does.
   parts = []
   if clip_norm:
     parts.append(optax.clip_by_global_norm(clip_norm))
   if name == "adamw":
-    parts.append(optax.scale_by_adam(beta1, beta2, eps))
+    parts.append(optax.scale_by_adam(beta1, beta2, eps, mu_dtype=mu_dtype))
   elif name == "lion":
-    parts.append(optax.scale_by_lion(beta1, beta2))
+    parts.append(optax.scale_by_lion(beta1, beta2, mu_dtype=mu_dtype))
   else:
     assert name == "adafactor", name
     # Adafactor's update clipping (Shazeer 2018, section 6) at d = 1.

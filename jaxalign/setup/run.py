@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
@@ -366,6 +367,26 @@ def reference_of(model: Model, params: Params) -> tuple[Model, Params]:
   return model, policy_of(params)
 
 
+def rounded(params: Params, dtype: str) -> Params:
+  """The parameters with their matrices in another format; norms stay exact.
+
+  Args:
+    params: arrays, or shapes with their shardings.
+    dtype: "float32" leaves them as they are, whatever they are.
+  """
+  if dtype == "float32":
+    return params
+
+  def convert(path, leaf):
+    if path[-1].key not in ("kernel", "embedding"):
+      return leaf
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+      return leaf.update(dtype=jnp.dtype(dtype))
+    return leaf.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(convert, params)
+
+
 def digest_of_run(spec: RunSpec[C]) -> str:
   """Tells what a run reads from what others do: its rows, its functions' files.
 
@@ -418,6 +439,7 @@ def optimizer_of(config: TrainingConfig) -> optax.GradientTransformation:
     weight_decay=o.weight_decay,
     clip_norm=o.clip_norm,
     ratios=config.learning_rate_ratios,
+    mu_dtype=o.mu_dtype,
   )
 
 
@@ -459,12 +481,18 @@ def describe_run(
   optimizer = optimizer_of(config)
   init = initializer(config, optimizer, extra_state)
   state = meshes.with_shardings(jax.eval_shape(init, trained), mesh)
+  reference = None
+  if spec.live_reference:
+    reference, parts = reference_of(model, params)
+    # Under adapters it is the base itself, and no copy.
+    dtype = "float32" if model.lora else config.precision.reference
+    reference = reference, rounded(parts, dtype)
   return Run(
     config,
     model,
     state,
     frozen,
-    reference_of(model, params) if spec.live_reference else None,
+    reference,
     mesh,
     object.__new__(Recorder),  # blank: nothing is recorded
     optimizer,
