@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
@@ -81,7 +82,43 @@ def make_mesh(
       f"= {count} devices, but {len(devices)} are there; lower one of them, "
       "or set one to -1 to take what is left"
     )
-  return Mesh(np.array(devices[:count]).reshape(sizes), AXES)
+  if len(processes) > 1 and count < len(devices):
+    raise UserError(
+      f"config.mesh: replica x fsdp x tensor = {' x '.join(map(str, sizes))} "
+      f"= {count} devices, but a run on {len(processes)} hosts needs all "
+      f"{len(devices)} of theirs; set one of them to -1 to take what is left"
+    )
+  return Mesh(_arrange(devices[:count], sizes), AXES)
+
+
+def _arrange(devices: Sequence[jax.Device], sizes: list[int]) -> np.ndarray:
+  """The devices as `sizes`, neighbours on an axis near to each other.
+
+  Slices, which a slower network joins, become copies of the parameters, or
+  where `replica` is too small parts of `fsdp`.
+  """
+  slices = len({getattr(device, "slice_index", 0) for device in devices})
+  across = [1, 1, 1]
+  for axis in (0, 1):
+    across[axis] = math.gcd(sizes[axis], slices // math.prod(across))
+  if math.prod(across) != slices:
+    raise UserError(
+      f"config.mesh: replica x fsdp = {sizes[0]} x {sizes[1]} cannot be split "
+      f"over {slices} slices; make replica {slices}, as the network between "
+      "slices is too slow for tensor"
+    )
+  within = [size // n for size, n in zip(sizes, across, strict=True)]
+  try:
+    if slices > 1:
+      return mesh_utils.create_hybrid_device_mesh(
+        within, across, devices, allow_split_physical_axes=True
+      )
+    return mesh_utils.create_device_mesh(
+      sizes, devices, allow_split_physical_axes=True
+    )
+  except (ValueError, NotImplementedError, AssertionError):
+    # A part of a slice need not be a torus; any order is right.
+    return np.array(devices).reshape(sizes)
 
 
 def platform(mesh: Mesh) -> str:
@@ -220,6 +257,17 @@ def check_rows(mesh: AnyMesh, count: int, field: str) -> None:
       f"{field} gives {count} rows, which cannot be split evenly over "
       f"replica x fsdp = {parts} devices; make it {nearest}, or lower "
       "config.mesh (-1 takes as many devices as fit)"
+    )
+
+
+def check_heads(mesh: AnyMesh, heads: int, model: str) -> None:
+  """Raises a UserError unless a model's heads split evenly over `tensor`."""
+  parts = mesh.shape["tensor"]
+  if heads % parts:
+    fitting = [n for n in range(1, min(heads, parts) + 1) if heads % n == 0]
+    raise UserError(
+      f"config.mesh.tensor must divide the {heads} heads of {model}, got "
+      f"{parts}; make it {fitting[-1]}"
     )
 
 

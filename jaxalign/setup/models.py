@@ -270,6 +270,7 @@ def open_policy(
       dtype=compute,
       remat=config.remat,
     )
+    meshes.check_heads(mesh, model.config.heads, "config.init")
     return ModelSpec(model, tokenizer, mesh, None, config.seed)
   # A pretrained model, with adapters if a rank is given.
   lora = None
@@ -292,6 +293,7 @@ def open_policy(
     remat=config.remat,
     seed=config.seed,
   )
+  meshes.check_heads(mesh, pretrained.model.config.heads, config.policy)
   tokenizer = with_format(
     tokenizer_of(source, pretrained.model), config.prompt_format
   )

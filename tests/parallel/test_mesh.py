@@ -1,5 +1,6 @@
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.sharding import AbstractMesh
 from jax.sharding import PartitionSpec as P
@@ -95,6 +96,43 @@ def test_rows_are_split_over_replica_and_fsdp():
     "replica x fsdp = 8 devices; make it 8 or 16, or lower config.mesh (-1 "
     "takes as many devices as fit)"
   )
+
+
+def test_heads_are_split_over_tensor():
+  meshes.check_heads(abstract(1, 1, 4), 8, "lab")
+  with pytest.raises(UserError) as caught:
+    meshes.check_heads(abstract(1, 1, 3), 8, "lab")
+  assert str(caught.value) == (
+    "config.mesh.tensor must divide the 8 heads of lab, got 3; make it 2"
+  )
+
+
+class Device:
+  """A device of a slice, with what a mesh asks of one."""
+
+  device_kind = platform = "made up"
+
+  def __init__(self, number, slice_index, process_index):
+    self.id, self.slice_index = number, slice_index
+    self.process_index = process_index
+
+
+def test_slices_hold_copies_or_parts_of_fsdp():
+  """Two slices of four devices; only the outermost axis crosses them."""
+  devices = [Device(i, i // 4, 0) for i in range(8)]
+  for sizes, crossing in (((2, 4, 1), 0), ((1, 8, 1), 1), ((4, 1, 2), 0)):
+    mesh = meshes.make_mesh(*sizes, devices=devices)
+    slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
+    halves = np.split(slices, 2, axis=crossing)
+    assert [set(half.flat) for half in halves] == [{0}, {1}]
+  with pytest.raises(UserError, match="cannot be split over 2 slices"):
+    meshes.make_mesh(1, 1, 8, devices=devices)
+
+
+def test_hosts_take_all_of_their_devices():
+  devices = [Device(i, 0, i // 4) for i in range(8)]
+  with pytest.raises(UserError, match="a run on 2 hosts needs all 8"):
+    meshes.make_mesh(1, 4, 1, devices=devices)
 
 
 def test_rules_by_name():
