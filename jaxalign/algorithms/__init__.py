@@ -3,7 +3,8 @@
 A method's folder holds `config.py` (its dataclass, as `CONFIG`; imports no
 jax), `data.py` (its batches), `train.py` (the algorithm) and `setup.py`
 (`describe`, which opens and checks all that the config names and raises a
-`UserError` where the run cannot start, and `run`; `run` below calls them).
+`UserError` where the run cannot start, `programs`, what such a run compiles,
+and `run`; the functions below call them).
 """
 
 import dataclasses
@@ -13,12 +14,18 @@ import importlib
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxalign.config import TrainingConfig, nearest, read
 from jaxalign.config.supervised import SupervisedConfig
 from jaxalign.data import converters, sources
 from jaxalign.errors import UserError
+
+# jax takes seconds to start; a mistake in a config should not.
+if TYPE_CHECKING:
+  from jaxalign.parallel.mesh import Devices
+  from jaxalign.parallel.program import Program
+  from jaxalign.setup.run import RunSpec
 
 # Module paths, not modules: only the method that runs is imported.
 METHODS = {
@@ -116,6 +123,32 @@ def check_sources(config: TrainingConfig) -> None:
       if near:
         hint = f"did you mean {place.parent / near[0]}?"
       raise UserError(f"config.{field}: {name}: no such file; {hint}")
+
+
+def describe(
+  config: TrainingConfig, devices: "Devices" = None
+) -> "RunSpec[TrainingConfig]":
+  """Opens and checks what a run needs; reads no parameter.
+
+  Args:
+    config: from `read_config`.
+    devices: those of `jax.experimental.topologies` need not be there, and do
+      for what is only compiled; None = all of this machine.
+
+  Raises:
+    UserError: what would keep the run from starting.
+  """
+  method = importlib.import_module(f"{METHODS[config.algorithm]}.setup")
+  return method.describe(config, devices)
+
+
+def programs(spec: "RunSpec[TrainingConfig]") -> "list[Program]":
+  """The device programs of a described run, for its largest rows.
+
+  `dataclasses.replace(spec, batch_shape=...)` gives those of other rows.
+  """
+  method = importlib.import_module(f"{METHODS[spec.config.algorithm]}.setup")
+  return method.programs(spec)
 
 
 def run(
@@ -254,8 +287,7 @@ def dry_run(
     model = source.folder / "model"
     policy = str(model) if model.is_dir() else source.config["policy"]
     config = dataclasses.replace(config, policy=policy, init_from="")
-  method = importlib.import_module(f"{METHODS[config.algorithm]}.setup")
-  spec = method.describe(config)
+  spec = describe(config)
   print(example_of(spec.rows, spec.policy.tokenizer))
   print(summary(spec, folder))
   return 0

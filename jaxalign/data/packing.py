@@ -89,6 +89,12 @@ def pack(
   )
 
 
+def blank(shape: tuple[int, int, int]) -> TextBatch:
+  """Numpy rows `[M, B, T]` in which nothing counts; it has a batch's shape."""
+  micro_batches, rows, width = shape
+  return pack([[]] * (micro_batches * rows), width, 0, micro_batches)
+
+
 def row_width(rows: Sequence[Sequence[Encoded]], limit: int) -> int:
   """The length bucket of the longest row, at most `limit`."""
   return min(limit, bucket_length(max(sum(map(len, texts)) for texts in rows)))

@@ -8,6 +8,7 @@ import numpy as np
 from jaxalign.core import best_of
 from jaxalign.core.types import Metrics, Params
 from jaxalign.data.rows import PromptRow
+from jaxalign.parallel.program import Program
 from jaxalign.sampling.generator import Generator
 from jaxalign.scoring.reward_model import RewardModel
 from jaxalign.text import similarity
@@ -35,6 +36,20 @@ class BestOfN:
   prompts: tuple[PromptRow, ...]
   key: jax.Array
   name: str = "best_of_n"
+
+  def programs(self, params: Params) -> list[Program]:
+    """What a call runs on the devices; `params` are shapes with shardings."""
+    texts = [row.prompt for row in self.prompts]
+    ids = self.generator.tokenizer.encode_prompts(texts)
+    count, tokens = len(ids), max(map(len, ids))
+    found = [self.generator.program(params, count, tokens, self.n)]
+    count *= self.n
+    tokens += int(self.generator.settings.max_new_tokens)
+    found += self.train_reward.programs("score reward_model", count, tokens)
+    if self.heldout_reward is not None:
+      name = "score test_reward_model"
+      found += self.heldout_reward.programs(name, count, tokens)
+    return found
 
   def __call__(self, params: Params, step: int) -> Metrics:
     """Mean rewards of the best of 1, 2, 4 ... N, and word overlap.

@@ -6,6 +6,8 @@ split over replica and fsdp together. One device is a 1 x 1 x 1 mesh, so a
 laptop and a pod run the same program.
 """
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
@@ -15,6 +17,7 @@ from jaxalign.core.types import Params
 from jaxalign.errors import UserError
 
 AXES = ("replica", "fsdp", "tensor")
+Devices = Sequence[jax.Device] | None  # None = all of this run
 AnyMesh = Mesh | AbstractMesh  # an abstract one has no devices
 ROWS = ("replica", "fsdp")  # the axes over which a batch's rows are split
 
@@ -33,7 +36,12 @@ SPLIT_INPUTS = {
 
 
 def make_mesh(
-  replica: int = 1, fsdp: int = 1, tensor: int = 1, *, rows: int = 0
+  replica: int = 1,
+  fsdp: int = 1,
+  tensor: int = 1,
+  *,
+  rows: int = 0,
+  devices: Devices = None,
 ) -> Mesh:
   """A mesh over the first `replica * fsdp * tensor` devices.
 
@@ -43,11 +51,14 @@ def make_mesh(
     tensor: parts that heads and features are split into, in the same way.
     rows: of a batch; an axis of -1 takes fewer devices where these would not
       split evenly over all that remain. 0 = any number.
+    devices: to choose from; those of `jax.experimental.topologies`, which need
+      not be there, do for what is only compiled. None = all of this run.
 
   Raises:
     UserError: the sizes do not fit the available devices.
   """
-  devices = jax.devices()
+  devices = jax.devices() if devices is None else devices
+  processes = {device.process_index for device in devices}
   sizes = [replica, fsdp, tensor]
   # One size may be left open; integer division leaves surplus devices idle.
   if sizes.count(-1) == 1:
@@ -55,7 +66,7 @@ def make_mesh(
     axis = sizes.index(-1)
     most = sizes[axis] = max(1, len(devices) // rest)
     # Several processes have no fewer: each has to have its devices in the mesh.
-    if AXES[axis] in ROWS and jax.process_count() == 1:
+    if AXES[axis] in ROWS and len(processes) == 1:
       parts = rest // tensor
       fitting = (n for n in range(most, 0, -1) if rows % (n * parts) == 0)
       sizes[axis] = next(fitting, most)
@@ -67,6 +78,17 @@ def make_mesh(
       "or set one to -1 to take what is left"
     )
   return Mesh(np.array(devices[:count]).reshape(sizes), AXES)
+
+
+def platform(mesh: Mesh) -> str:
+  """What the mesh's devices are: "cpu", "gpu" or "tpu".
+
+  A program is made for them, wherever it is compiled, so what depends on the
+  platform goes by this and not by `jax.default_backend()`.
+  """
+  name = mesh.devices.flat[0].platform
+  # Of a GPU that is not there, JAX knows the maker.
+  return "gpu" if name in ("cuda", "rocm") else name
 
 
 def replicated(mesh: AnyMesh) -> NamedSharding:
@@ -84,12 +106,20 @@ def put_rows(batch: PyTree, mesh: Mesh) -> PyTree:
 
   Leaves with fewer axes, such as a single number, are replicated.
   """
+  return jax.tree.map(lambda x: jax.device_put(x, _of_rows(x, mesh)), batch)
 
-  def place(x):
-    where = replicated(mesh) if np.ndim(x) < 2 else rows(mesh, 1)
-    return jax.device_put(x, where)
 
-  return jax.tree.map(place, batch)
+def row_shapes(batch: PyTree, mesh: Mesh) -> PyTree:
+  """The shapes of `put_rows`, with their shardings; nothing is put anywhere."""
+
+  def shape(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_of_rows(x, mesh))
+
+  return jax.tree.map(shape, batch)
+
+
+def _of_rows(x: PyTree, mesh: Mesh) -> NamedSharding:
+  return replicated(mesh) if np.ndim(x) < 2 else rows(mesh, 1)
 
 
 def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
@@ -136,6 +166,15 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
     return NamedSharding(mesh, _spec(names, leaf.shape, mesh))
 
   return jax.tree_util.tree_map_with_path(place, tree)
+
+
+def with_shardings(shapes: PyTree, mesh: Mesh) -> PyTree:
+  """A tree of shapes, each with its sharding; see `shardings`."""
+
+  def place(shape, where):
+    return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=where)
+
+  return jax.tree.map(place, shapes, shardings(shapes, mesh))
 
 
 def put(tree: Params, mesh: Mesh) -> Params:

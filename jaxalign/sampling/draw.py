@@ -134,16 +134,19 @@ def repeats(
     vocab: number of tokens.
   """
   rows, width = history.shape
+  columns = jnp.arange(width)
 
   def compare(back, match):
-    last = jax.lax.dynamic_index_in_dim(history, column - back, axis=1)
+    # A masked maximum, as a dynamic slice here aborts the TPU compiler.
+    there = columns == column - back
+    last = jnp.where(there, history, -1).max(axis=1, keepdims=True)
     # Rolling wraps the end to the front, where `valid` stops it.
     earlier = jnp.roll(history, back, axis=1)
-    valid = (jnp.arange(width) >= back) & (last >= 0)
+    valid = (columns >= back) & (last >= 0)
     return match & valid & (earlier == last)
 
   # A column matches if the size − 1 tokens before it equal the last size − 1.
-  match = jnp.broadcast_to(jnp.arange(width) < column, history.shape)
+  match = jnp.broadcast_to(columns < column, history.shape)
   match = jax.lax.fori_loop(1, size, compare, match & (history >= 0))
   ids = jnp.where(match, history, vocab)  # vocab is out of range: dropped
   banned = jnp.zeros((rows, vocab), bool)

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxalign.core.types import Completions, Params, SamplingParams
 from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.parallel.program import Program
 from jaxalign.sampling.sampler import Sampler
 from jaxalign.text import templates, truncate
 
@@ -120,6 +121,23 @@ class Generator:
         for prompt, whole, text in zip(each, decoded, texts, strict=True)
       ]
     return Completions(list(prompts), ids, texts, drawn, ended, counts)
+
+  def program(
+    self, params: Params, prompts: int, tokens: int, samples: int
+  ) -> Program:
+    """The program that a call runs, and how often.
+
+    Args:
+      params: as shapes with shardings.
+      prompts: P, of the call.
+      tokens: of the longest prompt.
+      samples: S.
+    """
+    size = self.batch_prompts or prompts
+    calls = -(-prompts // size)  # rounded up
+    return self.sampler.program(
+      params, size, tokens, self.settings, samples, calls
+    )
 
   def stream(
     self, params: Params, prompt: str, key: jax.Array

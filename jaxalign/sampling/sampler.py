@@ -13,6 +13,7 @@ from jaxalign.data.batches import bucket_length, pad_rows
 from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
 from jaxalign.models.model import Model
+from jaxalign.parallel.program import Program
 from jaxalign.sampling import decode
 from jaxalign.sampling import state as state_lib
 
@@ -86,6 +87,37 @@ class Sampler:
     rows = len(prompts) * samples_per_prompt
     samples = jax.tree.map(lambda x: x[:rows], jax.device_get(samples))
     return jax.tree.map(lambda x: x[:, :wanted] if x.ndim > 1 else x, samples)
+
+  def program(
+    self,
+    params: Params,
+    prompts: int,
+    tokens: int,
+    settings: SamplingParams,
+    samples_per_prompt: int,
+    calls: float = 1.0,
+  ) -> Program:
+    """The program that a call runs.
+
+    Args:
+      params: of the model, as shapes with shardings.
+      prompts: P, in one call.
+      tokens: of the longest prompt.
+      settings: see `sampling.settings.make`.
+      samples_per_prompt: S.
+      calls: see `Program`.
+    """
+    *inputs, prefix = self.prepare([[0] * tokens] * prompts, None, ())
+    arrays = *inputs, settings, jax.random.key(0), prefix, np.int32(0)
+    # Without a sharding, as the arrays of a call have none.
+    shapes = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays
+    )
+    capacity = self.capacity(int(settings.max_new_tokens))
+    static = {"samples_per_prompt": samples_per_prompt, "capacity": capacity}
+    function, arguments = self._jitted.sample, (params, *shapes)
+    # The first token is drawn before the loop.
+    return Program("sample", function, arguments, calls, capacity - 1, static)
 
   def stream(
     self,

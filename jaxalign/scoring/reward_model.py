@@ -9,6 +9,7 @@ from jaxtyping import Float
 
 from jaxalign.data.rows import PromptRow
 from jaxalign.errors import UserError
+from jaxalign.parallel.program import Program
 from jaxalign.scoring.function import RewardFunction, ask_functions
 from jaxalign.scoring.scorer import Scorer
 
@@ -81,6 +82,24 @@ class RewardModel:
     with np.errstate(invalid="ignore"):  # infinities of opposite sign
       total = np.where(silent, 0, weights * scores).sum(axis=0)
     return total.astype(np.float32)
+
+  def programs(self, name: str, texts: int, tokens: int) -> list[Program]:
+    """What a call runs on the devices; functions run nothing there.
+
+    Args:
+      name: of the reward; several models are numbered.
+      texts: in the call.
+      tokens: of each.
+    """
+    several = len(self.scorers) > 1
+    return [
+      program
+      for i, scorer in enumerate(self.scorers)
+      if not isinstance(scorer, RewardFunction)
+      for program in scorer.programs(
+        f"{name} {i + 1}" if several else name, texts, tokens
+      )
+    ]
 
   @property
   def names(self) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """Reward models as functions from texts to scores."""
 
+import collections
 import dataclasses
 import functools
 import logging
@@ -17,6 +18,7 @@ from jaxalign.errors import UserError
 from jaxalign.models.deberta import DebertaConfig
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.program import Program
 from jaxalign.scoring.batches import LENGTHS, Batch, Encoded, batches
 from jaxalign.text import templates
 
@@ -134,10 +136,7 @@ class Scorer:
     limit = self.limit
     texts = [(ids[:limit], types[:limit]) for ids, types in texts]
     self._check(texts)
-    # The limit comes last, so every text that was cut fits.
-    lengths = [n for n in self.lengths if n < limit] + [limit]
-    parts = meshes.row_count(self.mesh) if self.mesh else 1
-    calls = batches(texts, lengths, self.tokens, self.rows, parts)
+    calls = self._calls(texts)
     # Every call is dispatched before the first result is read: the device works
     # while the host prepares the next call.
     found = [self._program(self.params, *self._put(call)) for call in calls]
@@ -146,6 +145,36 @@ class Scorer:
     for call, values in zip(calls, jax.device_get(found), strict=True):
       scores[call.indices] = values[: len(call.indices)]
     return scores
+
+  def programs(self, name: str, texts: int, tokens: int) -> list[Program]:
+    """The programs that score texts of one length.
+
+    Args:
+      name: of the first one.
+      texts: in a step.
+      tokens: of each; those beyond `limit` are cut off.
+    """
+    ids = [0] * min(tokens, self.limit)
+    calls = self._calls([(ids, ids)] * texts)
+    where = meshes.rows(self.mesh) if self.mesh else None
+    found = []
+    # Whole calls, then smaller ones for the last texts.
+    counts = collections.Counter(call.tokens.shape for call in calls)
+    for shape, count in counts.items():
+      arrays = [
+        jax.ShapeDtypeStruct(shape, dtype, sharding=where)
+        for dtype in (np.int32, bool, np.int32)
+      ]
+      own = f"{name}, {shape[0]} rows" if found else name
+      arguments = self.params, *arrays
+      found.append(Program(own, self._program.function, arguments, count))
+    return found
+
+  def _calls(self, texts: Sequence[Encoded]) -> list[Batch]:
+    # The limit comes last, so every text that was cut fits.
+    lengths = [n for n in self.lengths if n < self.limit] + [self.limit]
+    parts = meshes.row_count(self.mesh) if self.mesh else 1
+    return batches(texts, lengths, self.tokens, self.rows, parts)
 
   @property
   def limit(self) -> int:
@@ -199,10 +228,10 @@ class _Program:
 
     # Replicated, so that every host can read all scores.
     whole = meshes.replicated(mesh) if mesh else None
-    self._jitted = jax.jit(score, out_shardings=whole)
+    self.function = jax.jit(score, out_shardings=whole)
 
   def __call__(self, params: Params, *arrays: jax.Array) -> jax.Array:
-    return self._jitted(params, *arrays)
+    return self.function(params, *arrays)
 
 
 def non_finite(scores: Float[np.ndarray, " B"]) -> list[int]:

@@ -107,7 +107,19 @@ class ModelSpec:
       params = meshes.put(drawn, self.mesh)
     else:
       params = self.pretrained.read(meshes.shardings(stored.shapes, self.mesh))
-    # Heads of groups: folded into one, or made out of one.
+    return self._with_heads(params)
+
+  def shapes(self) -> Params:
+    """What `read` gives, as shapes with their shardings; nothing is read."""
+    shapes = (self.stored or self.model).shapes
+    if self.pretrained is not None:
+      shapes = self.pretrained.shapes
+    shapes = jax.eval_shape(self._with_heads, shapes)
+    return meshes.with_shardings(shapes, self.mesh)
+
+  def _with_heads(self, params: Params) -> Params:
+    """Heads of groups: folded into one, or made out of one."""
+    stored = self.stored or self.model
     if self.group_weights:
       return groups.fold(stored, params, self.group_weights)[1]
     if self.model.config.groups != stored.config.groups:
@@ -136,11 +148,11 @@ class ModelSpec:
     return found
 
 
-def compute_dtype(setting: str) -> str:
+def compute_dtype(setting: str, mesh: Mesh) -> str:
   """`auto` is bfloat16 on accelerators and float32 on CPU."""
   if setting != "auto":
     return setting
-  return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  return "float32" if meshes.platform(mesh) == "cpu" else "bfloat16"
 
 
 def locate(name: str, lab: str) -> str:
@@ -246,7 +258,7 @@ def open_policy(
   Raises:
     UserError: anything that keeps it from being loaded.
   """
-  compute = compute_dtype(config.precision.compute)
+  compute = compute_dtype(config.precision.compute, mesh)
   # A new model: the config takes the place of a folder's config.json.
   if config.policy == "init":
     tokenizer = with_format(
@@ -307,7 +319,7 @@ def open_reward_model(
   """
   place, given = parse_groups(name)
   source = hub.resolve(locate_model(place, lab))
-  pretrained = hf.open_pretrained(source, dtype=compute_dtype(dtype))
+  pretrained = hf.open_pretrained(source, dtype=compute_dtype(dtype, mesh))
   model = pretrained.model
   if model.config.head == "lm":
     raise UserError(

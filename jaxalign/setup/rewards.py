@@ -1,12 +1,13 @@
 """The rewards that a config or a flag names: reward models and functions."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from jax.sharding import Mesh
 
 from jaxalign.config.names import is_function
 from jaxalign.config.online import ScoringConfig
+from jaxalign.core.types import Params
 from jaxalign.data.rows import PromptRow
 from jaxalign.errors import UserError
 from jaxalign.scoring.function import RewardFunction, open_function
@@ -105,6 +106,7 @@ def read_rewards(
   rewards: Rewards,
   scoring: ScoringConfig,
   mesh: Mesh | None = None,
+  params_of: Callable[[ModelSpec], Params] = ModelSpec.read,
 ) -> RewardModel:
   """Reads the parameters of what `open_rewards` gave, as one reward.
 
@@ -113,13 +115,14 @@ def read_rewards(
     rewards: from `open_rewards`.
     scoring: lengths and rows of a scorer's call.
     mesh: that a call's rows are sharded over; None = one device.
+    params_of: `ModelSpec.shapes` describes the reward and reads nothing.
   """
   scorers = tuple(
     reward
     if isinstance(reward, RewardFunction)
     else Scorer(
       reward.model,
-      reward.read(),
+      params_of(reward),
       reward.tokenizer,
       reward.encoding,
       name,

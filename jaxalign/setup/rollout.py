@@ -1,13 +1,13 @@
 """What an online method samples with and scores by."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 from jax.sharding import Mesh
 
 from jaxalign.config.online import OnlineConfig, SamplingConfig
-from jaxalign.core.types import SamplingParams
+from jaxalign.core.types import Params, SamplingParams
 from jaxalign.data.prompts import load_prompts
 from jaxalign.data.rows import PromptRow
 from jaxalign.data.tokenizer import Tokenizer
@@ -18,7 +18,7 @@ from jaxalign.sampling import settings
 from jaxalign.sampling.generator import Generator
 from jaxalign.sampling.sampler import Sampler
 from jaxalign.scoring.function import RewardFunction
-from jaxalign.setup.models import Loaded, ModelSpec
+from jaxalign.setup.models import ModelSpec
 from jaxalign.setup.rewards import (
   Rewards,
   check_prompts,
@@ -81,17 +81,20 @@ class RolloutSpec:
     return prompts * self.config.samples_per_prompt
 
   def load(
-    self, policy: Loaded, *, whole_tokens: bool = False
+    self,
+    tokenizer: Tokenizer,
+    *,
+    whole_tokens: bool = False,
+    params_of: Callable[[ModelSpec], Params] = ModelSpec.read,
   ) -> RolloutSource:
     """Reads the reward models.
 
     Args:
-      policy: its parameters are handed over with each call later.
+      tokenizer: the policy's; its parameters are handed over with each call.
       whole_tokens: see `Generator`.
+      params_of: see `read_rewards`.
     """
-    config, tokenizer = self.config, policy.tokenizer
-    assert tokenizer is not None
-    sampling = config.sampling
+    config, sampling = self.config, self.config.sampling
     mesh = self.mesh if self.mesh.size > 1 else None
     # Prompts have a program for each bucket, completions have one length.
     sampler = Sampler(
@@ -107,6 +110,7 @@ class RolloutSpec:
         self.heldout_reward_models,
         config.scoring,
         mesh,
+        params_of,
       )
     return RolloutSource(
       self.prompts,
@@ -119,7 +123,11 @@ class RolloutSpec:
         whole_tokens,
       ),
       read_rewards(
-        config.reward_models, self.reward_models, config.scoring, mesh
+        config.reward_models,
+        self.reward_models,
+        config.scoring,
+        mesh,
+        params_of,
       ),
       heldout,
     )

@@ -2,12 +2,14 @@
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
+import operator
 import pathlib
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
 import jax
@@ -28,6 +30,7 @@ from jaxalign.models.hf import card, write
 from jaxalign.models.model import Model
 from jaxalign.parallel import hosts
 from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.mesh import Devices
 from jaxalign.report import page
 from jaxalign.runtime import (
   checkpoint,
@@ -155,11 +158,14 @@ def count(shapes: Params) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(shapes))
 
 
-def open_mesh(config: TrainingConfig, *, fills_rows: bool = False) -> Mesh:
+def open_mesh(
+  config: TrainingConfig, devices: Devices = None, *, fills_rows: bool = False
+) -> Mesh:
   """The mesh of `config.mesh`; says how it uses the devices if it has several.
 
   Args:
     config: of the run.
+    devices: see `make_mesh`.
     fills_rows: whether its method adds empty rows where the mesh needs them.
 
   Raises:
@@ -167,14 +173,15 @@ def open_mesh(config: TrainingConfig, *, fills_rows: bool = False) -> Mesh:
   """
   field = "config.micro_batch" if config.micro_batch else "config.batch_size"
   rows = 0 if fills_rows else config.micro_rows
-  mesh = meshes.make_mesh(*config.mesh.sizes, rows=rows)
+  sizes = config.mesh.sizes
+  mesh = meshes.make_mesh(*sizes, rows=rows, devices=devices)
   meshes.check_rows(mesh, rows, field)
-  devices, used = jax.device_count(), mesh.size
-  if devices > 1 and hosts.is_lead():
+  there = jax.device_count() if devices is None else len(devices)
+  if there > 1 and hosts.is_lead():
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    share = f"{used}" if used == devices else f"{used} of {devices}"
+    share = f"{there}" if mesh.size == there else f"{mesh.size} of {there}"
     # What it would be if the rows had allowed it.
-    whole = meshes.row_count(meshes.make_mesh(*config.mesh.sizes))
+    whole = meshes.row_count(meshes.make_mesh(*sizes, devices=devices))
     why = ""
     if whole > meshes.row_count(mesh):
       why = f"; {field} gives {rows} rows, a multiple of {whole} uses more"
@@ -400,6 +407,72 @@ def _json_parts(rows: object) -> Iterator[str]:
     yield json.dumps(rows)
 
 
+def optimizer_of(config: TrainingConfig) -> optax.GradientTransformation:
+  """The optimizer, without its learning rate; see `schedule_of`."""
+  o = config.optimizer
+  return optim.make_optimizer(
+    o.name,
+    beta1=o.beta1,
+    beta2=o.beta2,
+    eps=o.eps,
+    weight_decay=o.weight_decay,
+    clip_norm=o.clip_norm,
+    ratios=config.learning_rate_ratios,
+  )
+
+
+def initializer(
+  config: TrainingConfig,
+  optimizer: optax.GradientTransformation,
+  extra_state: PyTree,  # a method's own
+) -> Callable[[Params], TrainState]:
+  """Trained parameters -> the state before the first step."""
+  return functools.partial(
+    optim.init_state,
+    optimizer=optimizer,
+    ema_decay=config.optimizer.ema,
+    extra_state=extra_state,
+  )
+
+
+def describe_run(
+  spec: RunSpec[C],
+  params: Params,
+  extra_state: PyTree = None,  # a method's own
+) -> Run[C]:
+  """The run before it is opened: its state is shapes, and it has no recorder.
+
+  Its programs can be traced and compiled, for devices that are not there too.
+
+  Args:
+    spec: of the run.
+    params: those of the policy and, under `value`, of a value model; arrays, or
+      shapes with their shardings.
+    extra_state: what the method keeps in its state, before the first step.
+
+  Returns:
+    The run; base parameters under adapters and the reference are those of
+    `params`.
+  """
+  config, model, mesh = spec.config, spec.policy.model, spec.mesh
+  trained, frozen = lora.split(params) if model.lora else (params, {})
+  optimizer = optimizer_of(config)
+  init = initializer(config, optimizer, extra_state)
+  state = meshes.with_shardings(jax.eval_shape(init, trained), mesh)
+  return Run(
+    config,
+    model,
+    state,
+    frozen,
+    reference_of(model, params) if spec.live_reference else None,
+    mesh,
+    object.__new__(Recorder),  # blank: nothing is recorded
+    optimizer,
+    schedule_of(config),
+    jax.tree.map(operator.attrgetter("sharding"), state),
+  )
+
+
 @contextlib.contextmanager
 def open_run(
   spec: RunSpec[C],
@@ -422,7 +495,7 @@ def open_run(
   Raises:
     UserError: the folder is of another config, or of other rows.
   """
-  config, mesh, digest = spec.config, spec.mesh, digest_of_run(spec)
+  config, digest = spec.config, digest_of_run(spec)
   with (
     contextlib.closing(open_workdir(config, folder)) as run,
     contextlib.closing(
@@ -439,51 +512,30 @@ def open_run(
 
     # The reference is the policy before training: the base under adapters,
     # which never changes, or a copy.
-    reference = None
-    if spec.live_reference:
-      reference = reference_of(policy.model, policy.params)
-      if not policy.model.lora:
-        copy = jax.tree.map(lambda x: x.copy(), reference[1])
-        reference = reference[0], copy
-    trained, frozen = policy.params, {}
+    opened = describe_run(spec, policy.params, extra_state)
+    if opened.reference and not policy.model.lora:
+      model, params = opened.reference
+      opened.reference = model, jax.tree.map(lambda x: x.copy(), params)
+    trained = policy.params
     if policy.model.lora:
-      trained, frozen = lora.split(policy.params)
+      trained, _ = lora.split(policy.params)
 
-    # Where the run stands: restored, or new.
-    o = config.optimizer
-    optimizer = optim.make_optimizer(
-      o.name,
-      beta1=o.beta1,
-      beta2=o.beta2,
-      eps=o.eps,
-      weight_decay=o.weight_decay,
-      clip_norm=o.clip_norm,
-      ratios=config.learning_rate_ratios,
-    )
-
-    def init(params: Params) -> TrainState:
-      return optim.init_state(params, optimizer, o.ema, extra_state)
-
-    # Shapes alone, so that a stored state is read straight onto its shardings.
-    shapes = jax.eval_shape(init, trained)
-    shardings = meshes.shardings(shapes, mesh)
-
-    def as_stored(s, where):
-      return jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where)
-
-    restored = saver.restore_latest(jax.tree.map(as_stored, shapes, shardings))
+    # Where the run stands: restored, or new. A stored state is read straight
+    # onto its shardings.
+    shapes = opened.state
+    restored = saver.restore_latest(shapes)
     if restored is None:
       # The given parameters become the state's: no second copy of them.
-      begin = jax.jit(init, donate_argnums=0, out_shardings=shardings)
-      state, done, files, counters = begin(trained), 0, None, {}
+      init = initializer(config, opened.optimizer, extra_state)
+      begin = jax.jit(init, donate_argnums=0, out_shardings=opened.shardings)
+      opened.state, done, files, counters = begin(trained), 0, None, {}
       if config.init_optimizer:
-        wanted = jax.tree.map(as_stored, shapes.opt_state, shardings.opt_state)
-        known = start.read_optimizer(run.path, wanted)
-        state = dataclasses.replace(state, opt_state=known)
+        known = start.read_optimizer(run.path, shapes.opt_state)
+        opened.state = dataclasses.replace(opened.state, opt_state=known)
     else:
       for leaf in jax.tree.leaves(trained):
         leaf.delete()  # nor here
-      state, done = restored.state, restored.step
+      opened.state, done = restored.state, restored.step
       files, counters = restored.extra["files"], restored.extra["counters"]
       check_unchanged(spec, digest, restored.extra, run.path)
     if hosts.is_lead():
@@ -522,7 +574,7 @@ def open_run(
       ) as screen,
     ):
       # What the method is handed.
-      recorder = Recorder(
+      opened.recorder = Recorder(
         log=log,
         console=screen,
         saver=saver,
@@ -535,18 +587,6 @@ def open_run(
         best_metric=config.best_metric,
         digest=digest,
         past=metrics.iterate_jsonl(run.path / metrics.METRICS),
-      )
-      opened = Run(
-        config,
-        policy.model,
-        state,
-        frozen,
-        reference,
-        mesh,
-        recorder,
-        optimizer,
-        schedule_of(config),
-        shardings,
       )
       yield opened
       # They hold the run, whose reference would stay in memory with them.

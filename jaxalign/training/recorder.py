@@ -41,6 +41,12 @@ def due(step: int, interval: int, steps: int) -> bool:
   return interval > 0 and (done % interval == 0 or done == steps)
 
 
+def share_due(interval: int, steps: int) -> float:
+  """The share of a run's steps after which something is due; see `due`."""
+  times = -(-steps // interval) if interval else 0  # rounded up
+  return times / max(steps, 1)
+
+
 @dataclasses.dataclass
 class Recorder:
   """Counts a run's steps, writes what they measure, saves its state.

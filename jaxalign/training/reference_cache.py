@@ -5,6 +5,7 @@ does not matter in which batch, order or run it comes back. The file also names
 the model that computed them.
 """
 
+import collections
 import dataclasses
 import hashlib
 import io
@@ -65,6 +66,21 @@ class ReferenceCache:
     return len(names - self.logps.keys()), len(names)
 
 
+def blank() -> ReferenceCache:
+  """A log-prob of 0 for every text, where only the shapes of batches count."""
+  return ReferenceCache(collections.defaultdict(float), {})
+
+
+def compile_logps(model: Model) -> jax.stages.Wrapped:
+  """(parameters, `TextBatch` `[M, B, T]`) -> log-probs `[M, N]` in nats."""
+
+  @jax.jit
+  def logps_of(params, text):
+    return jax.lax.map(lambda x: completion_logps(model, params, x), text)
+
+  return logps_of
+
+
 def precompute(
   model: Model,
   params: Params,
@@ -77,11 +93,7 @@ def precompute(
   Each shape `[M, B, T]` of the numpy batches compiles a program. For `name` see
   `ReferenceCache.model`.
   """
-
-  @jax.jit
-  def logps_of(params, text):
-    return jax.lax.map(lambda x: completion_logps(model, params, x), text)
-
+  logps_of = compile_logps(model)
   known: dict[bytes, float] = {}
   for text in (text for batch in batches for text in texts_of(batch)):
     names = digests(text)

@@ -22,6 +22,7 @@ from jaxalign.models.heads import policy_of
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.cpu import COMPILER_OPTIONS
+from jaxalign.parallel.program import Program, key_shape
 from jaxalign.training.recorder import Recorder, Rows, due
 
 C = TypeVar("C", bound=TrainingConfig)
@@ -30,8 +31,6 @@ C = TypeVar("C", bound=TrainingConfig)
 Update = Callable[
   [TrainState, Params, Params, PyTree, Array], tuple[TrainState, Metrics]
 ]
-# The same for one run, compiled: (state, numpy batch, key) -> (state, metrics).
-Step = Callable[[TrainState, PyTree, Array], tuple[TrainState, Metrics]]
 
 UPDATES = 2**31 - 2  # folded into the run's key; no step has this number
 
@@ -56,6 +55,10 @@ class Evaluator(Protocol):
     """Metrics of all the policy's parameters after `step`, named `eval_...`."""
     ...
 
+  def programs(self, params: Params) -> list[Program]:
+    """What it runs on the devices; `params` are shapes with shardings."""
+    ...
+
 
 @runtime_checkable
 class Dataset(Protocol):
@@ -74,13 +77,14 @@ class Run(Generic[C]):
     config: the validated config.
     model: what is trained, with its adapters if it has any.
     state: where the run stands, new or restored; given away with the first
-      update.
+      update. Of a run that is only described, its shapes.
     frozen: parameters that are read and never changed: the base under LoRA
       adapters, else empty.
     reference: the reference policy and its parameters; None = the method has
       none, or its log-probs were precomputed.
     mesh: the devices.
-    recorder: logs, checkpoints, signals.
+    recorder: logs, checkpoints, signals; a run that is only described has
+      none.
     optimizer: without its learning rate.
     schedule: step -> learning rate.
     shardings: of the state; None = one device, nothing is donated (tests).
@@ -146,7 +150,7 @@ class Run(Generic[C]):
     """Numpy rows `[M, B, ...]` on the mesh, B split over its row axes."""
     return meshes.put_rows(batch, self.mesh)
 
-  def jit(self, update: Update) -> Step:
+  def jit(self, update: Update) -> "Step":
     """Compiles an update; with shardings, keeps them and donates the state."""
 
     # `constrain_rows` inside an update goes by the mesh in force.
@@ -155,23 +159,16 @@ class Run(Generic[C]):
       with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
         return update(*args)
 
-    # The reference is an argument: a constant would be compiled in.
-    reference = self.reference_params
     if self.shardings is None:
-      compiled = jax.jit(update)
-    else:
-      on_cpu = self.mesh.devices.flat[0].platform == "cpu"
-      compiled = jax.jit(
-        on_mesh,
-        donate_argnums=0,
-        out_shardings=(self.shardings, None),
-        compiler_options=COMPILER_OPTIONS if on_cpu else None,
-      )
-
-    def step(state: TrainState, batch: PyTree, key: Array):
-      return compiled(state, self.frozen, reference, self.put(batch), key)
-
-    return step
+      return Step(self, jax.jit(update))
+    on_cpu = meshes.platform(self.mesh) == "cpu"
+    compiled = jax.jit(
+      on_mesh,
+      donate_argnums=0,
+      out_shardings=(self.shardings, None),
+      compiler_options=COMPILER_OPTIONS if on_cpu else None,
+    )
+    return Step(self, compiled)
 
   def apply_gradients(
     self,
@@ -244,6 +241,38 @@ class Run(Generic[C]):
     self.recorder.report(step, metrics | self.recorder.counters, rows)
     self.recorder.save(step, state)
     return state
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Step:
+  """An update of one run, compiled.
+
+  Attributes:
+    run: its base parameters and its reference are read at every call.
+    function: a jitted `Update`.
+  """
+
+  run: Run
+  function: jax.stages.Wrapped
+
+  def __call__(
+    self, state: TrainState, batch: PyTree, key: Array
+  ) -> tuple[TrainState, Metrics]:
+    """The state after a numpy batch, and metrics; the given state is gone."""
+    run = self.run
+    # The reference is an argument: a constant would be compiled in.
+    return self.function(
+      state, run.frozen, run.reference_params, run.put(batch), key
+    )
+
+  def program(
+    self, batch: PyTree, calls: float = 1.0, name: str = "update"
+  ) -> Program:
+    """The program of a numpy batch of this shape; `run` may hold shapes."""
+    run = self.run
+    rows, key = meshes.row_shapes(batch, run.mesh), key_shape(run.mesh)
+    arguments = (run.state, run.frozen, run.reference_params, rows, key)
+    return Program(name, self.function, arguments, calls)
 
 
 def fit(run: Run[C], data: Dataset, update: Update) -> TrainState:

@@ -9,7 +9,7 @@ from jaxalign.algorithms.dpo.config import DPOConfig
 from jaxalign.core.types import PairBatch
 from jaxalign.data import batches, formats
 from jaxalign.data.encode import FILLER, Encoded, encode_rows
-from jaxalign.data.packing import pack, row_width
+from jaxalign.data.packing import blank, pack, row_width
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.setup.dataset import account, fits, source_of
 from jaxalign.training.reference_cache import ReferenceCache
@@ -192,6 +192,26 @@ def pack_pairs(
     segment_ids,
     text.loss_mask,
     prompt_segment_ids=np.minimum(segment_ids, 1),
+  )
+
+
+def blank_pairs(
+  shape: tuple[int, int, int], *, shared: bool = False
+) -> PairBatch:
+  """A batch of pairs in which nothing counts, for its shape.
+
+  Args:
+    shape: M, N, T, where every text has a row; N texts are N / 2 pairs.
+    shared: the texts of a pair share a row, `[M, N / 2, 2 T]`.
+  """
+  micros, texts, length = shape
+  text = blank((micros, texts // 2, 2 * length) if shared else shape)
+  return PairBatch(
+    text.tokens,
+    text.position_ids,
+    text.segment_ids,
+    text.loss_mask,
+    prompt_segment_ids=text.segment_ids if shared else None,
   )
 
 

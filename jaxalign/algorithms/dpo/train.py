@@ -21,12 +21,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from jaxalign.algorithms.dpo.config import DPOConfig, PairLossConfig
+from jaxalign.algorithms.dpo.data import blank_pairs
 from jaxalign.core import gradients, losses
 from jaxalign.core.types import Metrics, PairBatch, Params, TrainState
 from jaxalign.models import lora
 from jaxalign.models.model import Model
+from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.program import Program, largest
 from jaxalign.training.forward import completion_logps, reference_logps
-from jaxalign.training.run import Run, Update
+from jaxalign.training.reference_cache import ReferenceCache
+from jaxalign.training.run import Run, Step, Update
 
 
 def make_update(run: Run, config: PairLossConfig) -> Update:
@@ -56,6 +60,30 @@ def make_update(run: Run, config: PairLossConfig) -> Update:
     return state, update_metrics | metrics | tokens
 
   return update
+
+
+def pair_programs(
+  update: Step,
+  shape: tuple[int, int, int],
+  reference: ReferenceCache | None = None,
+) -> list[Program]:
+  """An update on pairs in rows of their own, and in shared rows.
+
+  Which of the two a batch has goes by its texts, see `pack_pairs`; the first
+  takes the most memory.
+
+  Args:
+    update: on a `PairBatch`.
+    shape: M, N, T of N texts in rows of their own.
+    reference: adds its log-probs to the texts.
+  """
+  apart, shared = blank_pairs(shape), blank_pairs(shape, shared=True)
+  if reference is not None:
+    apart, shared = map(reference.attach, (apart, shared))
+  return [
+    update.program(apart),
+    update.program(shared, calls=0, name="update, shared prompts"),
+  ]
 
 
 def pair_losses(
@@ -124,6 +152,13 @@ class PairMetrics:
       return {f"eval_{k}": v / count for k, v in total.items()}
 
     self._sums, self._means = sums, means
+
+  def programs(self, params: Params) -> list[Program]:
+    """The loss of the largest batch."""
+    run, count = self._run, len(self._batches)
+    batch = meshes.row_shapes(largest(self._batches), run.mesh)
+    arguments = params, run.reference_params, batch
+    return [Program("loss", self._sums, arguments, count)]
 
   def __call__(self, params: Params, step: int) -> Metrics:
     """`eval_loss/total` and the like, as in training."""

@@ -13,7 +13,7 @@ from jaxalign.algorithms.kto.config import KTOConfig
 from jaxalign.core.types import AnyArray, TextBatch
 from jaxalign.data import batches, formats
 from jaxalign.data.encode import Encoded, EncodedRows, encode_rows
-from jaxalign.data.packing import pack, row_width
+from jaxalign.data.packing import blank, pack, row_width
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.setup.dataset import account, fits, source_of
 from jaxalign.training.reference_cache import ReferenceCache
@@ -218,6 +218,24 @@ def _encode(
     max_length=length,
     train_eos=config.train_eos,
     overlong="skip",
+  )
+
+
+def blank_batch(
+  shape: tuple[int, int, int], *, mismatched: bool
+) -> LabelledBatch:
+  """A batch `[M, B, T]` in which nothing counts, for its shape.
+
+  Args:
+    shape: M, B, T.
+    mismatched: with mismatched pairs.
+  """
+  text, rows = blank(shape), shape[:2]
+  return LabelledBatch(
+    text,
+    desirable=np.zeros(rows, bool),
+    group=np.zeros(rows, np.int32),
+    mismatched=text if mismatched else None,
   )
 
 

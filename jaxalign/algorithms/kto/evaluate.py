@@ -16,6 +16,8 @@ from jaxalign.algorithms.kto.train import (
   sum_metrics,
 )
 from jaxalign.core.types import Metrics, Params, TextBatch
+from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.program import Program, largest
 from jaxalign.training.run import Run
 
 
@@ -59,6 +61,18 @@ class LabelledMetrics:
 
     self._mismatched, self._baseline = mismatched, baseline
     self._sums, self._means = sums, means
+
+  def programs(self, params: Params) -> list[Program]:
+    """z₀ and the loss of the largest batch."""
+    run, count = self._run, len(self._batches)
+    batch = meshes.row_shapes(largest(self._batches), run.mesh)
+    given = params, run.reference_params
+    kl = meshes.row_shapes(np.float32(0), run.mesh)
+    found = [Program("loss", self._sums, (*given, batch, kl), count)]
+    if batch.mismatched is not None:
+      arguments = *given, batch.mismatched
+      found.append(Program("kl", self._mismatched, arguments, count))
+    return found
 
   def __call__(self, params: Params, step: int) -> Metrics:
     """`eval_loss/total` and the like, and `eval_kl`, z₀ in nats."""

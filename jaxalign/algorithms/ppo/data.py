@@ -11,7 +11,7 @@ from jaxalign.algorithms.ppo.config import PPOConfig
 from jaxalign.core.types import AnyArray, TextBatch
 from jaxalign.data.batches import bucket_length
 from jaxalign.data.encode import Encoded
-from jaxalign.data.packing import pack
+from jaxalign.data.packing import blank, pack
 from jaxalign.training.rollout import Rollout
 
 
@@ -41,6 +41,19 @@ class Experience:
   weight: Float[AnyArray, "*C B T-1"]  # see `sampling_correction`; else 1
   advantage: Float[AnyArray, "*C B T-1"]
   returns: Float[AnyArray, "*C B T-1"]
+
+
+def blank_batch(shape: tuple[int, int, int]) -> PPOBatch:
+  """A batch `[C, B, T]` in which nothing counts, for its shape."""
+  passes, rows, length = shape
+  text = blank((passes, rows, bucket_length(length)))
+  return PPOBatch(
+    text,
+    score=np.zeros((passes, rows), np.float32),
+    ended=np.zeros((passes, rows), bool),
+    model_logps=np.zeros(text.targets.shape, np.float32),
+    sampling_logps=np.zeros(text.targets.shape, np.float32),
+  )
 
 
 def encode_rollout(

@@ -1,28 +1,38 @@
 """PPO, RLOO, GRPO: from the config to a finished run."""
 
 import dataclasses
+import functools
 import pathlib
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from jaxalign.algorithms.ppo.config import PPOConfig
+from jaxalign.algorithms.ppo.data import blank_batch
 from jaxalign.algorithms.ppo.experience import first_extra_state
-from jaxalign.algorithms.ppo.train import train
+from jaxalign.algorithms.ppo.train import make_learn, train
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
 from jaxalign.models import heads, lora
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.mesh import Devices
+from jaxalign.parallel.program import Program
 from jaxalign.setup.models import (
-  Loaded,
   ModelSpec,
   compute_dtype,
   open_policy,
   open_reward_model,
 )
+from jaxalign.setup.programs import rollout_programs
 from jaxalign.setup.rollout import describe_rollout
-from jaxalign.setup.run import RunSpec, finish, open_mesh, open_run
+from jaxalign.setup.run import (
+  RunSpec,
+  describe_run,
+  finish,
+  open_mesh,
+  open_run,
+)
 
 # Read by two tokenizers, to tell whether they are the same.
 PROBE = (
@@ -30,9 +40,14 @@ PROBE = (
 )
 
 
-def describe(config: PPOConfig) -> RunSpec[PPOConfig]:
-  """Opens and checks what the config names; reads no parameter."""
-  policy = open_policy(config, open_mesh(config))
+def describe(config: PPOConfig, devices: Devices = None) -> RunSpec[PPOConfig]:
+  """Opens and checks what the config names; reads no parameter.
+
+  Args:
+    config: of the run.
+    devices: see `make_mesh`.
+  """
+  policy = open_policy(config, open_mesh(config, devices))
   rollout = describe_rollout(config, policy)
   # A value model that is named is opened here, like the other models.
   value_model = None
@@ -76,55 +91,75 @@ def open_value_model(config: PPOConfig, policy: ModelSpec) -> ModelSpec:
       "reward model trained from the policy, or separate for a copy of it"
     )
   # It is trained next to the policy, so it computes like the policy.
-  dtype = compute_dtype(config.precision.compute)
+  dtype = compute_dtype(config.precision.compute, policy.mesh)
   model = spec.model.replace(dtype=dtype, remat=config.remat)
   return dataclasses.replace(
     spec, model=model, stored=spec.stored or spec.model
   )
 
 
-def load_value_model(
-  spec: RunSpec[PPOConfig], policy: Loaded
-) -> tuple[Model | None, Params]:
-  """The value model, and its parameters.
-
-  Returns:
-    A model of its own, or None for a head on the policy's states; empty
-    parameters where advantages need no values.
-  """
-  config, mesh = spec.config, spec.mesh
-  if config.advantage != "gae":
-    return None, {}
+def value_model_of(spec: RunSpec[PPOConfig]) -> Model | None:
+  """The value model; None for a head on the policy's states, or no values."""
   if spec.value_model is not None:
-    return spec.value_model.model, spec.value_model.read()
-  # A new head starts at 0, and so do all values.
-  width = policy.model.config.hidden_size
-  kernel = np.zeros((width, 1), np.float32)
-  if config.value_model == "shared":
-    head = {"kernel": kernel, "bias": np.zeros(1, np.float32)}
-    return None, meshes.put({"value_head": head}, mesh)
+    return spec.value_model.model
+  if spec.config.advantage != "gae" or spec.config.value_model == "shared":
+    return None
   # A copy of the policy before its adapters, trained in full.
-  model = policy.model.without_lora().replace(head="score_last")
-  base = lora.strip(policy.params)
+  return spec.policy.model.without_lora().replace(head="score_last")
+
+
+def new_values(spec: RunSpec[PPOConfig], policy: Params) -> Params:
+  """Parameters of values that all start at 0; a copy shares no array.
+
+  Args:
+    spec: without a value model that is named.
+    policy: the policy's parameters.
+  """
+  model = value_model_of(spec)
+  kernel = jnp.zeros((spec.policy.model.config.hidden_size, 1))
+  if model is None:
+    return {"value_head": {"kernel": kernel, "bias": jnp.zeros(1)}}
+  base = lora.strip(policy)
   trunk = {name: base[name] for name in model.shapes if name != "score_head"}
   # The first update consumes the policy's own arrays.
-  trunk = jax.tree.map(lambda x: x.copy(), trunk)
-  return model, trunk | meshes.put({"score_head": {"kernel": kernel}}, mesh)
+  return jax.tree.map(jnp.copy, trunk) | {"score_head": {"kernel": kernel}}
+
+
+def programs(spec: RunSpec[PPOConfig]) -> list[Program]:
+  """The device programs of a run; see `setup.programs`."""
+  params = spec.policy.shapes()
+  if spec.config.advantage == "gae":
+    if spec.value_model is not None:
+      values = spec.value_model.shapes()
+    else:
+      shapes = jax.eval_shape(functools.partial(new_values, spec), params)
+      values = meshes.with_shardings(shapes, spec.mesh)
+    params |= {heads.VALUE: values}
+  extra_state = first_extra_state(spec.config.kl.coefficient)
+  run = describe_run(spec, params, extra_state)
+  learn = run.jit(make_learn(run, value_model_of(spec)))
+  return [
+    *rollout_programs(spec, run),
+    learn.program(blank_batch(spec.batch_shape), name="learn"),
+  ]
 
 
 def run(spec: RunSpec[PPOConfig], folder: pathlib.Path) -> int:
   """Trains; returns the exit status."""
   assert spec.rollout is not None
   policy = spec.policy.load()
-  value_model, values = load_value_model(spec, policy)
   # Whole tokens: a text that is rewarded is trained token for token.
-  source = spec.rollout.load(policy, whole_tokens=True)
+  source = spec.rollout.load(spec.policy.tokenizer, whole_tokens=True)
   # One tree of parameters, so that one optimizer updates both.
-  if values:
+  if spec.config.advantage == "gae":
+    if spec.value_model is not None:
+      values = spec.value_model.read()
+    else:
+      values = meshes.put(new_values(spec, policy.params), spec.mesh)
     both = policy.params | {heads.VALUE: values}
     policy = dataclasses.replace(policy, params=both)
   extra_state = first_extra_state(spec.config.kl.coefficient)
   with open_run(spec, policy, folder, extra_state) as run:
     run.evaluators += spec.rollout.evaluators(source)
-    state = train(run, source, value_model)
+    state = train(run, source, value_model_of(spec))
   return finish(run, state, policy, folder)

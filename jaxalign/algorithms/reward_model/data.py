@@ -189,6 +189,26 @@ class ScoredData:
     return whole[batches.permutation(config.seed + 1, epoch, len(whole))]
 
 
+def blank_batch(
+  shape: tuple[int, int, int], *, several_heads: bool
+) -> ScoredBatch:
+  """A batch `[M, B, T]` of nothing but filler, for its shape."""
+  rows = shape[:2]
+  ids, numbers = np.zeros(shape, np.int32), np.zeros(rows, np.int32)
+  floats = np.zeros(rows, np.float32)
+  return ScoredBatch(
+    tokens=ids,
+    mask=np.zeros(shape, bool),
+    types=ids,
+    reward=floats,
+    margin=floats,
+    group=numbers,
+    chars=numbers,
+    real=np.zeros(rows, bool),
+    head=numbers if several_heads else None,
+  )
+
+
 def load_data(
   config: RewardModelConfig,
   tokenizer: Tokenizer,

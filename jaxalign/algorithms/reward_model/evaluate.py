@@ -10,6 +10,8 @@ from jaxalign.algorithms.reward_model.config import RewardModelConfig
 from jaxalign.algorithms.reward_model.data import ScoredBatch
 from jaxalign.algorithms.reward_model.train import score_rows
 from jaxalign.core.types import Metrics, Params
+from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.program import Program, largest
 from jaxalign.training.run import Run
 
 MOST = 100  # completions of one group whose pairs are compared
@@ -31,6 +33,11 @@ class Agreement:
       return score_rows(run.model, params, jax.tree.map(lambda x: x[0], batch))
 
     self._score = score
+
+  def programs(self, params: Params) -> list[Program]:
+    """The scores of the largest batch."""
+    batch = meshes.row_shapes(largest(self._batches), self._run.mesh)
+    return [Program("score", self._score, (params, batch), len(self._batches))]
 
   def __call__(self, params: Params, step: int) -> Metrics:
     """See `agreement` and `agreement_by_group`; names begin with `eval_`."""

@@ -4,20 +4,38 @@ import dataclasses
 import pathlib
 
 from jaxalign.algorithms.reward_model.config import RewardModelConfig
-from jaxalign.algorithms.reward_model.data import ScoredData, load_data
+from jaxalign.algorithms.reward_model.data import (
+  ScoredData,
+  blank_batch,
+  load_data,
+)
 from jaxalign.algorithms.reward_model.evaluate import Agreement
 from jaxalign.algorithms.reward_model.train import make_update
 from jaxalign.errors import UserError
+from jaxalign.parallel.mesh import Devices
+from jaxalign.parallel.program import Program
 from jaxalign.setup.models import open_policy, with_groups, with_reward_notes
-from jaxalign.setup.run import DataSpec, finish, open_mesh, open_run
-from jaxalign.training.run import fit
+from jaxalign.setup.programs import evaluation_programs
+from jaxalign.setup.run import (
+  DataSpec,
+  describe_run,
+  finish,
+  open_mesh,
+  open_run,
+)
+from jaxalign.training.run import Evaluator, Run, fit
 
 Spec = DataSpec[RewardModelConfig, ScoredData]
 
 
-def describe(config: RewardModelConfig) -> Spec:
-  """Opens and checks what the config names; reads no parameter."""
-  policy = open_policy(config, open_mesh(config), config.head)
+def describe(config: RewardModelConfig, devices: Devices = None) -> Spec:
+  """Opens and checks what the config names; reads no parameter.
+
+  Args:
+    config: of the run.
+    devices: see `make_mesh`.
+  """
+  policy = open_policy(config, open_mesh(config, devices), config.head)
   if policy.model.config.head == "lm":
     print(
       f"{config.policy} is a language model: it gets a new score head, "
@@ -59,12 +77,27 @@ def describe(config: RewardModelConfig) -> Spec:
   )
 
 
+def programs(spec: Spec) -> list[Program]:
+  """The device programs of a run; see `setup.programs`."""
+  run = describe_run(spec, spec.policy.shapes())
+  several_heads = bool(run.model.config.groups)
+  batch = blank_batch(spec.batch_shape, several_heads=several_heads)
+  update = run.jit(make_update(run)).program(batch)
+  return [update, *evaluation_programs(run, evaluators(run, spec.data))]
+
+
+def evaluators(
+  run: Run[RewardModelConfig], data: ScoredData
+) -> list[Evaluator]:
+  """Those of a run that has held-out rows."""
+  return [Agreement(run, data.validation)] if data.validation else []
+
+
 def run(spec: Spec, folder: pathlib.Path) -> int:
   """Trains; returns the exit status."""
   policy = spec.policy.load()
   with open_run(spec, policy, folder) as run:
-    if spec.data.validation:
-      run.evaluators.append(Agreement(run, spec.data.validation))
+    run.evaluators += evaluators(run, spec.data)
     state = fit(run, spec.data, make_update(run))
   # The model remembers how it has to be read.
   tokenizer = with_reward_notes(spec.policy.tokenizer, spec.config)

@@ -19,6 +19,8 @@ from jaxalign.core.logprobs import weighted_nll
 from jaxalign.core.types import Metrics, Params, TextBatch, TrainState
 from jaxalign.models import lora
 from jaxalign.models.model import Model
+from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.program import Program, largest
 from jaxalign.training.forward import forward
 from jaxalign.training.run import Run, Update
 
@@ -88,6 +90,11 @@ class Perplexity:
       return {"eval_loss/nll": mean, "eval_perplexity": jnp.exp(mean)}
 
     self._sums, self._means = sums, means
+
+  def programs(self, params: Params) -> list[Program]:
+    """The loss of the largest batch."""
+    batch = meshes.row_shapes(largest(self._batches), self._run.mesh)
+    return [Program("loss", self._sums, (params, batch), len(self._batches))]
 
   def __call__(self, params: Params, step: int) -> Metrics:
     """`eval_loss/nll` in nats, and `eval_perplexity`."""

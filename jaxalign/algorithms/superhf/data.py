@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from jaxalign.algorithms.superhf.config import SuperHFConfig
 from jaxalign.core.types import AnyArray, TextBatch
 from jaxalign.data.encode import encode_completions
-from jaxalign.data.packing import pack, row_width
+from jaxalign.data.packing import blank, pack, row_width
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.parallel import mesh as meshes
 from jaxalign.training.rollout import Rollout
@@ -43,6 +43,13 @@ def update_shape(config: SuperHFConfig, mesh: Mesh) -> tuple[int, int]:
   # -(-a // b) rounds up: a whole number of parts, then of micro-batches.
   micro = -(-micro // parts) * parts
   return -(-size // micro) * micro, micro
+
+
+def blank_batch(shape: tuple[int, int, int]) -> KeptBatch:
+  """A batch `[M, B, T]` in which nothing counts, for its shape."""
+  text = blank(shape)
+  targets = text.targets.shape
+  return KeptBatch(text, np.zeros(targets, np.float32), np.zeros(targets, bool))
 
 
 def kept_batches(

@@ -68,6 +68,16 @@ class Pretrained:
   tensors: dict[str, list[FileTensor]]
   drawn: list[str]
 
+  @property
+  def shapes(self) -> Params:
+    """What `read` gives, as `jax.ShapeDtypeStruct`s."""
+    found = {}
+    for path, leaf in table.flatten(self.model.shapes).items():
+      exact = path in self.drawn or path.endswith(LEAVES)
+      dtype = jnp.dtype("float32" if exact else self.dtype)
+      found[path] = jax.ShapeDtypeStruct(leaf.shape, dtype)
+    return table.unflatten(found)
+
   def read(
     self, shardings: Params | None = None, *, stage_bytes: int | None = None
   ) -> Params:
@@ -78,7 +88,7 @@ class Pretrained:
         device.
       stage_bytes: see `place.place`.
     """
-    shapes = table.flatten(self.model.shapes)
+    shapes = table.flatten(self.shapes)
     where = table.flatten(shardings) if shardings else {}
     leaves = {}
     if self.drawn:
@@ -95,7 +105,7 @@ class Pretrained:
         tensors,
         self.entries[path].axes,
         shapes[path].shape,
-        jnp.dtype("float32" if path.endswith(LEAVES) else self.dtype),
+        shapes[path].dtype,
         where.get(path),
         stage_bytes,
       )
