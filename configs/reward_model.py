@@ -147,7 +147,7 @@ def superhf(half: str) -> ConfigDict:
   config.batch_size = 64
   config.micro_batch = 16
   config.max_length = 1024
-  config.remat = True
+  config.remat = "full"
   config.optimizer = {
     "learning_rate": 1e-5,
     "schedule": "linear",

@@ -24,6 +24,7 @@ MAY_CHANGE = (
   "remat",
   "micro_batch",
   "sampling.batch_prompts",
+  "sampling.compact",
   "scoring.batch_size",
   "scoring.function_timeout",
   "max_bad_share",

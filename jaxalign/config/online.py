@@ -61,12 +61,17 @@ class SamplingConfig(BucketConfig):
     choices=("none", "delimiters", "simple", "medium", "complex"),
     also=("extra_turns",),
   )
-  # Memory; it changes no completion.
+  # Memory and speed; neither changes a token.
   batch_prompts: int = field(
     0,
     "prompts in one sampler call; 0 = all of a step",
     ">= 0",
     also=("minibatch_size_generating",),
+  )
+  compact: bool = field(
+    False,
+    "completions that have ended leave the batch: faster where lengths differ "
+    "much, for more programs; on one device",
   )
 
   def rules(self) -> Iterator[Rule]:

@@ -113,6 +113,8 @@ def read_value(cls: type, name: str, kind: Any, value: Any, where: str) -> Any:
   """One field's value, of its type and within its range or choices."""
   field = next(f for f in dataclasses.fields(cls) if f.name == name)
   choices, rule = field.metadata["choices"], field.metadata["rule"]
+  if isinstance(value, str | bool):
+    value = field.metadata["values"].get(value, value)
   try:
     typed = convert(kind, value)
   except (TypeError, OverflowError) as error:

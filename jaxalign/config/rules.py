@@ -6,7 +6,7 @@
 import dataclasses
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, get_type_hints
 
 # What a field's text ends in where its default has a source: a program or
@@ -24,6 +24,7 @@ def field(
   choices: tuple[str, ...] = (),
   also: tuple[str, ...] = (),
   alias: tuple[str, ...] = (),
+  values: Mapping[object, object] | None = None,
 ) -> Any:  # as `dataclasses.field`: the field's annotation is its type
   """A dataclass field that carries its own rule and documentation.
 
@@ -34,9 +35,10 @@ def field(
     choices: the strings that are allowed.
     also: names of the same thing in other programs; they only give a hint.
     alias: earlier names of the field; they keep working.
+    values: earlier values of the field, and what they are now.
   """
   known = {"doc": doc, "rule": rule, "choices": choices}
-  known |= {"also": also, "alias": alias}
+  known |= {"also": also, "alias": alias, "values": values or {}}
   return dataclasses.field(default=default, metadata=known)
 
 

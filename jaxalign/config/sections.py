@@ -272,10 +272,14 @@ class TrainingConfig(Section):
   metrics: MetricsConfig = MetricsConfig()  # logs
   precision: PrecisionConfig = PrecisionConfig()  # number formats
   # Memory against time; an update stays the same but for rounding.
-  remat: bool = field(
-    False,
-    "compute activations again in the backward pass: less memory, more time",
+  remat: str = field(
+    "none",
+    "what the backward pass computes again, for less memory: attention; all "
+    "but products with parameters (dots); everything (full); the same with the "
+    "blocks' inputs in the host's memory (offload)",
+    choices=("none", "attention", "dots", "full", "offload"),
     also=("gradient_checkpointing",),
+    values={True: "full", False: "none", "true": "full", "false": "none"},
   )
   micro_batch: int = field(
     0,

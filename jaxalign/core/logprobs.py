@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 Unembed = Callable[[Array], Array]  # hidden [..., D] -> float32 logits [..., V]
@@ -89,7 +90,7 @@ def _counted_backward(apply, size, saved, d):
   carry = [jnp.zeros((len(mask), *x.shape), x.dtype) for x in closed]
   zeros = _of_floats(arrays, map(jnp.zeros_like, arrays))
   d_closed, found = _over_chunks(body, size, mask, (*arrays, d), carry, zeros)
-  return [x.sum(0) for x in d_closed], None, *found
+  return [_sum_parts(x) for x in d_closed], None, *found
 
 
 def _of_floats(arrays, gradients):
@@ -176,7 +177,7 @@ def _weighted_nll_forward(apply, size, matrix, hidden, targets, weights):
   (total, d_matrix), (logps, d_hidden) = _over_chunks(
     body, size, weights, chunks, carry, placed
   )
-  return (total.sum(), logps), ([d.sum(0) for d in d_matrix], d_hidden)
+  return (total.sum(), logps), ([_sum_parts(d) for d in d_matrix], d_hidden)
 
 
 def _weighted_nll_backward(apply, size, saved, d):
@@ -259,6 +260,30 @@ def _row_parts(rows: int) -> int:
   shape = jax.sharding.get_abstract_mesh().shape
   parts = shape.get("replica", 1) * shape.get("fsdp", 1)
   return parts if rows % parts == 0 else 1
+
+
+def _sum_parts(gradient: Float[Array, "parts ..."]) -> Float[Array, "..."]:
+  """Adds up the devices' gradients, of which each keeps its share."""
+  shape = jax.sharding.get_abstract_mesh().shape
+  fsdp, tensor = shape.get("fsdp", 1), shape.get("tensor", 1)
+  _, *sizes = gradient.shape
+  if len(gradient) == 1 or fsdp == 1 or sizes[-1] % fsdp:
+    return gradient.sum(0)
+  # The vocabulary, or whatever comes first.
+  lead = ["tensor" if n % tensor == 0 else None for n in sizes[:1]]
+  others = [*lead, *[None] * len(sizes)][: len(sizes) - 1]
+
+  # Written out, because XLA adds up the whole on every device.
+  @jax.shard_map(
+    in_specs=P(("replica", "fsdp"), *others), out_specs=P(*others, "fsdp")
+  )
+  def scatter(own):
+    own = jax.lax.psum(own[0], "replica")
+    return jax.lax.psum_scatter(
+      own, "fsdp", scatter_dimension=own.ndim - 1, tiled=True
+    )
+
+  return scatter(gradient)
 
 
 def target_logprobs(

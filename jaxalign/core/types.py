@@ -94,21 +94,25 @@ class PairBatch(TextBatch):
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-  """How tokens are drawn. Traced values: changing them compiles nothing.
+  """How tokens are drawn; None = off, and not in the compiled program.
 
-  Built by `sampling.settings.make`, which checks the ranges.
+  The values are traced: another temperature compiles nothing. Turning a
+  setting on or off does. Built by `sampling.settings.make`, which checks the
+  ranges.
   """
 
-  temperature: Float[AnyArray, ""]  # >= 0; 0 = greedy
-  top_p: Float[AnyArray, ""]  # in (0, 1]; 1 = off
-  top_k: Int[AnyArray, ""]  # >= 0; 0 = off
-  repetition_penalty: Float[AnyArray, ""]  # > 0; 1 = off
-  no_repeat_ngram: Int[AnyArray, ""]  # >= 0; 0 = off
-  min_new_tokens: Int[AnyArray, ""]  # end-of-text is forbidden before
+  temperature: Float[AnyArray, ""] | None  # > 0; None = 1, or greedy
+  top_p: Float[AnyArray, ""] | None  # in (0, 1)
+  top_k: Int[AnyArray, ""] | None  # >= 1
+  repetition_penalty: Float[AnyArray, ""] | None  # > 0
+  min_new_tokens: Int[AnyArray, ""] | None  # end-of-text is forbidden before
   max_new_tokens: Int[AnyArray, ""]  # at most the sampler's capacity
   eos_ids: Int[AnyArray, " E"]  # -1 = unused entry
   stops: Int[AnyArray, "M W"]  # stop sequences, right-aligned; -1 = unused
   pad_id: Int[AnyArray, ""]  # written after the end of a sample
+  # Not traced: each value has a program of its own.
+  greedy: bool = dataclasses.field(metadata={"static": True})
+  no_repeat_ngram: int = dataclasses.field(metadata={"static": True})  # 0 = off
 
 
 @jax.tree_util.register_dataclass

@@ -13,6 +13,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+# Decoding unrolls the layers of models up to this depth, and scans those of
+# deeper ones: an unrolled program of 80 layers takes too long to compile.
+UNROLLED = 32
+
 Layers = Float[Array, "*L G K C H"] | tuple[Float[Array, "G K C H"], ...]
 
 
@@ -22,7 +26,8 @@ class KV:
   """Keys and values of all layers, kept for G groups of rows.
 
   Stacked on a layer axis, or a tuple with one array per layer: a decoding loop
-  takes them apart once, because slicing out a layer at every step copies it.
+  that unrolls the layers takes them apart once, because slicing out a layer at
+  every step copies it.
   """
 
   k: Layers  # keys, already rotated to their positions
@@ -31,7 +36,9 @@ class KV:
   mask: Bool[Array, "G C"]  # True = a real key, attended to
 
   def unstack(self) -> "KV":
-    """The same keys and values with one array per layer."""
+    """The same with one array per layer, or `self` beyond `UNROLLED` layers."""
+    if len(self.k) > UNROLLED:
+      return self
     return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
 
 

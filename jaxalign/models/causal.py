@@ -5,7 +5,9 @@ the stacked blocks, stores and reads keys and values, and applies the head.
 `__call__` reads whole texts, `step` one token per row.
 """
 
+import functools
 import operator
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 import jax
@@ -14,8 +16,8 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.core.types import Params
-from jaxalign.models import heads
-from jaxalign.models.cache import KV, attend
+from jaxalign.models import heads, remat
+from jaxalign.models.cache import KV, UNROLLED, attend
 from jaxalign.models.config import CausalConfig
 from jaxalign.models.layers import (
   Embedding,
@@ -25,6 +27,7 @@ from jaxalign.models.layers import (
   layer_params,
   stack,
 )
+from jaxalign.parallel.mesh import ROWS, constrain, constrain_rows, gathered
 
 C = TypeVar("C", bound=CausalConfig)
 
@@ -121,15 +124,19 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
         own = (k, v, mask & _within(near, window))
         shared = _past_parts(past, past_kv, positions, window)
         kept.append((k, v))
-        return attend(q, [*shared, own], scale=scale, cap=cap)
+        read = functools.partial(attend, scale=scale, cap=cap)
+        return remat.of_attention(read, policy)(q, [*shared, own])
 
       # The block calls `attention` once, which leaves its keys in `kept`.
-      block = nnx.merge(graph, params)
+      block = nnx.merge(graph, remat.cast(params, self.config.dtype))
+      x = remat.block_input(x)
       x = block(x, attention, self.layer_rope(rope, window), key)
-      return x, kept if keep else []
+      # XLA would otherwise move whole batches rather than parameters.
+      return constrain_rows(x), _constrain_heads(kept) if keep else []
 
     # Scanning the stacked blocks: one is compiled, whatever the depth.
-    graph, params = layer_params(self.blocks, self.config.dtype)
+    graph, params = layer_params(self.blocks)
+    policy = self.config.remat
     keys = head_key = None
     if dropout_key is not None:
       # One key per block, the last for the output matrix's adapter.
@@ -137,8 +144,9 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       keys, head_key = keys[:-1], keys[-1]
     # All with a leading layer axis; None has no leaves and stays None.
     xs = (params, self._windows(), [(p.k, p.v) for p in past], keys)
-    body = jax.checkpoint(layer) if self.config.remat else layer
-    x, kept = jax.lax.scan(body, self.embed(tokens, positions), xs)
+    body = remat.of_block(layer, policy, params, self.config.dtype)
+    x = constrain_rows(self.embed(tokens, positions))
+    x, kept = jax.lax.scan(body, x, xs)
     hidden = self._states(x, head_key)
     if not keep:
       return hidden, None
@@ -153,7 +161,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     past: tuple[KV, ...],
     own: KV,
     column: Int[Array, ""],
-    layers: list[Params] | None = None,
+    layers: list[Params] | Params | None = None,
   ) -> tuple[Float[Array, "B E"], KV]:
     """Reads one more token per row and writes its keys to `column` of `own`.
 
@@ -167,7 +175,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       layers: what `unstack` returned. A loop calls it once, outside.
 
     Returns:
-      Hidden states as of `__call__`, and `own` with one array per layer.
+      Hidden states as of `__call__`, and `own` as `KV.unstack` gives it.
     """
     # The new token is the last, so every key that is real may be attended to.
     positions = positions[:, None]
@@ -177,45 +185,85 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     near = positions[:, :, None] - own_positions[:, None, :]
     # One graph serves all layers, which differ in their parameters alone.
     graph, _ = nnx.split(self.blocks)
-    cache = []  # filled layer by layer
 
-    def attention_of(layer, window):
+    # One block; `write` puts the token's keys and values into the cache.
+    def read(x, params, window, past_kv, write):
       def attention(q, k, v, scale, cap=0.0):
-        # In place: the cache is a loop's carry, or donated.
-        at = (0, 0, column, 0)
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        k = jax.lax.dynamic_update_slice(own.k[layer], k, at)
-        v = jax.lax.dynamic_update_slice(own.v[layer], v, at)
-        cache.append((k, v))
-        past_kv = [(p.k[layer], p.v[layer]) for p in past]
+        k, v = write(*_constrain_heads((k, v)))
         shared = _past_parts(past, past_kv, positions, window)
         mine = (k, v, own_mask[:, None, :] & _within(near, window))
         return attend(q, [*shared, mine], scale=scale, cap=cap)
 
-      return attention
-
-    # An unrolled loop: a scan would copy every layer's cache in and out.
-    x = self.embed(tokens[:, None], positions)
-    windows = self.config.windows
-    for layer, params in enumerate(layers or self.unstack()):
-      window = None if windows is None else jnp.asarray(windows[layer])
       block = nnx.merge(graph, params)
-      angles = self.layer_rope(rope, window)
-      x = block(x, attention_of(layer, window), angles, None)
-    k, v = zip(*cache, strict=True)
+      x = block(x, attention, self.layer_rope(rope, window), None)
+      return constrain_rows(x)
+
+    # The cache is written in place, as it is a loop's carry, or donated.
+    put = jax.lax.dynamic_update_slice
+    x = constrain_rows(self.embed(tokens[:, None], positions))
+    layers = self.unstack() if layers is None else layers
+    if isinstance(layers, list):
+      cache = []  # filled layer by layer
+      windows = self.config.windows
+      for layer, params in enumerate(layers):
+
+        def write(k, v, layer=layer):
+          at = (0, 0, column, 0)
+          cache.append((put(own.k[layer], k, at), put(own.v[layer], v, at)))
+          return cache[-1]
+
+        window = None if windows is None else jnp.asarray(windows[layer])
+        past_kv = [(p.k[layer], p.v[layer]) for p in past]
+        x = read(x, params, window, past_kv, write)
+      k, v = zip(*cache, strict=True)
+    else:
+
+      def body(carry, xs):
+        x, *cache = carry
+        layer, params, window, past_kv = xs
+
+        def write(k, v):
+          at = (layer, 0, 0, column, 0)
+          cache[:] = put(cache[0], k[None], at), put(cache[1], v[None], at)
+          return cache[0][layer], cache[1][layer]
+
+        x = read(x, params, window, past_kv, write)
+        return (x, *cache), None
+
+      past_kv = [(p.k, p.v) for p in past]
+      xs = (jnp.arange(len(own.k)), layers, self._windows(), past_kv)
+      # In the carry: as `xs` every layer's cache would be copied in and out.
+      (x, k, v), _ = jax.lax.scan(body, (x, own.k, own.v), xs)
     return self._states(x)[:, 0], KV(k, v, own_positions, own_mask)
 
-  def unstack(self) -> list[Params]:
-    """Each layer's parameters in the compute dtype, for `step`."""
-    _, params = layer_params(self.blocks, self.config.dtype)
-    take = operator.itemgetter
+  def unstack(self) -> list[Params] | Params:
+    """The layers' parameters in the compute dtype, for `step`.
+
+    One tree per layer, or beyond `UNROLLED` layers one tree of stacked ones.
+    """
+    dtype = self.config.dtype
+    params = jax.tree.map(
+      lambda p: p.astype(dtype), layer_params(self.blocks)[1]
+    )
     count = self.config.layers
+    if count > UNROLLED:
+      return params
+    take = operator.itemgetter
     return [jax.tree.map(take(i), params) for i in range(count)]
 
   def unembed(self, hidden: Float[Array, "... E"]) -> Float[Array, "... V"]:
     """Float32 logits over the vocabulary, of a call's hidden states."""
     head = self.embedding if self.config.tied else self.lm_head
     return head.attend(hidden)
+
+  def chunked_unembed(self) -> Callable[[Array], Array]:
+    """`unembed` for loops over chunks: its matrix is gathered once, before."""
+    if self.config.head != "lm":  # there is none
+      return self.unembed
+    head = self.embedding if self.config.tied else self.lm_head
+    graph, state = nnx.split(head)
+    return nnx.merge(graph, gathered(nnx.to_pure_dict(state))).attend
 
   def scores(
     self,
@@ -239,7 +287,8 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     segment_ids = mask.astype(jnp.int32)
     # Left padding gets position 0, which its mask hides.
     hidden, _ = self(tokens, positions, segment_ids, dropout_key=dropout_key)
-    pooled = heads.pool(self.config, hidden, tokens, mask)
+    # XLA would replicate what is gathered by index.
+    pooled = constrain_rows(heads.pool(self.config, hidden, tokens, mask))
     return self.score_head(pooled).astype(jnp.float32)
 
   def _states(
@@ -253,6 +302,11 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
   def _windows(self) -> Int[Array, " L"] | None:
     windows = self.config.windows
     return None if windows is None else jnp.asarray(windows)
+
+
+def _constrain_heads(kv):
+  """Keys and values `[B, K, T, H]`: rows and heads split over the mesh."""
+  return jax.tree.map(lambda x: constrain(x, ROWS, "tensor"), kv)
 
 
 def _attended(

@@ -69,8 +69,8 @@ class ModelConfig(Protocol):
     ...
 
   @property
-  def remat(self) -> bool:
-    """Whether the backward pass recomputes each block's activations."""
+  def remat(self) -> str:
+    """What the backward pass computes again, see `models.remat`."""
     ...
 
   @property

@@ -9,6 +9,7 @@ scatter the backward pass even more.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxalign.models import remat
 from jaxalign.models.cache import NEGATIVE
 from jaxalign.models.heads import Scored
 from jaxalign.models.layers import (
@@ -28,6 +30,7 @@ from jaxalign.models.layers import (
   layer_params,
   stack,
 )
+from jaxalign.parallel.mesh import constrain_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +58,7 @@ class DebertaConfig:
     dropout: probability of dropping a feature in training, of the embeddings
       and of what attention and MLP add; attention weights are not dropped.
     dtype: compute dtype; parameters may have another.
-    remat: recompute each block's activations in the backward pass.
+    remat: what the backward pass computes again, see `models.remat`.
   """
 
   vocab_size: int
@@ -83,7 +86,7 @@ class DebertaConfig:
   groups: tuple[str, ...] = ()
   dropout: float = 0.0
   dtype: str = "float32"
-  remat: bool = False
+  remat: str = "none"
 
   model_type = "deberta-v2"
 
@@ -185,7 +188,9 @@ class DebertaBlock(nnx.Module):
     rate = self.config.dropout
     # For q, k, v; attention's output, its dropout; the MLP's two, its dropout.
     keys = [None] * 8 if key is None else list(jax.random.split(key, 8))
-    attended = self._attention(x, mask, relative, queries, keys[:3])
+    attention = functools.partial(self._attention, queries=queries)
+    attention = remat.of_attention(attention, self.config.remat)
+    attended = attention(x, mask, relative, keys=keys[:3])
     attended = self.attention_output(attended, keys[3])
     attended = dropout(attended, rate, keys[4])
     # Normalised after each residual sum; the causal models do so before.
@@ -371,8 +376,8 @@ class Deberta(Scored, nnx.Module):
     start = jnp.argmax(mask, axis=1, keepdims=True)
     # What stands before the text wraps around to the end of the row.
     columns = (jnp.arange(length) + start) % length
-    tokens, mask = (
-      jnp.take_along_axis(a, columns, axis=1) for a in (tokens, mask)
+    tokens, mask = constrain_rows(
+      [jnp.take_along_axis(a, columns, axis=1) for a in (tokens, mask)]
     )
     if types is not None:
       types = jnp.take_along_axis(types, columns, axis=1)
@@ -383,17 +388,23 @@ class Deberta(Scored, nnx.Module):
       # For the embeddings, the blocks, and the projection's adapter.
       dropout_key, layers_key, proj_key = jax.random.split(dropout_key, 3)
       keys = jax.random.split(layers_key, config.layers)
-    embedded = self._embed(tokens, mask, types, dropout_key, proj_key)
+    embedded = constrain_rows(
+      self._embed(tokens, mask, types, dropout_key, proj_key)
+    )
     relative = self._relative()
-    graph, params = layer_params(self.blocks, config.dtype)
+    graph, params = layer_params(self.blocks)
 
     # A block that gives the states of the first `queries` tokens.
-    def layer(queries):
+    def layer(queries, scanned=False):
       def run(x, one):
         params, key = one
-        return nnx.merge(graph, params)(x, mask, relative, queries, key)
+        block = nnx.merge(graph, remat.cast(params, config.dtype))
+        x = block(remat.block_input(x), mask, relative, queries, key)
+        return constrain_rows(x)
 
-      return jax.checkpoint(run) if config.remat else run
+      return remat.of_block(
+        run, config.remat, params, config.dtype, scanned=scanned
+      )
 
     def block(i):
       return jax.tree.map(lambda p: p[i], (params, keys))
@@ -409,7 +420,8 @@ class Deberta(Scored, nnx.Module):
       last -= 1
     if last > first:
       middle = jax.tree.map(lambda p: p[first:last], (params, keys))
-      x, _ = jax.lax.scan(lambda x, p: (full(x, p), None), x, middle)
+      body = layer(length, scanned=True)
+      x, _ = jax.lax.scan(lambda x, p: (body(x, p), None), x, middle)
     if first_only:
       # A lone block with a convolution has already run in full.
       x = layer(1)(x, block(-1)) if last < config.layers else x[:, :1]

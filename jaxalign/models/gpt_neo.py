@@ -27,7 +27,7 @@ class GPTNeoConfig:
     groups: whose score each column of the score head is; () = one column.
     eos_id: end-of-text id, read by the `score_eos` head only.
     dtype: compute dtype; parameters may have another.
-    remat: recompute each block's activations in the backward pass.
+    remat: what the backward pass computes again, see `models.remat`.
   """
 
   vocab_size: int
@@ -44,7 +44,7 @@ class GPTNeoConfig:
   groups: tuple[str, ...] = ()
   eos_id: int = 50256
   dtype: str = "float32"
-  remat: bool = False
+  remat: str = "none"
 
   model_type = "gpt_neo"
   context_switch = 0

@@ -268,11 +268,10 @@ def stack(
   return nnx.vmap(make)(rngs.split(count))  # a random key for each
 
 
-def layer_params(module: nnx.Module, dtype: str) -> tuple[nnx.GraphDef, dict]:
-  """A stacked module's graph and its parameters, floats cast to `dtype`."""
+def layer_params(module: nnx.Module) -> tuple[nnx.GraphDef, dict]:
+  """A stacked module's graph and its parameters."""
   graph, state = nnx.split(module)
-  params = nnx.to_pure_dict(state)
-  return graph, jax.tree.map(lambda p: p.astype(dtype), params)
+  return graph, nnx.to_pure_dict(state)
 
 
 # By the names in Hugging Face's config.json; gelu_fast is the tanh form too.

@@ -37,7 +37,7 @@ class LlamaConfig:
     groups: whose score each column of the score head is; () = one column.
     eos_id: end-of-text id, read by the `score_eos` head only.
     dtype: compute dtype; parameters may have another.
-    remat: recompute each block's activations in the backward pass.
+    remat: what the backward pass computes again, see `models.remat`.
   """
 
   vocab_size: int
@@ -66,7 +66,7 @@ class LlamaConfig:
   groups: tuple[str, ...] = ()
   eos_id: int = 2
   dtype: str = "float32"
-  remat: bool = False
+  remat: str = "none"
 
   @property
   def scale(self) -> float:

@@ -6,12 +6,15 @@ split over replica and fsdp together. One device is a 1 x 1 x 1 mesh, so a
 laptop and a pod run the same program.
 """
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
@@ -19,6 +22,7 @@ from jaxalign.errors import UserError
 AXES = ("replica", "fsdp", "tensor")
 Devices = Sequence[jax.Device] | None  # None = all of this run
 AnyMesh = Mesh | AbstractMesh  # an abstract one has no devices
+Axes = str | tuple[str, ...] | None  # what one dimension is split over
 ROWS = ("replica", "fsdp")  # the axes over which a batch's rows are split
 
 # Layers by the axis of their kernel [in, out] that holds heads or features. A
@@ -122,16 +126,83 @@ def _of_rows(x: PyTree, mesh: Mesh) -> NamedSharding:
   return replicated(mesh) if np.ndim(x) < 2 else rows(mesh, 1)
 
 
-def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
-  """Keeps rows on `axis` split over the mesh in force, inside a program.
+def jit(fn: Callable, mesh: Mesh | None, **options: Any) -> jax.stages.Wrapped:
+  """`jax.jit` with the mesh in force, which the constraints below go by."""
+  if mesh is None:
+    return jax.jit(fn, **options)
 
-  XLA would replicate what is gathered by index, and every device would compute
-  all of it.
+  @functools.wraps(fn)
+  def on_mesh(*args, **kwargs):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return fn(*args, **kwargs)
+
+  return jax.jit(on_mesh, **options)
+
+
+def constrain(x: Array, *spec: Axes) -> Array:
+  """Shards an array over the mesh in force, inside a program.
+
+  Without a mesh in force, or with one device, nothing happens.
+
+  Args:
+    x: any array.
+    *spec: the mesh axes of its leading dimensions, as in a `PartitionSpec`; a
+      dimension that does not divide evenly stays whole.
   """
-  if jax.sharding.get_abstract_mesh().empty:
-    return tree
-  spec = PartitionSpec(*[None] * axis, ROWS)
-  return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
+  sizes = jax.sharding.get_abstract_mesh().shape
+  if all(size == 1 for size in sizes.values()):
+    return x
+
+  def fits(axes: Axes, dimension: int) -> Axes:
+    names = (axes,) if isinstance(axes, str) else axes or ()
+    parts = math.prod(sizes[name] for name in names)
+    return axes if dimension % parts == 0 else None
+
+  wanted = [fits(axes, n) for axes, n in zip(spec, x.shape, strict=False)]
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*wanted))
+
+
+def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
+  """Keeps rows on `axis` split over the mesh in force, all else whole.
+
+  Called wherever rows cross the border of a layer. Where parameters are split
+  over the same devices as rows, XLA would otherwise leave the parameters where
+  they are and move the rows of the whole batch to every device.
+  """
+  spec = (*[None] * axis, ROWS)
+  return jax.tree.map(lambda x: constrain(x, *spec), tree)
+
+
+def gathered(params: Params) -> Params:
+  """Parameters whole over `fsdp`, inside a program; still split over `tensor`.
+
+  For a loop that reads all of them again and again, such as decoding: called
+  before the loop, it moves them once. Their gradient is scattered again.
+  """
+
+  def place(path, leaf):
+    return _gathered(leaf, _wanted(path, leaf.ndim))
+
+  return jax.tree_util.tree_map_with_path(place, params)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gathered(x: Array, spec: tuple[Axes, ...]) -> Array:
+  return constrain(x, *[None if axes == "fsdp" else axes for axes in spec])
+
+
+def _gathered_forward(x, spec):
+  return _gathered(x, spec), None
+
+
+def _gathered_backward(spec, saved, d):
+  # The transposed constraint would have every device hold the whole sum. This
+  # one lets it be reduced and scattered in one pass.
+  del saved
+  return (constrain(d, *spec),)
+
+
+_gathered.defvjp(_gathered_forward, _gathered_backward)
 
 
 def row_count(mesh: AnyMesh) -> int:
@@ -161,9 +232,12 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
   """
 
   def place(path, leaf):
-    # Dict keys and fields of dataclasses have a name, list indices do not.
-    names = [str(getattr(p, "key", getattr(p, "name", ""))) for p in path]
-    return NamedSharding(mesh, _spec(names, leaf.shape, mesh))
+    wanted = _wanted(path, len(leaf.shape))
+    fits = [
+      axis if axis and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(wanted, leaf.shape, strict=False)
+    ]
+    return NamedSharding(mesh, PartitionSpec(*fits))
 
   return jax.tree_util.tree_map_with_path(place, tree)
 
@@ -182,10 +256,12 @@ def put(tree: Params, mesh: Mesh) -> Params:
   return jax.device_put(tree, shardings(tree, mesh))
 
 
-def _spec(names: list[str], shape: tuple[int, ...], mesh: AnyMesh):
+def _wanted(path: tuple, ndim: int) -> tuple[Axes, ...]:
+  """The axes that a leaf's dimensions are split over; () = none of them."""
+  # Dict keys and fields of dataclasses have a name, list indices do not.
+  names = [str(getattr(p, "key", getattr(p, "name", ""))) for p in path]
   # A leaf is known by its module and its own name: `dense`, `kernel`.
-  owner = names[-2] if len(names) > 1 else ""
-  leaf = names[-1] if names else ""
+  owner, leaf = ["", "", *names][-2:]
   if leaf == "embedding" or (leaf == "kernel" and owner in SPLIT_INPUTS):
     wanted = ("tensor", "fsdp")
   elif leaf == "kernel" and owner in SPLIT_OUTPUTS:
@@ -193,13 +269,9 @@ def _spec(names: list[str], shape: tuple[int, ...], mesh: AnyMesh):
   elif leaf in ("kernel", "lora_a", "lora_b"):
     wanted = ("fsdp", None)  # other layers, and adapters, whose rank is small
   else:
-    return PartitionSpec()  # biases and norms: small
-  if len(shape) < 2:
-    return PartitionSpec()  # factored optimizer statistics
-  fits = [
-    axis if axis and size % mesh.shape[axis] == 0 else None
-    for axis, size in zip(wanted, shape[-2:], strict=True)
-  ]
+    return ()  # biases and norms: small
+  if ndim < 2:
+    return ()  # factored optimizer statistics
   # Layers are stacked on leading axes, which are never split: a scan over them
   # would gather all layers on every device.
-  return PartitionSpec(*[None] * (len(shape) - 2), *fits)
+  return (*[None] * (ndim - 2), *wanted)

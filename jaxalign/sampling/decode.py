@@ -9,13 +9,13 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Int
 
 from jaxalign.core.types import Params, Samples, SamplingParams
 from jaxalign.models.config import CausalConfig
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
+from jaxalign.sampling import compaction
 from jaxalign.sampling.draw import choose
 from jaxalign.sampling.state import (
   EOS,
@@ -46,7 +46,6 @@ def begin(
   *,
   samples_per_prompt: int,
   capacity: int,
-  mesh: Mesh | None = None,
 ) -> tuple[Fixed, State]:
   """Reads the prompts and draws each row's first token; see `sample`."""
   # Prefill: the prefix, then each prompt once, whatever S is.
@@ -80,19 +79,19 @@ def begin(
   state = first_state(
     model.config, repeat(context), repeat(~mask.any(axis=1)), settings, capacity
   )
-  fixed, state = _split_rows((fixed, state), len(fixed.start), mesh)
+  fixed, state = _split_rows((fixed, state), len(fixed.start))
   return fixed, _emit(module, fixed, state, repeat(hidden[:, -1]), settings)
 
 
-def unstack(model: Model, params: Params) -> list[Params]:
-  """Each layer's parameters by themselves, as `advance` takes them."""
+def unstack(model: Model, params: Params) -> list[Params] | Params:
+  """The layers' parameters as `advance` takes them."""
   return model.bind(_cast(params, model.config.dtype)).unstack()
 
 
 def advance(
   model: Model,
   params: Params,
-  layers: list[Params],
+  layers: list[Params] | Params,
   fixed: Fixed,
   state: State,
   settings: SamplingParams,
@@ -100,6 +99,30 @@ def advance(
   """Feeds each row's last token to the model and draws the next one."""
   module = model.bind(_cast(params, model.config.dtype))
   return _advance(module, layers, fixed, state, settings)
+
+
+def resume(
+  model: Model,
+  params: Params,
+  layers: list[Params] | Params,
+  fixed: Fixed,
+  state: State,
+  settings: SamplingParams,
+) -> tuple[State, Samples, tuple[Int[Array, ""], Int[Array, ""]]]:
+  """Draws until all rows have ended, or few are left: see `compaction`.
+
+  Returns:
+    The state, the samples so far, and what `compaction.needed` says.
+  """
+  module = model.bind(_cast(params, model.config.dtype))
+  groups = compaction.prompt_groups(fixed)
+  state = jax.lax.while_loop(
+    lambda s: ~s.done.all() & ~compaction.pays(s.done, groups),
+    lambda s: _advance(module, layers, fixed, s, settings),
+    state,
+  )
+  size = compaction.needed(state.done, groups)
+  return state, _samples(state, settings), size
 
 
 def sample(
@@ -115,7 +138,6 @@ def sample(
   *,
   samples_per_prompt: int,
   capacity: int,
-  mesh: Mesh | None = None,
 ) -> Samples:
   """Draws S completions of each prompt.
 
@@ -135,7 +157,6 @@ def sample(
       `first_sample=S` draws S more.
     samples_per_prompt: S.
     capacity: N, new tokens at most; `settings.max_new_tokens` may be lower.
-    mesh: the rows are sharded over its row axes, if they divide evenly.
 
   Returns:
     P·S rows; row p S + s is sample s of prompt p.
@@ -154,7 +175,6 @@ def sample(
     first_sample,
     samples_per_prompt=samples_per_prompt,
     capacity=capacity,
-    mesh=mesh,
   )
   # Taking the stacked layers apart once, not at every token.
   layers = module.unstack()
@@ -163,7 +183,12 @@ def sample(
     lambda s: _advance(module, layers, fixed, s, settings),
     state,
   )
-  # Writing the pad id after each row's end.
+  return _samples(state, settings)
+
+
+def _samples(state, settings):
+  """What has been drawn, with the pad id after each row's end."""
+  capacity = state.model_logps.shape[1]
   new = state.history[:, -capacity:]
   inside = jnp.arange(capacity) < state.lengths[:, None]
   return Samples(
@@ -217,12 +242,14 @@ def _emit(module, fixed, state, hidden, settings):
   def write(logps, new):
     return logps.at[:, drawn].set(jnp.where(alive, new, 0))
 
-  rows = jnp.arange(token.shape[0])
+  seen = state.seen
+  if seen is not None:
+    seen = seen.at[jnp.arange(token.shape[0]), token].set(True)
   return dataclasses.replace(
     state,
     drawn=drawn + 1,
     history=history,
-    seen=state.seen.at[rows, token].set(True),
+    seen=seen,
     done=state.done | ended | stopped | full,
     lengths=state.lengths + alive,
     finish=jnp.where(alive, finish, state.finish),
@@ -254,25 +281,31 @@ def _read_prefix(module, tokens, mask, prefix):
   return (kept,), real.sum(), _align_right(history, history >= 0)[0]
 
 
-def _split_rows(tree, rows: int, mesh: Mesh | None):
-  """Shards every array that has a leading row axis over the mesh."""
-  # Rows that do not divide evenly are left to the compiler.
-  if mesh is None or rows % meshes.row_count(mesh):
-    return tree
-  split = meshes.rows(mesh)
+def _split_rows(tree, rows: int):
+  """Shards every array that has a row axis over the mesh in force."""
 
   def place(x):
-    has_rows = x.ndim > 0 and x.shape[0] == rows
-    return jax.lax.with_sharding_constraint(x, split) if has_rows else x
+    if x.ndim == 5:  # the caches of all layers, stacked
+      return meshes.constrain(x, None, meshes.ROWS, "tensor")
+    if x.ndim == 0 or x.shape[0] != rows:
+      return x
+    # Of a layer's cache the second axis are heads.
+    return meshes.constrain(x, meshes.ROWS, "tensor" if x.ndim == 4 else None)
 
   return jax.tree.map(place, tree)
 
 
 def _cast(params: Params, dtype: str) -> Params:
-  """Casts once what the loop would cast at every step; norms stay exact."""
-  return {
-    name: part
-    if name == "final_norm"
-    else jax.tree.map(lambda x: x.astype(dtype), part)
-    for name, part in params.items()
-  }
+  """Casts once what the loop would cast at every step; norms stay exact.
+
+  On a mesh the parameters are also gathered over `fsdp` here, and not at every
+  token.
+  """
+  return meshes.gathered(
+    {
+      name: part
+      if name == "final_norm"
+      else jax.tree.map(lambda x: x.astype(dtype), part)
+      for name, part in params.items()
+    }
+  )

@@ -15,7 +15,10 @@ from jaxalign.core.types import SamplingParams
 
 NEGATIVE = -1e30  # forbidden; finite, so that forbidding all gives no NaN
 BLOCK = 128  # tokens whose weights are summed before any cumulative sum
-WAYS = 8  # parts that one pass of the threshold search splits an interval into
+# Parts into which one pass of the threshold search splits an interval: on a
+# CPU, and where PASSES passes have to cut any interval below 2^30 down to 1.
+WAYS = 8
+MANY_WAYS, PASSES = 16, 8
 WHOLE = 2.0**29  # upper bound of the sum of a row's weights as integers
 
 
@@ -23,18 +26,22 @@ def choose(
   logits: Float[Array, "B V"],
   uniform: Float[Array, " B"],
   settings: SamplingParams,
-  seen: Bool[Array, "B V"],
+  seen: Bool[Array, "B V"] | None,
   history: Int[Array, "B W"],
   column: Int[Array, ""],
   drawn: Int[Array, ""],
 ) -> tuple[Int[Array, " B"], Float[Array, " B"], Float[Array, " B"]]:
   """Draws the next token of every row.
 
+  What the settings turn off is not in the program. Nothing here branches on a
+  value: on a GPU every such branch would wait for the host.
+
   Args:
     logits: of the model, temperature 1.
     uniform: one number in [0, 1) per row.
     settings: see `SamplingParams`.
-    seen: True = the token occurs in the prompt or the sample so far.
+    seen: True = the token occurs in the prompt or the sample so far; None
+      without a repetition penalty.
     history: the rows' tokens before `column`, right-aligned; -1 = none.
     column: where the next token goes in `history`.
     drawn: how many tokens have been drawn before.
@@ -43,42 +50,30 @@ def choose(
     Tokens, their log-probabilities under the model and under the distribution
     that was drawn from, in nats. Greedy draws have sampling log-prob 0.
   """
-  # Shared by the plain draw and the model's log-probability.
   peak = logits.max(axis=1, keepdims=True)
   weights = jnp.exp(logits - peak)
   total = weights.sum(axis=1)
-
-  def plain():
-    token, weight = invert(weights, uniform)
-    return token, jnp.log(weight) - jnp.log(total)
-
-  def shaped():
-    logits_ = shape(logits, settings, seen, history, column, drawn)
-    # The peak is subtracted first: a tiny temperature would overflow it.
-    below = logits_ - logits_.max(axis=1, keepdims=True)
-    weights = jnp.exp(below / settings.temperature)
-    least = least_of_top_k(weights, settings.top_k)
-    least = least_of_top_p(weights, settings.top_p, least)
-    kept = jnp.where(weights >= least[:, None], weights, 0)
+  shaped = shape(logits, settings, seen, history, column, drawn)
+  if settings.greedy:
+    token = argmax(shaped)
+    sampling_logp = jnp.zeros(logits.shape[0], jnp.float32)
+  else:
+    kept = weights
+    if shaped is not logits or settings.temperature is not None:
+      # The peak is subtracted first: a tiny temperature would overflow it.
+      below = shaped - shaped.max(axis=1, keepdims=True)
+      if settings.temperature is not None:
+        below = below / settings.temperature
+      kept = jnp.exp(below)
+    least = None
+    if settings.top_k is not None:
+      least = least_of_top_k(kept, settings.top_k)
+    if settings.top_p is not None:
+      least = least_of_top_p(kept, settings.top_p, least)
+    if least is not None:
+      kept = jnp.where(kept >= least[:, None], kept, 0)
     token, weight = invert(kept, uniform)
-    return token, jnp.log(weight) - jnp.log(kept.sum(axis=1))
-
-  def greedy():
-    logits_ = shape(logits, settings, seen, history, column, drawn)
-    return argmax(logits_), jnp.zeros(logits.shape[0], jnp.float32)
-
-  # One branch runs, for the whole batch: settings are traced, so the same
-  # program serves all of them, and plain sampling pays for no filter.
-  unshaped = (
-    (settings.temperature == 1)
-    & (settings.top_p >= 1)
-    & (settings.top_k == 0)
-    & (settings.repetition_penalty == 1)
-    & (settings.no_repeat_ngram == 0)
-    & (settings.min_new_tokens <= drawn)
-  )
-  branch = jnp.where(settings.temperature == 0, 2, jnp.where(unshaped, 0, 1))
-  token, sampling_logp = jax.lax.switch(branch, (plain, shaped, greedy))
+    sampling_logp = jnp.log(weight) - jnp.log(kept.sum(axis=1))
   # The model's log-probability is that of the unshaped logits.
   logit = jnp.take_along_axis(logits, token[:, None], axis=1)[:, 0]
   model_logp = logit - peak[:, 0] - jnp.log(total)
@@ -98,31 +93,36 @@ def argmax(logits: Float[Array, "B V"]) -> Int[Array, " B"]:
 def shape(
   logits: Float[Array, "B V"],
   settings: SamplingParams,
-  seen: Bool[Array, "B V"],
+  seen: Bool[Array, "B V"] | None,
   history: Int[Array, "B W"],
   column: Int[Array, ""],
   drawn: Int[Array, ""],
 ) -> Float[Array, "B V"]:
-  """Repetition penalty, no-repeat-ngram and minimum length, in that order."""
-  penalty = settings.repetition_penalty
-  # Keskar et al. (2019) divide, which would raise a negative logit.
-  worse = jnp.where(logits < 0, logits * penalty, logits / penalty)
-  logits = jnp.where(seen, worse, logits)
-  banned = jax.lax.cond(
-    settings.no_repeat_ngram > 0,
-    lambda: repeats(history, column, settings.no_repeat_ngram, seen.shape[1]),
-    lambda: jnp.zeros(seen.shape, bool),
-  )
-  tokens = jnp.arange(logits.shape[1])
-  ends = (tokens[:, None] == settings.eos_ids).any(axis=1)
-  early = drawn < settings.min_new_tokens
-  return jnp.where(banned | (early & ends), NEGATIVE, logits)
+  """Repetition penalty, no-repeat-ngram and minimum length, in that order.
+
+  Returns `logits` itself where all are off.
+  """
+  if settings.repetition_penalty is not None:
+    assert seen is not None
+    penalty = settings.repetition_penalty
+    # Keskar et al. (2019) divide, which would raise a negative logit.
+    worse = jnp.where(logits < 0, logits * penalty, logits / penalty)
+    logits = jnp.where(seen, worse, logits)
+  vocab = logits.shape[1]
+  if settings.no_repeat_ngram:
+    banned = repeats(history, column, settings.no_repeat_ngram, vocab)
+    logits = jnp.where(banned, NEGATIVE, logits)
+  if settings.min_new_tokens is not None:
+    ends = (jnp.arange(vocab)[:, None] == settings.eos_ids).any(axis=1)
+    early = drawn < settings.min_new_tokens
+    logits = jnp.where(early & ends, NEGATIVE, logits)
+  return logits
 
 
 def repeats(
   history: Int[Array, "B W"],
   column: Int[Array, ""],
-  size: Int[Array, ""],
+  size: int,
   vocab: int,
 ) -> Bool[Array, "B V"]:
   """Tokens that would repeat an earlier run of `size` tokens.
@@ -136,18 +136,15 @@ def repeats(
   rows, width = history.shape
   columns = jnp.arange(width)
 
-  def compare(back, match):
+  # A column matches if the size − 1 tokens before it equal the last size − 1.
+  match = (columns < column) & (history >= 0)
+  for back in range(1, min(size, width + 1)):
     # A masked maximum, as a dynamic slice here aborts the TPU compiler.
     there = columns == column - back
     last = jnp.where(there, history, -1).max(axis=1, keepdims=True)
-    # Rolling wraps the end to the front, where `valid` stops it.
+    # Rolling wraps the end to the front, which `back` columns leave out.
     earlier = jnp.roll(history, back, axis=1)
-    valid = (columns >= back) & (last >= 0)
-    return match & valid & (earlier == last)
-
-  # A column matches if the size − 1 tokens before it equal the last size − 1.
-  match = jnp.broadcast_to(columns < column, history.shape)
-  match = jax.lax.fori_loop(1, size, compare, match & (history >= 0))
+    match &= (columns >= back) & (last >= 0) & (earlier == last)
   ids = jnp.where(match, history, vocab)  # vocab is out of range: dropped
   banned = jnp.zeros((rows, vocab), bool)
   return banned.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
@@ -160,23 +157,19 @@ def least_of_top_k(
 
   Args:
     weights: in [0, 1], the largest 1; not normalised.
-    top_k: 0 = off, which returns 0 and does no work.
+    top_k: k >= 1.
   """
   rows, vocab = weights.shape
-
-  def search():
-    wanted = jnp.full(rows, jnp.minimum(top_k, vocab), jnp.int32)
-    every = jnp.full(rows, vocab, jnp.int32)
-    # Each token counts 1, so an amount is a number of tokens.
-    return _search(weights, lambda w: 1, wanted, jnp.zeros(rows), every)
-
-  return jax.lax.cond(top_k > 0, search, lambda: jnp.zeros(rows))
+  wanted = jnp.full(rows, jnp.minimum(top_k, vocab), jnp.int32)
+  every = jnp.full(rows, vocab, jnp.int32)
+  # Each token counts 1, so an amount is a number of tokens.
+  return _search(weights, lambda w: 1, wanted, jnp.zeros(rows), every)
 
 
 def least_of_top_p(
   weights: Float[Array, "B V"],
   top_p: Float[Array, ""],
-  least: Float[Array, " B"],
+  least: Float[Array, " B"] | None = None,
 ) -> Float[Array, " B"]:
   """The smallest weight among the likeliest tokens that reach a share top_p.
 
@@ -186,35 +179,30 @@ def least_of_top_p(
 
   Args:
     weights: in [0, 1], the largest 1; not normalised.
-    top_p: in (0, 1]; 1 = off, which returns `least` and does no work.
-    least: tokens below it are left out already.
+    top_p: in (0, 1).
+    least: tokens below it are left out already; None = all are there.
   """
+  # Integers, whose sums do not depend on the order. The scale is a power of
+  # two, so that weights of few bits are not rounded.
+  total = weights.sum(axis=1)
+  scale = _power_of_two(WHOLE / total)
 
-  def search():
-    # Integers, whose sums do not depend on the order. The scale is a power of
-    # two, so that weights of few bits are not rounded.
-    total = weights.sum(axis=1)
-    scale = _power_of_two(WHOLE / total)
+  def share(w):  # of a [B, ...] array
+    by_row = jnp.expand_dims(scale, range(1, w.ndim))
+    return (w * by_row + 0.5).astype(jnp.int32)
 
-    def share(w):  # of a [B, ...] array
-      by_row = jnp.expand_dims(scale, range(1, w.ndim))
-      return (w * by_row + 0.5).astype(jnp.int32)
-
-    total = jax.lax.cond(
-      (least > 0).any(),
-      lambda: jnp.where(weights >= least[:, None], weights, 0).sum(axis=1),
-      lambda: total,
-    )
-    # The goal comes from the float total: as integers the least tokens are 0.
-    goal = jnp.ceil(top_p * total * scale).astype(jnp.int32)
-    # All tokens below this bound together hold less than 1 - top_p, so the
-    # search may start from it.
-    low = 0.99 * (1 - top_p) * total / weights.shape[1]
-    # Rounding adds at most half a unit per token, far less than WHOLE.
-    most = jnp.full_like(goal, 2 * WHOLE)
-    return _search(weights, share, goal, jnp.maximum(low, least), most)
-
-  return jax.lax.cond(top_p < 1, search, lambda: least)
+  if least is not None:
+    total = jnp.where(weights >= least[:, None], weights, 0).sum(axis=1)
+  # The goal comes from the float total: as integers the least tokens are 0.
+  goal = jnp.ceil(top_p * total * scale).astype(jnp.int32)
+  # All tokens below this bound together hold less than 1 - top_p, so the
+  # search may start from it.
+  low = 0.99 * (1 - top_p) * total / weights.shape[1]
+  if least is not None:
+    low = jnp.maximum(low, least)
+  # Rounding adds at most half a unit per token, far less than WHOLE.
+  most = jnp.full_like(goal, 2 * WHOLE)
+  return _search(weights, share, goal, low, most)
 
 
 def _search(
@@ -227,8 +215,11 @@ def _search(
   """The largest bound in [low, 1] above which the amounts reach the goal.
 
   Floats >= 0 have the order of their bits as integers, so cutting an interval
-  of bits ends at the exact float. One pass over the vocabulary tries seven
-  bounds. A row is done as soon as a single token is left in its interval.
+  of bits ends at the exact float. One pass over the vocabulary tries several
+  bounds. On a CPU the search ends as soon as a single token is left in every
+  row's interval. Elsewhere asking that would stop the device at every pass;
+  there it makes as many passes as cut any interval down to one float, which
+  keeps the same tokens.
 
   Args:
     weights: in [0, 1].
@@ -239,12 +230,12 @@ def _search(
     most: at least the sum of the amounts above `low`.
   """
 
-  def cut(state):
+  def cut(state, ways):
     ends, reached, _ = state
     low, width = ends[:, :1], ends[:, 1:] - ends[:, :1]
-    part = jnp.arange(1, WAYS)
-    # low + width * part / WAYS, without an overflow.
-    tried = low + width // WAYS * part + width % WAYS * part // WAYS
+    part = jnp.arange(1, ways)
+    # low + width * part / ways, without an overflow.
+    tried = low + width // ways * part + width % ways * part // ways
     found = _above(weights, amount, tried)
     bounds = jnp.concatenate([low, tried, ends[:, 1:]], axis=1)
     amounts = jnp.concatenate([reached[:, :1], found, reached[:, 1:]], axis=1)
@@ -259,12 +250,24 @@ def _search(
     one_left = inside - least <= (least - 1) // 2  # without an overflow
     return ends, reached, one_left | (ends[:, 1] - ends[:, 0] <= 1)
 
+  def until_done(state):
+    return jax.lax.while_loop(
+      lambda s: ~s[-1].all(), lambda s: cut(s, WAYS), state
+    )
+
+  def all_passes(state):
+    for _ in range(PASSES):
+      state = cut(state, MANY_WAYS)
+    return state
+
   # Each row's interval as bits, and the amounts at or above its ends.
   beyond = jnp.full(low.shape, 0x3F800001)  # the float above 1
   ends = jnp.stack([_bits(low), beyond], axis=1)
   reached = jnp.stack([most, jnp.zeros_like(most)], axis=1)
   state = (ends, reached, jnp.zeros(low.shape, bool))
-  ends, _, _ = jax.lax.while_loop(lambda s: ~s[-1].all(), cut, state)
+  ends, _, _ = jax.lax.platform_dependent(
+    state, cpu=until_done, default=all_passes
+  )
   return _float(ends[:, 0])
 
 

@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,8 +14,9 @@ from jaxalign.data.batches import bucket_length, pad_rows
 from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
 from jaxalign.models.model import Model
+from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.program import Program
-from jaxalign.sampling import decode
+from jaxalign.sampling import compaction, decode
 from jaxalign.sampling import state as state_lib
 
 BUCKETS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
@@ -33,12 +35,17 @@ class Sampler:
     new_token_buckets: the same for `max_new_tokens`.
     mesh: the parameters are sharded over it; so are the rows, over its row
       axes. None = one device.
+    compact: rows that have ended leave the batch, see `compaction`: faster
+      where completions differ in length, for a few more programs to compile.
+      The same random numbers draw the tokens; log-probabilities may differ in
+      their last bits, as the matrix products have other shapes. For one device.
   """
 
   model: Model
   prompt_buckets: tuple[int, ...] = BUCKETS
   new_token_buckets: tuple[int, ...] = BUCKETS
   mesh: Mesh | None = None
+  compact: bool = False
 
   def __call__(
     self,
@@ -75,14 +82,23 @@ class Sampler:
     inputs = self.prepare(prompts, prompt_numbers, prefix)
     wanted = int(settings.max_new_tokens)
     # Explicit transfers: the training loop forbids implicit ones.
-    samples = self._jitted.sample(
+    settings = jax.device_put(settings)
+    args = (
       params,
-      *jax.device_put((*inputs[:3], settings)),
+      *jax.device_put(inputs[:3]),
+      settings,
       key,
       *jax.device_put((inputs[3], np.int32(first_sample))),
-      samples_per_prompt=samples_per_prompt,
-      capacity=self.capacity(wanted),
     )
+    sizes = {
+      "samples_per_prompt": samples_per_prompt,
+      "capacity": self.capacity(wanted),
+    }
+    if self.compact:
+      begun = self._jitted.begin(*args, **sizes)
+      samples = self._drawn_by_fewer_rows(params, settings, *begun)
+    else:
+      samples = self._jitted.sample(*args, **sizes)
     # Cutting off filler rows, and columns beyond what was asked for.
     rows = len(prompts) * samples_per_prompt
     samples = jax.tree.map(lambda x: x[:rows], jax.device_get(samples))
@@ -118,6 +134,36 @@ class Sampler:
     function, arguments = self._jitted.sample, (params, *shapes)
     # The first token is drawn before the loop.
     return Program("sample", function, arguments, calls, capacity - 1, static)
+
+  def _drawn_by_fewer_rows(
+    self,
+    params: Params,
+    settings: SamplingParams,
+    fixed: state_lib.Fixed,
+    state: state_lib.State,
+  ) -> Samples:
+    """Draws all tokens after the first, in ever smaller batches."""
+    layers = self._jitted.unstack(params)
+    samples, rows = None, np.arange(len(state.done))
+    while True:
+      # The state is given away, and what has been drawn so far comes back.
+      state, *drawn = self._jitted.resume(
+        params, layers, fixed, state, settings
+      )
+      part, (prompts, each), done = jax.device_get((*drawn, state.done))
+      if samples is None:
+        samples = jax.tree.map(np.array, part)
+      else:
+        for whole, new in zip(
+          jax.tree.leaves(samples), jax.tree.leaves(part), strict=True
+        ):
+          whole[rows] = new
+      if done.all():
+        return samples
+      groups = compaction.prompt_groups(fixed)
+      kept = compaction.choose(done, groups, int(prompts), int(each))
+      fixed, state = self._jitted.take(fixed, state, *jax.device_put(kept))
+      rows = rows[kept[1]]
 
   def stream(
     self,
@@ -226,7 +272,6 @@ class _Programs:
         *args,
         samples_per_prompt=samples_per_prompt,
         capacity=capacity,
-        mesh=mesh,
       )
 
     def begin(*args, samples_per_prompt: int, capacity: int):
@@ -235,8 +280,10 @@ class _Programs:
         *args,
         samples_per_prompt=samples_per_prompt,
         capacity=capacity,
-        mesh=mesh,
       )
+
+    def resume(params, layers, fixed, state, settings):
+      return decode.resume(model, params, layers, fixed, state, settings)
 
     def unstack(params):
       return decode.unstack(model, params)
@@ -244,13 +291,18 @@ class _Programs:
     def advance(params, layers, fixed, state, settings):
       return decode.advance(model, params, layers, fixed, state, settings)
 
+    def jit(fn: Callable, **options: Any) -> jax.stages.Wrapped:
+      return meshes.jit(fn, mesh, **options)
+
     # These two set shapes, so a new value compiles a new program.
     static = ("samples_per_prompt", "capacity")
-    self.sample = jax.jit(sample, static_argnames=static)
-    self.begin = jax.jit(begin, static_argnames=static)
-    self.unstack = jax.jit(unstack)
+    self.sample = jit(sample, static_argnames=static)
+    self.begin = jit(begin, static_argnames=static)
+    self.unstack = jit(unstack)
     # The caches are updated in place: `state` is donated.
-    self.advance = jax.jit(advance, donate_argnums=3)
+    self.advance = jit(advance, donate_argnums=3)
+    self.resume = jit(resume, donate_argnums=3)
+    self.take = jit(compaction.take)
 
 
 def _next_power_of_two(count: int) -> int:

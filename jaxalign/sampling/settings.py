@@ -9,7 +9,7 @@ from jaxalign.core.types import SamplingParams
 from jaxalign.data.tokenizer import MOST_ENDS
 from jaxalign.errors import UserError
 
-# Fixed sizes of the tables, because settings are traced: see `SamplingParams`.
+# Fixed sizes of the tables, which are traced: see `SamplingParams`.
 EOS_SLOTS = MOST_ENDS
 STOP_SLOTS = 8
 STOP_WIDTH = 16
@@ -93,18 +93,24 @@ def make(
   # No token has the id -1, so an unused entry ends nothing.
   ends = np.full(EOS_SLOTS, -1, np.int32)
   ends[: len(eos_ids)] = eos_ids
+
   # numpy scalars: Python's are weakly typed, which would trace a new program.
+  def traced(value, off, dtype):
+    return None if value == off else np.asarray(value, dtype)
+
+  greedy = temperature == 0
   return SamplingParams(
-    temperature=np.asarray(temperature, np.float32),
-    top_p=np.asarray(top_p, np.float32),
-    top_k=np.asarray(top_k, np.int32),
-    repetition_penalty=np.asarray(repetition_penalty, np.float32),
-    no_repeat_ngram=np.asarray(no_repeat_ngram, np.int32),
-    min_new_tokens=np.asarray(min_new_tokens, np.int32),
+    temperature=None if greedy else traced(temperature, 1, np.float32),
+    top_p=traced(top_p, 1, np.float32),
+    top_k=traced(top_k, 0, np.int32),
+    repetition_penalty=traced(repetition_penalty, 1, np.float32),
+    min_new_tokens=traced(min_new_tokens, 0, np.int32),
     max_new_tokens=np.asarray(max_new_tokens, np.int32),
     eos_ids=ends,
     stops=table,
     pad_id=np.asarray(pad_id, np.int32),
+    greedy=bool(greedy),
+    no_repeat_ngram=int(no_repeat_ngram),
   )
 
 

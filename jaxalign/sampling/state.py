@@ -32,7 +32,8 @@ class State:
   drawn: Int[Array, ""]  # tokens drawn so far, the same for all rows
   history: Int[Array, "B W"]  # prompt, right-aligned, then N new tokens
   own: KV  # keys of the new tokens
-  seen: Bool[Array, "B V"]  # True = token in prompt or sample
+  # True = token in prompt or sample; None without a repetition penalty.
+  seen: Bool[Array, "B V"] | None
   done: Bool[Array, " B"]  # True = the row draws no more
   # As in `Samples`.
   lengths: Int[Array, " B"]
@@ -54,7 +55,8 @@ def first_state(
     config: the model's.
     context: tokens before the first new one, right-aligned; -1 = none.
     done: rows that stay empty.
-    settings: for the width of its stop sequences.
+    settings: for the width of its stop sequences, and whether it has a
+      repetition penalty.
     capacity: N, new tokens at most.
   """
   rows, before = context.shape
@@ -62,19 +64,21 @@ def first_state(
   before = max(before, settings.stops.shape[1])
   history = jnp.full((rows, before + capacity), -1, jnp.int32)
   history = history.at[:, before - context.shape[1] : before].set(context)
-  # An id beyond the vocabulary is dropped by the scatter.
-  ids = jnp.where(context >= 0, context, config.vocab_size)
-  seen = jnp.zeros((rows, config.vocab_size), bool)
-  seen = seen.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
-  # One array per layer: each is updated in place in the loop.
-  shape = (rows, config.kv_heads, capacity, config.head_dim)
-  zeros = (jnp.zeros(shape, config.dtype),) * config.layers
+  seen = None
+  if settings.repetition_penalty is not None:
+    # An id beyond the vocabulary is dropped by the scatter.
+    ids = jnp.where(context >= 0, context, config.vocab_size)
+    seen = jnp.zeros((rows, config.vocab_size), bool)
+    seen = seen.at[jnp.arange(rows)[:, None], ids].set(True, mode="drop")
+  # Updated in place in the loop.
+  shape = (config.layers, rows, config.kv_heads, capacity, config.head_dim)
+  zeros = jnp.zeros(shape, config.dtype)
   own = KV(
     zeros,
     zeros,
     jnp.zeros((rows, capacity), jnp.int32),
     jnp.zeros((rows, capacity), bool),
-  )
+  ).unstack()
   logps = jnp.zeros((rows, capacity), jnp.float32)
   # For both `lengths` and `finish`, where 0 is LENGTH.
   count = jnp.zeros(rows, jnp.int32)

@@ -228,7 +228,7 @@ class _Program:
 
     # Replicated, so that every host can read all scores.
     whole = meshes.replicated(mesh) if mesh else None
-    self.function = jax.jit(score, out_shardings=whole)
+    self.function = meshes.jit(score, mesh, out_shardings=whole)
 
   def __call__(self, params: Params, *arrays: jax.Array) -> jax.Array:
     return self.function(params, *arrays)

@@ -135,7 +135,7 @@ class ModelSpec:
   def fingerprint(self) -> dict[str, str]:
     """What tells this model from others: its config and its weight files."""
     # Remat changes no value.
-    config = repr(dataclasses.replace(self.model.config, remat=False))
+    config = repr(dataclasses.replace(self.model.config, remat="none"))
     found = {"config": config, "parameters": f"seed {self.seed}"}
     if self.pretrained is not None:
       # Parameters of another type are rounded from the same files.

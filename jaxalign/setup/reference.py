@@ -33,7 +33,7 @@ def reference_program(run: Run[C], text: TextBatch, batches: int) -> Program:
   model, params = reference_of(run.model, run.policy_params(run.state))
   arguments = params, meshes.row_shapes(text, run.mesh)
   calls = batches / max(run.config.steps, 1)
-  function = reference_cache.compile_logps(model)
+  function = reference_cache.compile_logps(model, run.mesh)
   return Program("reference", function, arguments, calls)
 
 

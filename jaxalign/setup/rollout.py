@@ -102,6 +102,7 @@ class RolloutSpec:
       prompt_buckets=sampling.length_buckets,
       new_token_buckets=(sampling.max_new_tokens,),
       mesh=mesh,
+      compact=sampling.compact and mesh is None,
     )
     heldout = None
     if self.heldout_reward_models:

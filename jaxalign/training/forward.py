@@ -40,7 +40,7 @@ def forward(
   )
   # The last state predicts nothing that is there.
   return Predictions(
-    hidden[:, :-1], text.targets, text.target_mask, module.unembed
+    hidden[:, :-1], text.targets, text.target_mask, module.chunked_unembed()
   )
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Float, PyTree
 from jaxalign.core.types import PairBatch, Params, TextBatch
 from jaxalign.errors import UserError
 from jaxalign.models.model import Model
-from jaxalign.parallel.mesh import put_rows
+from jaxalign.parallel import mesh as meshes
 from jaxalign.runtime import files
 from jaxalign.training.forward import completion_logps
 
@@ -71,14 +71,13 @@ def blank() -> ReferenceCache:
   return ReferenceCache(collections.defaultdict(float), {})
 
 
-def compile_logps(model: Model) -> jax.stages.Wrapped:
+def compile_logps(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
   """(parameters, `TextBatch` `[M, B, T]`) -> log-probs `[M, N]` in nats."""
 
-  @jax.jit
   def logps_of(params, text):
     return jax.lax.map(lambda x: completion_logps(model, params, x), text)
 
-  return logps_of
+  return meshes.jit(logps_of, mesh)
 
 
 def precompute(
@@ -93,14 +92,14 @@ def precompute(
   Each shape `[M, B, T]` of the numpy batches compiles a program. For `name` see
   `ReferenceCache.model`.
   """
-  logps_of = compile_logps(model)
+  logps_of = compile_logps(model, mesh)
   known: dict[bytes, float] = {}
   for text in (text for batch in batches for text in texts_of(batch)):
     names = digests(text)
     # A batch is run whole if one of its texts is new.
     if any(digest and digest not in known for digest in names):
       found: Float[np.ndarray, "M N"]
-      found = jax.device_get(logps_of(params, put_rows(text, mesh)))
+      found = jax.device_get(logps_of(params, meshes.put_rows(text, mesh)))
       known |= zip(names, found.reshape(-1).tolist(), strict=True)
   known.pop(b"", None)  # filler
   return ReferenceCache(known, name)

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable, Iterator
 from typing import Generic, Protocol, TypeVar, runtime_checkable
@@ -152,18 +151,12 @@ class Run(Generic[C]):
 
   def jit(self, update: Update) -> "Step":
     """Compiles an update; with shardings, keeps them and donates the state."""
-
-    # `constrain_rows` inside an update goes by the mesh in force.
-    @functools.wraps(update)
-    def on_mesh(*args):
-      with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
-        return update(*args)
-
     if self.shardings is None:
       return Step(self, jax.jit(update))
     on_cpu = meshes.platform(self.mesh) == "cpu"
-    compiled = jax.jit(
-      on_mesh,
+    compiled = meshes.jit(
+      update,
+      self.mesh,
       donate_argnums=0,
       out_shardings=(self.shardings, None),
       compiler_options=COMPILER_OPTIONS if on_cpu else None,

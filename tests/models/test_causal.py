@@ -5,7 +5,10 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
+from jax._src.ad_checkpoint import saved_residuals  # no public name
 
+from jaxalign.models import causal
 from jaxalign.models.cache import KV
 
 rng = np.random.default_rng(0)
@@ -78,7 +81,7 @@ def test_two_texts_that_share_their_start_equal_two_rows(any_causal):
     np.testing.assert_allclose(shared[here], alone[4:], atol=1e-5)
 
 
-def test_cached_decoding_equals_the_full_forward(any_causal):
+def test_cached_decoding_equals_the_full_forward(any_causal, monkeypatch):
   """A prefix common to all, 2 prompts of unequal length, 3 samples of each."""
   model, params = any_causal
   prefix, prompts = rng.integers(1, 31, 3), rng.integers(1, 31, (2, 4))
@@ -95,6 +98,10 @@ def test_cached_decoding_equals_the_full_forward(any_causal):
   real = np.arange(12) < [[len(t)] for t in texts]
   place = np.minimum(np.arange(12), real.sum(1, keepdims=True) - 1)
   expected = read(model, params, full, place, real)
+
+  def stacked(own):
+    k, v = (jnp.stack(tuple(x)) for x in (own.k, own.v))
+    return dataclasses.replace(own, k=k, v=v)
 
   config = model.config
   mask = jnp.arange(4) >= 4 - jnp.array(lengths)[:, None]
@@ -123,6 +130,10 @@ def test_cached_decoding_equals_the_full_forward(any_causal):
         jnp.int32(column),
       )  # fmt: skip
       out.append(module.unembed(hidden))
+      if config.windows:  # every second token by scanned layers
+        depth = 0 if column % 2 == 0 else config.layers
+        monkeypatch.setattr(causal, "UNROLLED", depth)
+        own = stacked(own)
     return jnp.stack(out, 1)
 
   got = np.asarray(
@@ -166,14 +177,46 @@ def test_score_heads_read_where_they_say(make):
   assert abs(scores["score_mean"] - scores["score_last"]).min() > 1e-4
 
 
-def test_bfloat16_and_remat_leave_the_result(make):
+def test_bfloat16_leaves_the_result(make):
   model, params = make("neox")
   tokens = np.array([[4, 9, 7, 3]])
   args = (tokens, np.arange(4)[None], np.ones((1, 4)))
   exact = read(model, params, *args)
-  remat = read(model.replace(remat=True), params, *args)
-  np.testing.assert_allclose(remat, exact, atol=1e-6)
   rough = read(model.replace(dtype="bfloat16"), params, *args)
   assert rough.dtype == np.float32
   np.testing.assert_allclose(rough, exact, atol=0.1)
   assert dataclasses.replace(model.config, dtype="bfloat16") != model.config
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_remat_policy_leaves_the_gradient(make, dtype):
+  """And keeps less the further down it stands in the list."""
+  model, params = make("neox")
+  tokens = np.array([[4, 9, 7, 3, 5, 8]])
+
+  def loss_of(policy):
+    module = model.replace(remat=policy, dtype=dtype)
+
+    def loss(params):
+      bound = module.bind(params)
+      hidden, _ = bound(tokens, np.arange(6)[None], np.ones((1, 6), np.int32))
+      return (bound.unembed(hidden) ** 2).mean()
+
+    return loss
+
+  def kept(policy):
+    found = saved_residuals(loss_of(policy), params)
+    return sum(
+      x.size * x.dtype.itemsize for x, why in found if "arg" not in why
+    )
+
+  exact = jax.jit(jax.grad(loss_of("none")))(params)
+  for policy in ("attention", "dots", "full"):
+    jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5),
+      jax.jit(jax.grad(loss_of(policy)))(params),
+      exact,
+    )
+  sizes = [kept(p) for p in ("none", "attention", "dots", "full")]
+  assert sizes == sorted(sizes, reverse=True)
+  assert len(set(sizes)) == 4, sizes

@@ -283,7 +283,7 @@ def test_absent_fields_mean_what_transformers_takes(name):
   fields = config_json.Fields(
     sizes | {"model_type": theirs.model_type}, "config.json"
   )
-  model = folder.from_config(fields, "lm", dtype="float32", remat=False)
+  model = folder.from_config(fields, "lm", dtype="float32", remat="none")
   ours = architectures.architecture(model).to_hf(model.config)
   expected = theirs.to_dict()
   # Phi-3 says that whole heads are rotated; a pad token is the tokenizer's.
@@ -316,7 +316,7 @@ def test_rotary_tables(values, length):
     sizes | {"rope_parameters": values, "vocab_size": 9, "model_type": "llama"},
     "config.json",
   )
-  model = folder.from_config(fields, "lm", dtype="float32", remat=False)
+  model = folder.from_config(fields, "lm", dtype="float32", remat="none")
   config = model.config
   found = rotary.angles(
     jnp.asarray(at),

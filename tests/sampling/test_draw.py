@@ -35,7 +35,6 @@ def sorted_top_p(weights, share):
 
 
 def top_p_set(weights, share, least=None):
-  least = jnp.zeros(len(weights)) if least is None else least
   return weights >= np.asarray(least_of_top_p(weights, share, least))[:, None]
 
 
@@ -50,6 +49,32 @@ def test_top_k_keeps_the_k_largest_and_their_ties(weights, k):
   kept = weights >= np.asarray(least_of_top_k(weights, jnp.int32(k)))[:, None]
   kth = np.sort(weights, axis=1)[:, ::-1][:, min(k, weights.shape[1]) - 1]
   assert (kept == (weights >= kth[:, None]))[weights > 0].all()
+
+
+def test_a_fixed_number_of_passes_finds_the_same_set(monkeypatch):
+  """What runs on GPUs and TPUs, compared with the search of a CPU."""
+  logits = 4 * np.random.default_rng(2).standard_normal((6, 700))
+  weights = np.exp(logits - logits.max(1, keepdims=True)).astype(np.float32)
+  weights[0] = 1  # all alike
+  weights = jnp.asarray(weights)
+  searches = (
+    lambda: draw.least_of_top_k(weights, jnp.int32(9)),
+    lambda: draw.least_of_top_p(weights, jnp.float32(0.9)),
+    lambda: draw.least_of_top_p(weights, jnp.float32(0.999), jnp.zeros(6)),
+  )
+  early = [weights >= jax.jit(search)()[:, None] for search in searches]
+
+  def elsewhere(*args, cpu, default):
+    del cpu
+    return default(*args)
+
+  monkeypatch.setattr(jax.lax, "platform_dependent", elsewhere)
+  for search, kept in zip(searches, early, strict=True):
+    # Another function, as jit would remember the first one's program.
+    least = jax.jit(lambda search=search: search())()[:, None]
+    assert ((weights >= least) == kept).all()
+    # To the last bit: the bound is the least kept weight itself.
+    assert (jnp.where(kept, weights, 2).min(1, keepdims=True) == least).all()
 
 
 def test_top_p_by_hand():
@@ -179,12 +204,13 @@ def test_repeated_runs_are_banned():
   history = jnp.array([[-1, 5, 6, 7, 5, 6, -1]])
 
   def banned(n):
-    return draw.repeats(history, jnp.int32(6), jnp.int32(n), 9)[0]
+    return draw.repeats(history, jnp.int32(6), n, 9)[0]
 
   assert np.flatnonzero(banned(3)).tolist() == [7]
   assert np.flatnonzero(banned(1)).tolist() == [5, 6, 7]
   assert np.flatnonzero(banned(2)).tolist() == [7]
   assert np.flatnonzero(banned(4)).tolist() == []
+  assert np.flatnonzero(banned(40)).tolist() == []  # wider than the history
 
 
 def test_end_of_text_waits_for_the_minimum():

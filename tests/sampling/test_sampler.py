@@ -1,16 +1,20 @@
 """Invariances of the sampler on tiny models with random weights."""
 
+import dataclasses
+import itertools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from jaxalign.errors import UserError
-from jaxalign.models import lora
+from jaxalign.models import cache, causal, lora
 from jaxalign.models.layers import LoraConfig
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
-from jaxalign.sampling import decode, settings
+from jaxalign.sampling import compaction, decode, settings
 from jaxalign.sampling.sampler import Sampler
 
 VOCAB = 131
@@ -178,14 +182,12 @@ def test_padding_side_changes_nothing(model, params):
   np.testing.assert_array_equal(a.model_logps, b.model_logps)
 
 
-def test_settings_never_compile_again(model, params):
+def test_values_of_settings_never_compile_again(model, params):
   sampler = Sampler(model, prompt_buckets=(8, 16), new_token_buckets=(8, 16))
   changed = [
-    {},
     PAPER,
-    {"temperature": 0},
-    {"top_k": 5, "eos_ids": (3, 4), "stops": [[1, 2]]},
-    {"no_repeat_ngram": 3, "min_new_tokens": 2, "pad_id": 9},
+    {**PAPER, "top_p": 0.5, "eos_ids": (3, 4), "stops": [[1, 2]]},
+    {**PAPER, "temperature": 2, "repetition_penalty": 0.5, "pad_id": 9},
   ]
   for number, chosen in enumerate(changed):
     drawn = settings.make(max_new_tokens=5 + number % 3, **chosen)
@@ -198,6 +200,92 @@ def test_settings_never_compile_again(model, params):
     prompts = [[1] * length] * 4
     sampler(params, prompts, drawn, KEY, samples_per_prompt=2)
     assert sampler._jitted.sample._cache_size() == programs
+
+
+@pytest.mark.parametrize(
+  "chosen",
+  [
+    {},
+    PAPER,
+    {"temperature": 0, "no_repeat_ngram": 3, "min_new_tokens": 2},
+    {"top_k": 9, **PAPER},
+  ],
+)
+def test_a_gpu_asks_the_host_once_a_token(model, chosen):
+  """Each while or conditional whose predicate is computed waits for the host.
+
+  The program has two loops, over the layers of the prefill, whose trip count is
+  known, and over the tokens.
+  """
+  drawn = settings.make(max_new_tokens=8, **chosen)
+  prompts = (np.ones((2, 8), np.int32), np.ones((2, 8), bool), np.arange(2))
+  program = (
+    Sampler(model)
+    ._jitted.sample.trace(
+      model.shapes, *prompts, drawn, KEY, samples_per_prompt=2, capacity=8
+    )
+    .lower(lowering_platforms=("cuda",))
+    .as_text()
+  )
+  assert program.count("stablehlo.while") == 2
+  assert "stablehlo.if" not in program
+  # A case of a constant chooses the platform; compiling leaves no trace of it.
+  known = re.findall(r'(%\w+) = "stablehlo\.case"\(%c', program)
+  asked = re.findall(r'"stablehlo\.case"\((%\w+)', program)
+  assert all(name in known or name.startswith("%c") for name in asked)
+
+
+def test_scanned_layers_draw_the_same(model, params, sampler, monkeypatch):
+  """Deep models, whose layers are not unrolled while decoding."""
+  drawn = settings.make(max_new_tokens=8, eos_ids=(1,), **PAPER)
+  prefix = [11, 12, 13]
+  unrolled = sampler(
+    params, PROMPTS, drawn, KEY, samples_per_prompt=2, prefix=prefix
+  )
+  for room in (cache, causal):
+    monkeypatch.setattr(room, "UNROLLED", 1)
+  deep = Sampler(model, prompt_buckets=(8, 16), new_token_buckets=(8, 16))
+  scanned = deep(
+    params, PROMPTS, drawn, KEY, samples_per_prompt=2, prefix=prefix
+  )
+  np.testing.assert_array_equal(unrolled.tokens, scanned.tokens)
+  np.testing.assert_allclose(
+    unrolled.model_logps, scanned.model_logps, atol=1e-5
+  )
+  streamed = list(deep.stream(params, PROMPTS[0], drawn, KEY))
+  whole = deep(params, PROMPTS[:1], drawn, KEY)
+  assert streamed == whole.tokens[0, : whole.lengths[0]].tolist()
+
+
+def test_ended_rows_leave_the_batch_and_change_no_token(
+  sampler, params, model, monkeypatch
+):
+  drawn = settings.make(max_new_tokens=16, eos_ids=range(3, 131, 17), **PAPER)
+  prefix = [11, 12]
+  whole = sampler(
+    params, PROMPTS, drawn, KEY, samples_per_prompt=5, prefix=prefix
+  )
+  sizes, needed = [], compaction.needed
+
+  def counting(done, groups):
+    sizes.append((groups, len(done) // groups))  # once a program
+    return needed(done, groups)
+
+  monkeypatch.setattr(compaction, "needed", counting)
+  few = dataclasses.replace(sampler, compact=True)
+  found = few(params, PROMPTS, drawn, KEY, samples_per_prompt=5, prefix=prefix)
+  for name in ("tokens", "lengths", "finish"):
+    np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
+  for name in ("model_logps", "sampling_logps"):
+    np.testing.assert_allclose(
+      getattr(found, name), getattr(whole, name), atol=1e-5
+    )
+  # Three prompts of five rows and a filler; batches halve down to four rows.
+  assert len(set(whole.lengths.tolist())) > 4
+  assert sizes[0] == (4, 5)
+  assert len(set(sizes)) >= 3
+  rows = [prompts * each for prompts, each in dict.fromkeys(sizes)]
+  assert all(b <= a // 2 for a, b in itertools.pairwise(rows))
 
 
 def greedy(sampler, params, prompt, **chosen):

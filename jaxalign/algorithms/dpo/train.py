@@ -138,7 +138,6 @@ class PairMetrics:
     self._run, self._batches = run, batches
 
     # Sums of each batch, divided once: the last one may hold filler.
-    @jax.jit
     def sums(params: Params, reference: Params, batch: PairBatch):
       pairs = jax.tree.map(lambda x: x[0], batch)
       live = run.live_reference(reference)
@@ -151,7 +150,7 @@ class PairMetrics:
       total = jax.tree.map(lambda *x: sum(x), *[found for found, _ in parts])
       return {f"eval_{k}": v / count for k, v in total.items()}
 
-    self._sums, self._means = sums, means
+    self._sums, self._means = meshes.jit(sums, run.mesh), means
 
   def programs(self, params: Params) -> list[Program]:
     """The loss of the largest batch."""

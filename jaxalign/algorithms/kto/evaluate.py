@@ -34,7 +34,6 @@ class LabelledMetrics:
     self._run, self._batches = run, batches
 
     # Separate programs: z₀ of all batches comes before any row's loss.
-    @jax.jit
     def mismatched(params: Params, reference: Params, text: TextBatch):
       live = run.live_reference(reference)
       text = jax.tree.map(lambda x: x[0], text)
@@ -45,7 +44,6 @@ class LabelledMetrics:
       totals, counts = zip(*parts, strict=True)
       return kl_baseline(jnp.stack(totals), jnp.stack(counts))
 
-    @jax.jit
     def sums(params: Params, reference: Params, batch: LabelledBatch, kl):
       live = run.live_reference(reference)
       micro = batch.text, batch.desirable
@@ -59,8 +57,9 @@ class LabelledMetrics:
       found.pop("num_tokens")
       return {f"eval_{name}": value for name, value in found.items()}
 
-    self._mismatched, self._baseline = mismatched, baseline
-    self._sums, self._means = sums, means
+    self._mismatched = meshes.jit(mismatched, run.mesh)
+    self._baseline = baseline
+    self._sums, self._means = meshes.jit(sums, run.mesh), means
 
   def programs(self, params: Params) -> list[Program]:
     """z₀ and the loss of the largest batch."""

@@ -28,11 +28,10 @@ class Agreement:
     self.every = run.config.validation_interval
     self._run, self._batches = run, batches
 
-    @jax.jit
     def score(params: Params, batch: ScoredBatch):
       return score_rows(run.model, params, jax.tree.map(lambda x: x[0], batch))
 
-    self._score = score
+    self._score = meshes.jit(score, run.mesh)
 
   def programs(self, params: Params) -> list[Program]:
     """The scores of the largest batch."""

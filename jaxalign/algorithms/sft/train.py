@@ -80,7 +80,6 @@ class Perplexity:
     self._run, self._batches = run, batches
 
     # Sums of each batch, divided once: batches hold unlike numbers of tokens.
-    @jax.jit
     def sums(params: Params, batch: TextBatch):
       return sum_nll(run.model, params, jax.tree.map(lambda x: x[0], batch))
 
@@ -89,7 +88,7 @@ class Perplexity:
       mean = sum(s for s, _ in parts) / sum(n for _, n in parts)
       return {"eval_loss/nll": mean, "eval_perplexity": jnp.exp(mean)}
 
-    self._sums, self._means = sums, means
+    self._sums, self._means = meshes.jit(sums, run.mesh), means
 
   def programs(self, params: Params) -> list[Program]:
     """The loss of the largest batch."""

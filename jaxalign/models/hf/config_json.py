@@ -52,7 +52,7 @@ class Switches(TypedDict):
   head: str
   groups: tuple[str, ...]
   dtype: str
-  remat: bool
+  remat: str
 
 
 @dataclasses.dataclass(frozen=True)

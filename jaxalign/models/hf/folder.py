@@ -120,7 +120,7 @@ def load(
   compute_dtype: str | None = None,
   head: str | None = None,
   lora: LoraConfig | None = None,
-  remat: bool = False,
+  remat: str = "none",
   seed: int = 0,
 ) -> tuple[Model, Params]:
   """A model and its parameters on one device.
@@ -146,7 +146,7 @@ def open_pretrained(
   compute_dtype: str | None = None,
   head: str | None = None,
   lora: LoraConfig | None = None,
-  remat: bool = False,
+  remat: str = "none",
   seed: int = 0,
 ) -> Pretrained:
   """Opens a model folder: reads its config files and its weights' headers.
@@ -162,7 +162,7 @@ def open_pretrained(
       random only when it is asked for here.
     lora: adapters to add, drawn at random; without targets, on those layers
       that the architecture names.
-    remat: recompute activations in the backward pass.
+    remat: what the backward pass computes again, see `models.remat`.
     seed: of what is drawn.
 
   Raises:
@@ -296,14 +296,14 @@ def _equal(a: FileTensor, b: FileTensor) -> bool:
   )
 
 
-def from_config(fields: Fields, head: str, *, dtype: str, remat: bool) -> Model:
+def from_config(fields: Fields, head: str, *, dtype: str, remat: str) -> Model:
   """The model that a `config.json` describes.
 
   Args:
     fields: of the file.
     head: "lm", "score_last", ...
     dtype: of the layers' arithmetic.
-    remat: recompute activations in the backward pass.
+    remat: what the backward pass computes again, see `models.remat`.
 
   Raises:
     UserError: an unknown architecture or head, sizes that do not fit.

@@ -1,0 +1,216 @@
+"""Memory and traffic of a program on chips that are not there.
+
+Compiles a step for a TPU topology ahead of time (needs libtpu, no TPU) and
+prints one JSON line: bytes a chip of state and of temporary arrays, and what
+the chips send each other, in all and in a layer.
+
+    JAX_PLATFORMS=cpu python tests/bench/aot_memory.py sft
+    JAX_PLATFORMS=cpu python tests/bench/aot_memory.py superhf --fsdp 16
+    JAX_PLATFORMS=cpu python tests/bench/aot_memory.py sample --rows 512
+"""
+
+import argparse
+import collections
+import json
+import os
+import time
+
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # no metadata server is asked
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import Mesh
+
+from jaxalign.algorithms.sft import train as sft
+from jaxalign.algorithms.sft.config import SFTConfig
+from jaxalign.algorithms.superhf import train as superhf
+from jaxalign.algorithms.superhf.config import SuperHFConfig
+from jaxalign.algorithms.superhf.data import KeptBatch
+from jaxalign.core import optim
+from jaxalign.core.types import TextBatch
+from jaxalign.models.model import Model
+from jaxalign.models.neox import NeoXConfig
+from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.collectives import collectives
+from jaxalign.training.run import Run
+
+SHAPES = {
+  "pythia-70m": (512, 6, 8, 2048),
+  "pythia-1b": (2048, 16, 8, 8192),
+  "pythia-6.9b": (4096, 32, 32, 16384),
+}
+GIB = 2**30
+
+
+def model_of(args):
+  width, layers, heads, inner = SHAPES[args.model]
+  config = NeoXConfig(
+    vocab_size=50304,
+    hidden_size=width,
+    layers=args.layers or layers,
+    heads=heads,
+    intermediate_size=inner,
+    dtype="bfloat16",
+  )
+  return Model.build(config)
+
+
+def update_of(args, model, mesh):
+  """The compiled update of SFT, or of SuperHF with a live reference."""
+  optimizer = optim.make_optimizer(
+    "adamw", beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=0
+  )
+  schedule = optim.make_schedule("constant", peak=1e-5, warmup_steps=0, steps=9)
+  state = jax.eval_shape(lambda p: optim.init_state(p, optimizer), model.shapes)
+  with_kl = args.program == "superhf"
+  run = Run(
+    SuperHFConfig(kl_coefficient=0.1) if with_kl else SFTConfig(),
+    model,
+    state,
+    frozen={},
+    reference=(model, model.shapes) if with_kl else None,
+    mesh=mesh,
+    recorder=None,
+    optimizer=optimizer,
+    schedule=schedule,
+    shardings=meshes.shardings(state, mesh),
+  )
+  update = (superhf if with_kl else sft).make_update(run)
+
+  def on_mesh(*given):
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+      return update(*given)
+
+  shape = (1, args.rows, args.length)
+  ids = np.broadcast_to(np.int32(0), shape)
+  text = TextBatch(ids, ids, ids, ids.astype(bool))
+  batch = text
+  if with_kl:
+    shifted = np.broadcast_to(np.float32(0), (*shape[:2], shape[2] - 1))
+    batch = KeptBatch(text, shifted, shifted.astype(bool))
+  rows = meshes.rows(mesh, 1)
+  given = (
+    placed(state, run.shardings),
+    {},
+    placed(model.shapes, meshes.shardings(model.shapes, mesh))
+    if with_kl
+    else {},
+    jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
+    ),
+    key_of(mesh),
+  )
+  jitted = jax.jit(
+    on_mesh, donate_argnums=0, out_shardings=(run.shardings, None)
+  )
+  return jitted.lower(*given)
+
+
+def sample_of(args, model, mesh):
+  from jaxalign.sampling import settings
+  from jaxalign.sampling.sampler import Sampler
+
+  sampler = Sampler(model, mesh=mesh)
+  prompts = args.rows // args.samples
+  whole = meshes.replicated(mesh)
+  drawn = settings.make(max_new_tokens=args.new, top_p=0.9, eos_ids=(1,))
+  drawn = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=whole), drawn
+  )
+  tokens = jax.ShapeDtypeStruct(
+    (prompts, args.length), np.int32, sharding=whole
+  )
+  mask = jax.ShapeDtypeStruct(tokens.shape, bool, sharding=whole)
+  numbers = jax.ShapeDtypeStruct((prompts,), np.int32, sharding=whole)
+  params = placed(model.shapes, meshes.shardings(model.shapes, mesh))
+  return sampler._jitted.sample.lower(
+    params,
+    tokens,
+    mask,
+    numbers,
+    drawn,
+    key_of(mesh),
+    None,
+    jax.ShapeDtypeStruct((), np.int32, sharding=whole),
+    samples_per_prompt=args.samples,
+    capacity=args.new,
+  )
+
+
+def placed(tree, shardings):
+  return jax.tree.map(
+    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
+    tree,
+    shardings,
+  )
+
+
+def key_of(mesh):
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  return jax.ShapeDtypeStruct(
+    key.shape, key.dtype, sharding=meshes.replicated(mesh)
+  )
+
+
+def main():
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("program", choices=("sft", "superhf", "sample"))
+  parser.add_argument("--on", default="v5e:4x4")
+  parser.add_argument("--model", default="pythia-1b", choices=SHAPES)
+  parser.add_argument("--layers", type=int, default=0, help="0 = all")
+  parser.add_argument("--replica", type=int, default=1)
+  parser.add_argument("--fsdp", type=int, default=0, help="0 = all chips left")
+  parser.add_argument("--tensor", type=int, default=1)
+  parser.add_argument("--rows", type=int, default=16)
+  parser.add_argument("--length", type=int, default=1024)
+  parser.add_argument("--samples", type=int, default=16, help="a prompt")
+  parser.add_argument("--new", type=int, default=64, help="tokens to sample")
+  parser.add_argument("--hlo", help="a file to write the program to")
+  args = parser.parse_args()
+  devices = topologies.get_topology_desc(args.on, "tpu").devices
+  fsdp = args.fsdp or len(devices) // args.replica // args.tensor
+  sizes = (args.replica, fsdp, args.tensor)
+  mesh = Mesh(
+    np.array(devices[: int(np.prod(sizes))]).reshape(sizes), meshes.AXES
+  )
+  model = model_of(args)
+  start = time.monotonic()
+  make = sample_of if args.program == "sample" else update_of
+  compiled = make(args, model, mesh).compile()
+  text = compiled.as_text()
+  if args.hlo:
+    with open(args.hlo, "w") as file:
+      file.write(text)
+  memory = compiled.memory_analysis()
+  found = collections.Counter()
+  where = collections.Counter()
+  for one in collectives(text):
+    times = int(np.prod([max(n, 1) for n in one.loops]))
+    key = f"{'x'.join(map(str, one.loops)) or 'once'}: {one.kind}"
+    where[f"{key} {one.dtype}{list(one.shape)}"] += 1
+    found[key] += times * one.size
+  for name, times in where.most_common():
+    print(f"{times:4} {name}")
+  print(
+    json.dumps(
+      {
+        "program": args.program,
+        "on": args.on,
+        "mesh": sizes,
+        "model": args.model,
+        "layers": model.config.layers,
+        "rows": args.rows,
+        "length": args.length,
+        "state_gib": round(memory.argument_size_in_bytes / GIB, 3),
+        "temp_gib": round(memory.temp_size_in_bytes / GIB, 3),
+        "mb_by_loop": {k: round(v / 1e6, 1) for k, v in found.items()},
+        "compile_s": round(time.monotonic() - start, 1),
+      }
+    )
+  )
+
+
+if __name__ == "__main__":
+  main()
