@@ -14,7 +14,8 @@
 # The slice is named by variables: NAME=jaxalign, ZONE=us-west4-a,
 # TYPE=v5litepod-16, RUNTIME=v2-alpha-tpuv5-lite (v5p: v2-alpha-tpuv5; v6e:
 # v2-alpha-tpuv6e; v4: tpu-ubuntu2204-base), SPOT=1, PROJECT=... --workdir must
-# outlive the slice and be seen by all hosts. DRY_RUN=1 prints the commands.
+# outlive the slice and be seen by all hosts: SETUP='...' is a command that
+# `copy` ends with on each of them, to mount it. DRY_RUN=1 prints the commands.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -67,7 +68,7 @@ copy() {
   on all 'mkdir -p jaxalign && tar -xzf jaxalign.tgz -C jaxalign &&
     cd jaxalign && curl -LsSf https://astral.sh/uv/install.sh | sh &&
     ~/.local/bin/uv venv --allow-existing --python 3.12 .venv &&
-    ~/.local/bin/uv pip install -e ".[tpu]"'
+    ~/.local/bin/uv pip install -e ".[tpu]"'" && ${SETUP:-true}"
 }
 
 start() {
@@ -81,6 +82,10 @@ start() {
       rm -f run.status
       setsid bash -c $(printf '%q' "$run") < /dev/null > /dev/null 2>&1 &
     fi"
+}
+
+running() {
+  on 0 "kill -0 \$(cat jaxalign/run.pid)" 2> /dev/null
 }
 
 logs() {
@@ -107,10 +112,10 @@ keep() {
       NONE) create || true ;;
       FAILED | SUSPENDED) begun="" && { delete || true; } ;;
       ACTIVE)
-        if [[ -z "$begun" ]]; then
-          copy && start "$@" && begun=1
-        else
+        if [[ -n "$begun" ]]; then
           logs || true
+        elif running || { copy && start "$@"; }; then
+          begun=1
         fi
         ;;
     esac
@@ -125,5 +130,5 @@ keep() {
 
 case "${1:-}" in
   create | copy | start | logs | stop | delete | keep) "$@" ;;
-  *) sed -n '2,19s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+  *) sed -n '2,20s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac

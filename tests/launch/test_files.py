@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import shlex
 import subprocess
 import tomllib
 
@@ -234,3 +235,26 @@ def test_the_image_has_a_target_for_each_kind_of_machine():
     assert (ROOT / path).is_file()
   needed = {project["readme"], *project["license-files"], "pyproject.toml"}
   assert needed <= set(named["base"].split())
+
+
+def test_the_page_shows_commands_that_are_valid(monkeypatch):
+  monkeypatch.chdir(ROOT)
+  text = (ROOT / "docs" / "laptop_to_pod.md").read_text()
+  for name in re.findall(r"launch/[\w.]+", text):
+    assert (ROOT / name).is_file(), name
+  seen = 0
+  for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL):
+    for line in block.splitlines():
+      words = shlex.split(line)
+      if "--config" in words:
+        args = main.make_parser().parse(words[words.index("--config") :])
+        assert read_config(cli.load_config(args.config)[0], args.fields), line
+        seen += 1
+  # What to do when it does not fit, on the preset of the page.
+  flags = re.findall(r"`(--config\.[^`]+)` ", text.partition("not fit\n")[2])
+  policy = cli.load_config("configs/superhf.py:pythia-1b")[0]
+  for flag in flags:
+    if "reference" not in flag:  # of DPO and KTO
+      args = main.make_parser().parse(shlex.split(flag))
+      assert read_config(policy, args.fields), flag
+  assert (seen >= 8, len(flags) >= 10) == (True, True)
