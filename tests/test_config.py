@@ -57,12 +57,23 @@ def test_a_whole_number_counts_as_a_number():
     ("conversation_prompt", "config.system_prompt"),
     ("data", "config.prompts"),
     ("kl", "config.kl_coefficient"),
+    ("sequence_len", "config.max_length"),
+    ("max_completion_length", "config.sampling.max_new_tokens"),
+    ("base_model", "config.policy"),
   ],
 )
 def test_an_unknown_field_names_the_one_that_was_meant(fail, name, meant):
   assert fail({name: 1}) == (
     f"config.{name} is not a field; did you mean {meant}?"
   )
+
+
+def test_what_other_trainers_have_and_we_do_not_says_what_to_do(fail):
+  assert fail({"run_name": "x"}) == (
+    "config.run_name is not a field; its folder is the name of a run: give "
+    "--workdir"
+  )
+  assert fail({"use_vllm": 1}).endswith("takes its place; leave it out")
 
 
 def test_an_unknown_field_inside_a_section(fail):
