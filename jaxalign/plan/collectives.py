@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import itertools
 import re
 from collections.abc import Iterator
 
@@ -29,8 +28,7 @@ class Traffic:
 
   Attributes:
     kind: one of `KINDS`.
-    axis: names of the mesh's axes, joined by "+"; "devices" if the chips that
-      take part follow no axis.
+    axis: names of the mesh's axes, joined by "+".
     bytes: that each chip sends.
     part: chips of a group that stand in one slice or node.
     size: chips of a group.
@@ -73,10 +71,10 @@ def of_module(module: hlo.Module, mesh: Mesh, part: int) -> list[Traffic]:
       if n == 1:
         continue
       share = (n - 1) / n * (2 if kind == "all-reduce" else 1)
-    axis, size = _axis(groups, mesh)
+    axis = _axis(groups, mesh)
     parts = groups // part
     inside = int((parts == parts[:, :1]).sum(axis=1).min())
-    key = kind, axis, inside, max(n, size)
+    key = kind, axis, inside, n
     sent[key] += round(share * most) * times
     runs[key] += times
   return [
@@ -145,8 +143,6 @@ def _kind_and_bytes(
     most = hlo.whole_size(type_)
   if kind == "reduce-scatter" and not line.opcode.endswith("-start"):
     # The result is a part; the whole is what every chip has brought.
-    found = re.search(r"replica_groups=(\S+)", line.line)
-    assert found, line.line
     most *= _groups(line.line, 0).shape[1]
   # A TPU has no reduce-scatter of its own: it is an all-reduce in a fusion of
   # that name, whose result is a part.
@@ -166,7 +162,7 @@ def _owner(module: hlo.Module, line: hlo.Instruction) -> str:
 
 
 def _halves(type_: str) -> list[str]:
-  """The parts of a tuple type: `((a, b), (c, d), e)` -> `(a, b)`, `(c, d)`, `e`."""
+  """The parts of a tuple type: `((a, b), c)` -> `(a, b)` and `c`."""
   parts, depth, start = [], 0, 1
   for i, c in enumerate(type_):
     depth += (c in "([{") - (c in ")]}")
@@ -237,23 +233,13 @@ def _named_groups(
   return ids.transpose(kept + taken).reshape(-1, width)
 
 
-def _axis(groups: np.ndarray, mesh: Mesh) -> tuple[str, int]:
-  """The mesh's axes along which the groups lie, and the chips along them."""
-  names = [name for name, size in mesh.shape.items() if size > 1]
-  coords = dict(
-    zip(
-      mesh.shape,
-      np.unravel_index(groups, tuple(mesh.shape.values())),
-      strict=True,
-    )
-  )
-  # The fewest axes along which the members of a group differ.
+def _axis(groups: np.ndarray, mesh: Mesh) -> str:
+  """The mesh's axes along which the members of a group differ."""
+  sizes = mesh.shape
+  places = np.unravel_index(groups, tuple(sizes.values()))
   varying = [
-    name for name in names if (coords[name] != coords[name][:, :1]).any()
+    name
+    for name, place in zip(sizes, places, strict=True)
+    if (place != place[:, :1]).any()
   ]
-  for n in range(len(varying) + 1):
-    for some in itertools.combinations(varying, n):
-      if set(some) == set(varying):
-        size = int(np.prod([mesh.shape[name] for name in some]))
-        return "+".join(some) or "devices", size
-  return "devices", groups.shape[1]
+  return "+".join(varying)

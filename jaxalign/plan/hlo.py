@@ -136,7 +136,12 @@ class Module:
     opcode = line.opcode
     if opcode in FREE or opcode.endswith("-done") or "AsyncColl" in line.line:
       return 0
+    if opcode.endswith("-start"):  # a pair of what goes in and what comes out
+      return line.bytes
     operands = [computation[x] for x in line.operands if x in computation]
+    if opcode == "custom-call":  # a library's scratch space is not traffic
+      result = re.sub(r", s8\[\d+\]\S*", "", line.type)
+      return size(result) + sum(x.bytes for x in operands)
     if opcode in ("dynamic-slice", "slice", "gather"):
       return 2 * line.bytes
     if opcode in ("dynamic-update-slice", "scatter"):  # in place
