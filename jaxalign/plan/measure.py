@@ -187,7 +187,7 @@ def plan(
   resident = residents(programs)
   measured = [measure(program, spec, target, resident) for program in programs]
   micros, rows, tokens = spec.batch_shape
-  updates = sum(p.calls for p in programs if _state_of(p) is not None)
+  updates = sum(p.calls for p in programs if state_of(p) is not None)
   sampled = 0
   if spec.rollout:
     sampled = spec.rollout.rows * spec.rollout.config.sampling.max_new_tokens
@@ -230,7 +230,7 @@ def residents(programs: Sequence[Program]) -> Residents:
   An array that two programs share is the same object in their arguments.
   """
   found: Residents = {}
-  for program in sorted(programs, key=lambda p: _state_of(p) is None):
+  for program in sorted(programs, key=lambda p: state_of(p) is None):
     for kind, leaf in _resident_leaves(program):
       found.setdefault(id(leaf), (kind, leaf_bytes(leaf)))
   return found
@@ -256,13 +256,14 @@ def _resident_leaves(
     elif isinstance(argument, dict):
       # (state, frozen, reference, batch, key) of an update.
       kind = REWARDS if scores else PARAMETERS
-      if _state_of(program) is not None and place == 2:
+      if state_of(program) is not None and place == 2:
         kind = REFERENCE
       for leaf in jax.tree.leaves(argument):
         yield kind, leaf
 
 
-def _state_of(program: Program) -> TrainState | None:
+def state_of(program: Program) -> TrainState | None:
+  """The run's state among a program's arguments, which an update has."""
   for argument in program.arguments:
     if isinstance(argument, TrainState):
       return argument

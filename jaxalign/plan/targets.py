@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import importlib.util
 import math
+import os
 import re
 from collections.abc import Sequence
 
@@ -249,6 +250,7 @@ GPUS = {
     ),
   ),
 }
+ESTIMATED = 1024  # chips that CPU devices can stand for
 NODE = 8  # cards of a node at most
 CARDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -334,8 +336,8 @@ class Target:
       f"{self.family}:{shape}", "tpu", **options
     ).devices
 
-  def larger(self) -> "list[Target]":
-    """The same chips in growing numbers, from one on: smallest first."""
+  def sizes(self) -> "list[Target]":
+    """The same chips in growing numbers, from one on."""
     if self.chip.kind == "tpu":
       sizes = SHAPES[self.family]
       return [tpu_target(self.family, chips, 1) for chips in sizes]
@@ -347,6 +349,23 @@ COMPILERS = {
   "tpu": ("libtpu", "plan-tpu"),
   "gpu": ("jax_plugins.xla_cuda13", "plan-gpu"),
 }
+
+
+def prepare(chosen: Sequence[Target]) -> None:
+  """Sets up this process to compile for targets; before the first jax call.
+
+  It takes no accelerator, and pretends to have CPU devices where a compiler is
+  missing.
+  """
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+  # Else libtpu asks the cloud for minutes which machine it is on.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  jax.config.update("jax_platforms", "cpu")
+  # What is compiled for a device that is not there cannot be kept.
+  jax.config.update("jax_enable_compilation_cache", False)
+  if any(target.missing for target in chosen):
+    jax.config.update("jax_num_cpu_devices", ESTIMATED)
 
 
 def names() -> list[str]:
