@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 
 import numpy as np
-from jax.sharding import Mesh
 
+from jaxalign.parallel.mesh import AnyMesh
 from jaxalign.plan import hlo
 
 # Opcodes and TPU fusions that exchange data; the bytes that a chip sends, as a
@@ -48,7 +48,7 @@ class Traffic:
     return self.part < self.size
 
 
-def of_module(module: hlo.Module, mesh: Mesh, part: int) -> list[Traffic]:
+def of_module(module: hlo.Module, mesh: AnyMesh, part: int) -> list[Traffic]:
   """What a compiled program exchanges, added up by kind and axis.
 
   Args:
@@ -233,7 +233,7 @@ def _named_groups(
   return ids.transpose(kept + taken).reshape(-1, width)
 
 
-def _axis(groups: np.ndarray, mesh: Mesh) -> str:
+def _axis(groups: np.ndarray, mesh: AnyMesh) -> str:
   """The mesh's axes along which the members of a group differ."""
   sizes = mesh.shape
   places = np.unravel_index(groups, tuple(sizes.values()))

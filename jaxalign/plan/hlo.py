@@ -23,7 +23,6 @@ _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = ")
 _NAME = re.compile(r"%([\w.\-]+)")
 _TURNS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
 _CALLED = re.compile(r"(?:calls|to_apply)=%?([\w.\-]+)")
-_LIMIT = re.compile(r"compare\(.*direction=(LT|GT)")
 # What moves no bytes, or whose bytes are those of something else.
 FREE = {
   *("parameter", "constant", "tuple", "get-tuple-element", "bitcast"),
@@ -161,7 +160,7 @@ class Module:
     for inner in body.values():
       if inner.opcode != "parameter":
         continue
-      number = int(re.search(r"parameter\((\d+)\)", inner.line)[1])
+      number = int(inner.line.partition(" parameter(")[2].partition(")")[0])
       whole = operands[number].bytes if number < len(operands) else 0
       total += min(whole, _read(inner.name, users, whole))
     # A slice that is written in place costs itself, not the whole array.

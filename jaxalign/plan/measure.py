@@ -10,6 +10,7 @@ import math
 import re
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -134,7 +135,7 @@ def for_platform(config: TrainingConfig, target: Target) -> TrainingConfig:
 
   A program that is compiled for another platform must have the same.
   """
-  changes = {}
+  changes: dict[str, Any] = {}  # sections of several types
   if config.precision.compute == "auto" and target.chip.kind != "cpu":
     changes["precision"] = dataclasses.replace(
       config.precision, compute="bfloat16"
@@ -151,8 +152,6 @@ def devices_of(target: Target) -> tuple[Sequence[jax.Device], str]:
   Raises:
     UserError: no compiler is installed, and too few CPU devices were set.
   """
-  if target.chip.kind == "cpu":
-    return jax.devices()[: target.chips], ""
   if not target.missing:
     return target.devices(), ""
   found = jax.devices("cpu")
@@ -314,7 +313,9 @@ def measure(
     moved, exchanged, peak = 0, (), needed + beside
     temporary = max(needed - kept - passed, 0)
   else:
-    stats = compiled.memory_analysis()
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    assert stats is not None  # every compiler of a target tells both
+    assert text is not None
     held = (
       stats.argument_size_in_bytes
       + stats.output_size_in_bytes
@@ -322,7 +323,7 @@ def measure(
     )
     temporary = stats.temp_size_in_bytes
     peak = held + temporary + stats.generated_code_size_in_bytes + beside
-    module = hlo.parse(compiled.as_text(), program.iterations)
+    module = hlo.parse(text, program.iterations)
     moved = module.traffic()
     exchanged = tuple(
       collectives.of_module(module, spec.mesh, target.part_chips)

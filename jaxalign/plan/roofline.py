@@ -54,7 +54,7 @@ def link_rate(chips: int, target: Target) -> float:
   dimensions of the slice, and a dimension that closes to a ring is used in
   both directions.
   """
-  if target.chip.kind == "gpu":
+  if target.chip.kind != "tpu":
     return target.chip.link
   rate, covered = 0.0, 1
   for size in sorted(target.shape, reverse=True):

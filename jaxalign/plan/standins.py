@@ -12,6 +12,7 @@ import os
 import pathlib
 import shutil
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -73,7 +74,7 @@ def stand_in(
     return _model(name, field, head, target, notes)
 
   # The models, of reward models those in brackets and with weights too.
-  changes: dict[str, object] = {}
+  changes: dict[str, Any] = {}  # fields of several types
   if config.policy != "init":
     head = None if config.algorithm == "reward_model" else "lm"
     changes["policy"] = model(config.policy, "policy", head)
@@ -206,7 +207,7 @@ def _data(
       "prompt": half,
       "completion": half,
       "chosen": half,
-      "rejected": half,
+      "rejected": half.removesuffix("the") + "and",
       "label": True,
     }
     wanted = {
@@ -233,6 +234,7 @@ def _data(
       num_prompts=0,
       num_prompts_per_set=0,
     )
+  assert isinstance(config, SupervisedConfig)
   return dataclasses.replace(
     config, data=str(path), validation_data="", validation_interval=0
   )

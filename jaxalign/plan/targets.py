@@ -27,7 +27,7 @@ class Chip:
   """One accelerator.
 
   Attributes:
-    kind: "tpu" or "gpu".
+    kind: "tpu", "gpu" or "cpu".
     name: for people.
     memory: bytes; of a TPU what programs can have, of a GPU all of it.
     bandwidth: bytes a second to and from that memory.
@@ -251,6 +251,8 @@ GPUS = {
   ),
 }
 ESTIMATED = 1024  # chips that CPU devices can stand for
+# What a core does in a second: 16 lanes, two operations each, at 2.5 GHz.
+_CORE, _RAM = 80e9, 20e9
 NODE = 8  # cards of a node at most
 CARDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
@@ -293,13 +295,15 @@ class Target:
   @property
   def missing(self) -> str:
     """What to install so that XLA compiles for it; "" if it is there."""
+    if self.chip.kind == "cpu":
+      return ""
     module, extra = COMPILERS[self.chip.kind]
     if importlib.util.find_spec(module):
       return ""
     return f"pip install 'jaxalign[{extra}]'"
 
   @property
-  def compiler_options(self) -> dict[str, bool] | None:
+  def compiler_options(self) -> dict[str, bool | str] | None:
     """Options that a compilation without the chip needs."""
     # Triton's tiles are tuned on the card; without one they may not be found.
     # Peak memory differs by less than 0.1 %.
@@ -312,6 +316,8 @@ class Target:
 
     Only where `missing` is empty.
     """
+    if self.chip.kind == "cpu":
+      return jax.devices("cpu")[:1]
     if self.chip.kind == "gpu":
       topology = f"1x{self.parts}x{self.part_chips}"
       text = gpu_description(self.chip, GPUS[self.family][1])
@@ -338,6 +344,8 @@ class Target:
 
   def sizes(self) -> "list[Target]":
     """The same chips in growing numbers, from one on."""
+    if self.chip.kind == "cpu":
+      return [self]
     if self.chip.kind == "tpu":
       sizes = SHAPES[self.family]
       return [tpu_target(self.family, chips, 1) for chips in sizes]
@@ -379,6 +387,7 @@ def names() -> list[str]:
     *GPUS,
     "8xh100",
     "2x8xh100",
+    "cpu",
   ]
 
 
@@ -388,13 +397,15 @@ def find(name: str, share: float = GPU_SHARE) -> Target:
   Args:
     name: a TPU's accelerator type, such as v5litepod-16, of several slices
       2xv5litepod-256; a card, several of one node as 8xh100, of several nodes
-      as 2x8xh100.
+      as 2x8xh100; cpu is this machine.
     share: part of a GPU's memory that JAX takes, (0, 1].
 
   Raises:
     UserError: no such machine; names the nearest one first.
   """
   text = name.strip().lower()
+  if text == "cpu":
+    return Target("cpu", this_cpu(), "cpu", (1,))
   tpu = re.fullmatch(r"(?:(\d+)x)?(v\d+\w*?)-(\d+)", text)
   if tpu and tpu[2] in PREFIXES:
     family, cores = PREFIXES[tpu[2]]
@@ -435,6 +446,14 @@ def find(name: str, share: float = GPU_SHARE) -> Target:
     f"{', '.join(ordered)}, other sizes of these (v6e-256, 4xa6000), several "
     "slices (2xv6e-64) and several nodes (4x8xa100-80)"
   )
+
+
+def this_cpu() -> Chip:
+  """This machine's processor; its rates are a rough guess."""
+  cores = os.cpu_count() or 1
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  rate = cores * _CORE
+  return Chip("cpu", "CPU", memory, _RAM, rate, rate, rate, _RAM, _RAM)
 
 
 def tpu_target(family: str, chips: int, parts: int) -> Target:
