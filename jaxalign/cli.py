@@ -31,6 +31,23 @@ OTHER_NAMES = {
 }
 
 
+class UnknownFlagError(UserError):
+  """A flag that may be a field of the config.
+
+  Attributes:
+    name: without its dashes.
+    config: the value of `--config`.
+  """
+
+  def __init__(self, name: str, config: str):
+    """Says how fields are written, which are not known here."""
+    super().__init__(
+      f"unknown flag --{name}; fields of the config are written "
+      f"--config.{name}, see --help"
+    )
+    self.name, self.config = name, config
+
+
 class Parser(argparse.ArgumentParser):
   """Flags of one command; a mistake in them is a `UserError`.
 
@@ -115,7 +132,7 @@ class Parser(argparse.ArgumentParser):
       if near:
         hint = f"did you mean --{near[0]}?"
       elif self.reads_config:
-        hint = f"fields of the config are written --config.{name}, see --help"
+        raise UnknownFlagError(name, args.config)
       raise UserError(f"unknown flag --{name}; {hint}")
     if rest and self.reads_config and re.search(r"\.py(:|$)", rest[0]):
       raise UserError(

@@ -17,6 +17,8 @@ from jaxalign import cli
 from jaxalign.algorithms import dry_run, preset_of, read_config, run
 from jaxalign.config import Row, TrainingConfig, describe, to_mapping
 from jaxalign.config.changes import suffix
+from jaxalign.config.hints import all_paths, what_was_meant
+from jaxalign.errors import UserError
 from jaxalign.parallel import cpu
 
 
@@ -32,7 +34,10 @@ def train(argv: Sequence[str]) -> int:
     UserError: a mistake in the flags, the config, or what the config names.
   """
   parser = make_parser()
-  args = parser.parse(argv)
+  try:
+    args = parser.parse(argv)
+  except cli.UnknownFlagError as error:
+    raise meant_field(error) from error
   if args.help and not args.config:
     parser.print_help()
     return 0
@@ -119,6 +124,22 @@ def make_parser() -> cli.Parser:
     "reads no parameter and writes nothing",
   )
   return parser
+
+
+def meant_field(error: cli.UnknownFlagError) -> UserError:
+  """The error with the field of its config that the flag may have meant."""
+  if not error.config:
+    return error
+  root = type(read_config(cli.load_config(error.config)[0]))
+  name = f"config.{error.name}"
+  hint = f"did you mean {name}?"
+  if name not in all_paths(root):
+    hint = what_was_meant(root, name)
+  if not hint:
+    return error
+  return UserError(
+    f"unknown flag --{error.name}; {hint.replace('config.', '--config.')}"
+  )
 
 
 def preset_help(flag: str) -> str:

@@ -9,7 +9,7 @@ import pytest
 from jaxalign import config as configs
 from jaxalign.algorithms import METHODS, config_class, read_config
 from jaxalign.algorithms.superhf.config import SuperHFConfig
-from jaxalign.config import rules
+from jaxalign.config import changes, rules
 from jaxalign.errors import UserError
 
 
@@ -31,6 +31,35 @@ def test_epochs_that_were_typed_win_over_steps_of_a_file():
   assert read_config(file | {"epochs": 2}).steps == 40
   # PPO's epochs are something else.
   assert read_config({"algorithm": "ppo", "steps": 9}, [("epochs", "2")]).steps
+
+
+def test_a_presets_held_out_reward_does_not_judge_another_one(caplog):
+  file = {
+    "algorithm": "superhf",
+    "reward_model": "lab*0.5",
+    "test_reward_model": "judge",
+    "validation_interval": 1,
+  }
+  config = read_config(file, [("reward_model", "mine.py:short")])
+  assert (config.test_reward_model, config.validation_interval) == ("", 0)
+  assert "name yours with --config.test_reward_model" in caplog.text
+  # Such a run is named by its reward alone.
+  preset = read_config(file)
+  suffix = changes.suffix(config, preset)
+  assert suffix.rpartition("-")[0] == "-reward_model-mine.py_short"
+  # A part of the preset's reward, and what was typed, stay.
+  for flags in (
+    [("reward_model", "lab,mine.py:short")],
+    [("reward_model", "mine.py:short"), ("test_reward_model", "judge")],
+  ):
+    config = read_config(file, flags)
+    assert (config.test_reward_model, config.validation_interval) == (
+      "judge",
+      1,
+    )
+  # The same for held-out rows.
+  file = {"algorithm": "dpo", "data": "hub", "validation_data": "hub"}
+  assert not read_config(file, [("data", "mine.jsonl")]).validation_data
 
 
 def test_configs_are_frozen_and_hashable():
@@ -57,12 +86,23 @@ def test_a_whole_number_counts_as_a_number():
     ("conversation_prompt", "config.system_prompt"),
     ("data", "config.prompts"),
     ("kl", "config.kl_coefficient"),
+    ("sequence_len", "config.max_length"),
+    ("max_completion_length", "config.sampling.max_new_tokens"),
+    ("base_model", "config.policy"),
   ],
 )
 def test_an_unknown_field_names_the_one_that_was_meant(fail, name, meant):
   assert fail({name: 1}) == (
     f"config.{name} is not a field; did you mean {meant}?"
   )
+
+
+def test_what_other_trainers_have_and_we_do_not_says_what_to_do(fail):
+  assert fail({"run_name": "x"}) == (
+    "config.run_name is not a field; its folder is the name of a run: give "
+    "--workdir"
+  )
+  assert fail({"use_vllm": 1}).endswith("takes its place; leave it out")
 
 
 def test_an_unknown_field_inside_a_section(fail):

@@ -91,8 +91,17 @@ def test_an_error_of_the_run_is_one_line_too(monkeypatch, capsys):
     ),
     (
       ["--config", CONFIG, "--steps=3"],
-      "unknown flag --steps; fields of the config are written "
-      "--config.steps, see --help",
+      "unknown flag --steps; did you mean --config.steps?",
+    ),
+    (
+      ["--config", CONFIG, "--learning_rate", "1e-4"],
+      "unknown flag --learning_rate; did you mean "
+      "--config.optimizer.learning_rate?",
+    ),
+    (
+      ["--config", CONFIG, "--wandb_name=x"],
+      "unknown flag --wandb_name; its folder is the name of a run: give "
+      "--workdir",
     ),
     (
       ["--config", CONFIG, "--config.steps"],

@@ -11,12 +11,14 @@ import dataclasses
 import functools
 import glob
 import importlib
+import logging
 import os
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxalign.config import TrainingConfig, nearest, read
+from jaxalign.config import TrainingConfig, nearest, parse_models, read
+from jaxalign.config.changes import HELD_OUT
 from jaxalign.config.supervised import SupervisedConfig
 from jaxalign.data import converters, sources
 from jaxalign.errors import UserError
@@ -37,6 +39,7 @@ METHODS = {
   "dpo": "jaxalign.algorithms.dpo",
   "kto": "jaxalign.algorithms.kto",
 }
+_log = logging.getLogger(__name__)
 
 
 def config_class(method: str) -> type[TrainingConfig]:
@@ -85,7 +88,44 @@ def read_config(
   by_epochs = issubclass(kind, SupervisedConfig) and "epochs" in typed
   if by_epochs and "steps" not in typed:
     flags = [*flags, ("steps", "0")]
-  return read(kind, mapping, flags)
+  return read(kind, mapping, [*flags, *left_out(mapping, flags)])
+
+
+# mapping is Any as above.
+def left_out(
+  mapping: Any, flags: Sequence[tuple[str, object]]
+) -> list[tuple[str, object]]:
+  """What a config file sets beside a reward or data that the flags replace.
+
+  A held-out reward or held-out rows of other data would say nothing of the
+  user's own. They stay where the flags name a part of what was there, or them.
+
+  Returns:
+    Flags that turn them off; a line of the log says so.
+  """
+  file, typed, found = dict(mapping.items()), dict(flags), []
+  for name, held_out in HELD_OUT.items():
+    before, value = file.get(name), typed.get(name)
+    if held_out in typed or not file.get(held_out):
+      continue
+    if not (isinstance(before, str) and isinstance(value, str)):
+      continue
+    if {name for name, _ in parse_models(before)} & {
+      name for name, _ in parse_models(value)
+    }:
+      continue
+    _log.warning(
+      "config.%s=%s is not measured, because config.%s is another one now; "
+      "name yours with --config.%s",
+      held_out,
+      file[held_out],
+      name,
+      held_out,
+    )
+    found.append((held_out, ""))
+    if "validation_interval" not in typed:
+      found.append(("validation_interval", "0"))
+  return found
 
 
 def preset_of(mapping: object, config: TrainingConfig) -> TrainingConfig:
@@ -123,6 +163,14 @@ def check_sources(config: TrainingConfig) -> None:
       if near:
         hint = f"did you mean {place.parent / near[0]}?"
       raise UserError(f"config.{field}: {name}: no such file; {hint}")
+
+
+def check_one(extend: bool, fresh: bool) -> None:
+  """Refuses two flags that exclude each other."""
+  if extend and fresh:
+    raise UserError(
+      "--extend goes on with a run, --fresh begins again; give one of them"
+    )
 
 
 def describe(
@@ -174,10 +222,7 @@ def run(
   Returns:
     The exit status: 0, or 130 and 143 after SIGINT and SIGTERM.
   """
-  if extend and fresh:
-    raise UserError(
-      "--extend goes on with a run, --fresh begins again; give one of them"
-    )
+  check_one(extend, fresh)
   check_sources(config)
   # Imported late: jax takes seconds to start, a mistake in a config should not.
   from jaxalign.parallel import hosts
@@ -272,6 +317,7 @@ def dry_run(
   Raises:
     UserError: what would keep the run from starting.
   """
+  check_one(extend, fresh)
   check_sources(config)
   # Imported late, as above.
   from jaxalign.setup import start
@@ -289,5 +335,5 @@ def dry_run(
     config = dataclasses.replace(config, policy=policy, init_from="")
   spec = describe(config)
   print(example_of(spec.rows, spec.policy.tokenizer))
-  print(summary(spec, folder))
+  print(summary(spec, folder, extend=extend, fresh=fresh))
   return 0

@@ -36,6 +36,9 @@ MAY_CHANGE = (
 # What `--extend` may change as well.
 LENGTH = ("steps", "epochs")
 
+# What a run is trained on -> what measures it on something held out.
+HELD_OUT = {"reward_model": "test_reward_model", "data": "validation_data"}
+
 # Of fields whose last name would say too little.
 _SHORT = {
   "optimizer.learning_rate": "lr",
@@ -85,6 +88,8 @@ def suffix(
   rows = [row.path.removeprefix("config.") for row in describe(type(config))]
   last_names = [path.rpartition(".")[2] for path in rows]
   rules = MAY_CHANGE + (LENGTH if extend else ())
+  # Left out where its partner, which is shown, is another one.
+  follows = {(held_out, ""): name for name, held_out in HELD_OUT.items()}
   differing, parts, exact = {}, [], True
   for path in sorted(rows):
     new = operator.attrgetter(path)(config)
@@ -96,6 +101,9 @@ def suffix(
     if (
       old == new or may_change(path, 1, 1, rules) or (path, new) == ("steps", 0)
     ):
+      continue
+    other = follows.get((path, new), "")
+    if other and getattr(config, other) != getattr(preset, other, None):
       continue
     differing[path] = new
     last = path.rpartition(".")[2]

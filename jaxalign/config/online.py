@@ -52,7 +52,10 @@ class SamplingConfig(BucketConfig):
   )
   # Where a completion ends.
   max_new_tokens: int = field(
-    64, "longest completion in tokens (SuperHF Table 2)", ">= 1"
+    64,
+    "longest completion in tokens (SuperHF Table 2)",
+    ">= 1",
+    also=("max_completion_length", "response_length"),
   )
   min_new_tokens: int = field(0, "tokens before the text may end", ">= 0")
   truncation: str = field(
@@ -134,7 +137,7 @@ class EvaluationConfig(Section):
     0,
     "steps between evaluations, also on the last; 0 = off",
     ">= 0",
-    also=("eval_steps",),
+    also=("eval_steps", "eval_strategy"),
   )
   best_of_n: int = field(
     16, "N, completions of each prompt of which the best counts", ">= 1"
@@ -154,14 +157,21 @@ class OnlineConfig(TrainingConfig):
   prompts: str = field(
     "lab",
     "prompt source: lab, a hub id, a file or a glob; several with commas",
-    also=("data", "prompt_dataset_names"),
+    also=(
+      "data",
+      "prompt_dataset_names",
+      "dataset",
+      "datasets",
+      "dataset_name",
+      "train_dataset",
+    ),
   )
   max_prompt_chars: int = field(
     1024,
     "longest prompt in characters, without system_prompt; longer ones are left "
     "out (SuperHF, later runs)",
     ">= 1",
-    also=("max_prompt_char_length",),
+    also=("max_prompt_char_length", "max_prompt_length"),
   )
   # Kor (2023) used every row, repeated ones too.
   deduplicate: bool = field(True, "use every distinct prompt once")
@@ -198,6 +208,7 @@ class OnlineConfig(TrainingConfig):
       "group_weights",
       "reward_funcs",
       "reward_weights",
+      "reward_model_path",
     ),
   )
   length_penalty: float = field(

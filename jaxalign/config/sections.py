@@ -12,7 +12,10 @@ class OptimizerConfig(Section):
   """How gradients change parameters."""
 
   name: str = field(
-    "adamw", "update rule of optax", choices=("adamw", "adafactor", "lion")
+    "adamw",
+    "update rule of optax",
+    choices=("adamw", "adafactor", "lion"),
+    also=("optim", "optimizer_type"),
   )
   # The learning rate over the run, in updates (SuperHF: in superbatches).
   learning_rate: float = field(
@@ -22,10 +25,13 @@ class OptimizerConfig(Section):
     "linear",
     "shape of the learning rate after the warm-up (SuperHF code)",
     choices=("constant", "linear", "cosine"),
-    also=("scheduler_name", "lr_scheduler_type"),
+    also=("scheduler_name", "lr_scheduler_type", "lr_scheduler"),
   )
   warmup_steps: int = field(
-    0, "steps of linear warm-up", ">= 0", also=("scheduler_warmup_steps",)
+    0,
+    "steps of linear warm-up",
+    ">= 0",
+    also=("scheduler_warmup_steps", "warmup_ratio", "num_warmup_steps"),
   )
   end_value_ratio: float = field(
     0.0, "learning rate at the end, as a share of the peak", "[0, 1]"
@@ -45,7 +51,7 @@ class OptimizerConfig(Section):
     0.0,
     "largest global gradient norm; 0 = no clipping (none in SuperHF)",
     ">= 0",
-    also=("max_grad_norm", "grad_clip"),
+    also=("max_grad_norm", "grad_clip", "gradient_clipping"),
   )
   ema: float = field(0.0, "decay of the averaged parameters; 0 = off", "[0, 1)")
   mu_dtype: str = field(
@@ -102,7 +108,12 @@ class MeshConfig(Section):
 class CheckpointConfig(Section):
   """When checkpoints are saved, and how many are kept."""
 
-  every_steps: int = field(50, "steps between saves; 0 = off", ">= 0")
+  every_steps: int = field(
+    50,
+    "steps between saves; 0 = off",
+    ">= 0",
+    also=("save_steps", "save_strategy", "saves_per_epoch"),
+  )
   every_minutes: float = field(10.0, "minutes between saves; 0 = off", ">= 0")
   keep: int = field(
     2, "newest checkpoints to keep", ">= 1", also=("save_total_limit",)
@@ -133,7 +144,9 @@ class MetricsConfig(Section):
   every_steps: int = field(
     1, "steps between lines", ">= 1", also=("logging_steps",)
   )
-  project: str = field("jaxalign", "project name for wandb and trackio")
+  project: str = field(
+    "jaxalign", "project name for wandb and trackio", also=("wandb_project",)
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +162,7 @@ class PrecisionConfig(Section):
     "auto",
     "format inside layers; auto = bfloat16 on accelerators, float32 on CPU",
     choices=("auto", "float32", "bfloat16"),
-    also=("mixed_precision", "dtype", "bf16"),
+    also=("mixed_precision", "dtype", "torch_dtype", "bf16", "fp16"),
   )
   reference: str = field(
     "float32",
@@ -164,7 +177,10 @@ class AdapterConfig(Section):
   """Low-rank adapters (LoRA); with them only the adapters are trained."""
 
   rank: int = field(
-    0, "inner width r; 0 = train all parameters", ">= 0", also=("lora_r",)
+    0,
+    "inner width r; 0 = train all parameters",
+    ">= 0",
+    also=("lora_r", "r", "adapter", "use_peft", "use_lora"),
   )
   alpha: float = field(
     32.0,
@@ -253,11 +269,23 @@ class TrainingConfig(Section):
   # What is trained, how and for how long.
   algorithm: str = field("superhf", "what to run", choices=("superhf",))
   seed: int = field(0, "of samples, data order and dropout", "[0, 4294967296)")
-  steps: int = field(200, "length of the run", ">= 1")
+  steps: int = field(
+    200,
+    "length of the run",
+    ">= 1",
+    also=("max_steps", "num_steps", "total_steps", "total_episodes"),
+  )
   policy: str = field(
     "lab",
     "model to train: a hub id, a folder, lab, or init (see config.init)",
-    also=("model", "model_name", "language_model_name", "model_name_or_path"),
+    also=(
+      "model",
+      "model_name",
+      "language_model_name",
+      "model_name_or_path",
+      "base_model",
+      "sft_model_path",
+    ),
   )
   prompt_format: str = field(
     "auto",
@@ -297,7 +325,7 @@ class TrainingConfig(Section):
     0,
     "rows in one forward and backward pass; 0 = batch_size",
     ">= 0",
-    also=("gradient_accumulation_steps",),
+    also=("gradient_accumulation_steps", "micro_batch_size"),
   )
   # The rows of an update.
   batch_size: int = field(
@@ -310,7 +338,14 @@ class TrainingConfig(Section):
     1024,
     "longest training text in tokens; the rest is cut off (SuperHF code)",
     ">= 2",
-    also=("max_length_rm", "max_seq_length"),
+    also=(
+      "max_length_rm",
+      "max_seq_length",
+      "seq_length",
+      "sequence_len",
+      "cutoff_len",
+      "model_max_length",
+    ),
   )
   max_bad_share: float = field(
     0.01, "tolerated share of unusable rows", "[0, 1]"

@@ -12,27 +12,40 @@ from jaxalign.config.sections import TrainingConfig
 class SupervisedConfig(TrainingConfig):
   """What learning from a data set needs, whatever the loss."""
 
-  steps: int = field(0, "optimizer updates; 0 = those of `epochs`", ">= 0")
+  steps: int = field(
+    0,
+    "optimizer updates; 0 = those of `epochs`",
+    ">= 0",
+    also=("max_steps", "num_steps", "total_steps"),
+  )
   epochs: float = field(
-    1.0, "passes over the data if steps is 0", "> 0", also=("num_train_epochs",)
+    1.0,
+    "passes over the data if steps is 0",
+    "> 0",
+    also=("num_train_epochs", "num_epochs"),
   )
   data: str = field(
     "lab",
     "training rows: lab, a hub id, a file or a glob; several with commas",
-    also=("dataset", "dataset_name", "train_data"),
+    also=("dataset", "datasets", "dataset_name", "train_data", "train_dataset"),
   )
   max_example_chars: int = field(
     0, "longer rows are left out, in characters; 0 = no limit", ">= 0"
   )
   # Held-out rows.
   validation_data: str = field(
-    "", "held-out rows, written like data; empty = none", also=("eval_dataset",)
+    "",
+    "held-out rows, written like data; empty = none",
+    also=("eval_dataset", "test_datasets", "val_set_size"),
   )
   validation_rows: int = field(
     0, "held-out rows to use; 0 = all of validation_data", ">= 0"
   )
   validation_interval: int = field(
-    0, "interval in updates; 0 = only at the end", ">= 0", also=("eval_steps",)
+    0,
+    "interval in updates; 0 = only at the end",
+    ">= 0",
+    also=("eval_steps", "eval_strategy", "evals_per_epoch"),
   )
 
   def steps_over(self, rows: int) -> int:

@@ -60,7 +60,8 @@ def encode_rows(
   Args:
     tokenizer: the model's.
     prompts: where one is empty, the loss counts the whole text.
-    completions: as many.
+    completions: as many; one ends at the end that it has, without the blanks
+      that a chat template writes after it.
     max_length: ids per row at most; the completion is cut on the right.
     loss: `completion`: only its ids count; `all`: all but the first id.
     train_eos: append the eos id to completions that were not cut and do not
@@ -115,9 +116,11 @@ def encode_rows(
       ids, spans = _spans(tokenizer, texts[index], ids, len(start), parts)
     # A text that is cut gets no eos id: it did not end there. Nor does one that
     # has an end already, of a chat template or its own.
-    eos = train_eos[index]
-    has_end = eos is not None and _ends(tokenizer, ids[len(start) :])
-    end = [] if eos is None or has_end else [eos]
+    eos, stop = train_eos[index], _end_of(tokenizer, ids[len(start) :])
+    end = [] if eos is None or stop else [eos]
+    # The sampler stops there, so what a template writes after it is not read.
+    if stop and loss == "completion" and not spans:
+      ids = ids[: len(start) + stop]
     length = len(ids)
     complete = len(ids) + len(end) <= max_length
     ids = (ids + end if complete else ids)[:max_length]
@@ -201,10 +204,12 @@ def _spans(
   return ids, spans
 
 
-def _ends(tokenizer: Tokenizer, ids: Sequence[int]) -> bool:
-  """Whether a completion has an end, at most blanks after it."""
+def _end_of(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
+  """Ids of a completion up to its end, after which are blanks; 0 = no end."""
   places = [at for at, i in enumerate(ids) if i in tokenizer.end_ids]
-  return bool(places) and not tokenizer.decode(ids[places[-1] + 1 :]).strip()
+  if places and not tokenizer.decode(ids[places[-1] + 1 :]).strip():
+    return places[-1] + 1
+  return 0
 
 
 def encode_completions(

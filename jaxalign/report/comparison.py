@@ -13,13 +13,11 @@ import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from jaxalign.config.changes import MAY_CHANGE, may_change
 from jaxalign.errors import UserError
 from jaxalign.report import charts, logged, page
 from jaxalign.runtime import files
 
-# Fields that do not change what is learned.
-_IRRELEVANT = ("checkpoint.*", "metrics.*", "profile_steps")
-_IRRELEVANT += ("compilation_cache", "mesh.*")
 _UNITS = ((3 * 3600, 3600, "hours"), (600, 60, "minutes"), (0, 1, "seconds"))
 _ABSENT = "–"
 # Name of an x axis, and the metric whose sum it is.
@@ -129,11 +127,11 @@ def group_runs(runs: Sequence[logged.LoggedRun]) -> list[Group]:
   by_config: dict[str, list[logged.LoggedRun]] = {}
   configs = {}
   for run in runs:
+    # Other values of what a run may change on the way make no other curve.
     flat = {
       name: value
       for name, value in files.flatten(run.config).items()
-      if name != "seed"
-      and not any(fnmatch.fnmatchcase(name, rule) for rule in _IRRELEVANT)
+      if name != "seed" and not may_change(name, value, 1, MAY_CHANGE)
     }
     key = json.dumps(flat, sort_keys=True) if flat else str(run.folder)
     by_config.setdefault(key, []).append(run)

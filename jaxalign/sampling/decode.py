@@ -101,7 +101,7 @@ def advance(
   return _advance(module, layers, fixed, state, settings)
 
 
-def resume(
+def advance_until_few(
   model: Model,
   params: Params,
   layers: list[Params] | Params,

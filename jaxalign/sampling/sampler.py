@@ -147,7 +147,7 @@ class Sampler:
     samples, rows = None, np.arange(len(state.done))
     while True:
       # The state is given away, and what has been drawn so far comes back.
-      state, *drawn = self._jitted.resume(
+      state, *drawn = self._jitted.advance_until_few(
         params, layers, fixed, state, settings
       )
       part, (prompts, each), done = jax.device_get((*drawn, state.done))
@@ -282,8 +282,10 @@ class _Programs:
         capacity=capacity,
       )
 
-    def resume(params, layers, fixed, state, settings):
-      return decode.resume(model, params, layers, fixed, state, settings)
+    def advance_until_few(params, layers, fixed, state, settings):
+      return decode.advance_until_few(
+        model, params, layers, fixed, state, settings
+      )
 
     def unstack(params):
       return decode.unstack(model, params)
@@ -301,7 +303,7 @@ class _Programs:
     self.unstack = jit(unstack)
     # The caches are updated in place: `state` is donated.
     self.advance = jit(advance, donate_argnums=3)
-    self.resume = jit(resume, donate_argnums=3)
+    self.advance_until_few = jit(advance_until_few, donate_argnums=3)
     self.take = jit(compaction.take)
 
 

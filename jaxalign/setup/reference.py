@@ -17,24 +17,23 @@ from jaxalign.setup.models import Loaded
 from jaxalign.setup.run import RunSpec, open_workdir, reference_of
 from jaxalign.training import reference_cache
 from jaxalign.training.reference_cache import ReferenceCache
+from jaxalign.training.run import Run
 
 C = TypeVar("C", bound=PreferenceConfig)
 
 
-def reference_program(
-  spec: RunSpec[C], text: TextBatch, batches: int
-) -> Program:
+def reference_program(run: Run[C], text: TextBatch, batches: int) -> Program:
   """The pass of a stored reference over the texts of a run.
 
   Args:
-    spec: of the run.
+    run: described; the reference has its parameters before they are trained.
     text: a numpy batch of the largest shape.
     batches: to go over before the first step.
   """
-  model, params = reference_of(spec.policy.model, spec.policy.shapes())
-  arguments = params, meshes.row_shapes(text, spec.mesh)
-  calls = batches / max(spec.config.steps, 1)
-  function = reference_cache.compile_logps(model, spec.mesh)
+  model, params = reference_of(run.model, run.policy_params(run.state))
+  arguments = params, meshes.row_shapes(text, run.mesh)
+  calls = batches / max(run.config.steps, 1)
+  function = reference_cache.compile_logps(model, run.mesh)
   return Program("reference", function, arguments, calls)
 
 

@@ -107,13 +107,34 @@ class DataSpec(RunSpec[C], Generic[C, D]):
   data: D
 
 
-def summary(spec: RunSpec[C], folder: pathlib.Path) -> str:
-  """What a run would be, for people: a line for each of its parts."""
+def summary(
+  spec: RunSpec[C],
+  folder: pathlib.Path,
+  *,
+  extend: bool = False,
+  fresh: bool = False,
+) -> str:
+  """What a run would be, for people: a line for each of its parts.
+
+  Args:
+    spec: of the run.
+    folder: the run's.
+    extend: whether a run is there that gets a new length.
+    fresh: whether a run that is there is moved aside.
+
+  Raises:
+    UserError: the run cannot be extended.
+  """
   config = spec.config
   done = checkpoint.last_step(folder / "checkpoints")
+  before = check_extension(spec, folder) if extend else config.steps
   state = f"goes on after step {done}" if done else "new"
   if workdir.read_finished(folder) is not None:
     state = "finished; nothing would be done"
+  if before < config.steps:
+    state = f"goes on after step {done}, extended from {before} steps"
+  if fresh and workdir.read_config(folder) is not None:
+    state = "new; the run that is there would be moved aside"
   lines = [
     ("run", f"{config.algorithm}, {config.steps} steps"),
     ("folder", f"{folder} ({state})"),
@@ -275,17 +296,12 @@ def check_unchanged(
   )
 
 
-def extend_run(spec: RunSpec[C], folder: pathlib.Path) -> bool:
-  """Gives the run in a folder its new length, and says what its rate becomes.
-
-  Called by the lead process alone.
+def check_extension(spec: RunSpec[C], folder: pathlib.Path) -> int:
+  """The length that a run has before `--extend`; changes nothing.
 
   Args:
     spec: its config differs from the run's in its length alone.
     folder: holds a run.
-
-  Returns:
-    Whether there is anything to do.
 
   Raises:
     UserError: the run would become shorter, has no checkpoint left, or would go
@@ -301,11 +317,10 @@ def extend_run(spec: RunSpec[C], folder: pathlib.Path) -> bool:
       f"{folder}, got {now}; raise config.steps, or config.epochs where steps "
       "follow from the data"
     )
-  finished = workdir.read_finished(folder) is not None
   if now == before:
-    return not finished
+    return before
+  finished = workdir.read_finished(folder) is not None
   saves = folder / "checkpoints"
-  # Nothing is changed before it is sure that the run can go on.
   newest = checkpoint.newest_whole(saves)
   if finished and newest < 0:
     raise UserError(
@@ -316,7 +331,27 @@ def extend_run(spec: RunSpec[C], folder: pathlib.Path) -> bool:
     body = manifest.read(saves / f"{newest:08d}")
     assert body is not None, newest
     check_unchanged(spec, digest_of_run(spec), body["extra"], folder)
-  done = before if finished else checkpoint.last_step(saves)
+  return before
+
+
+def extend_run(spec: RunSpec[C], folder: pathlib.Path) -> bool:
+  """Gives the run in a folder its new length, and says what its rate becomes.
+
+  Called by the lead process alone.
+
+  Args and raises: as `check_extension`.
+
+  Returns:
+    Whether there is anything to do.
+  """
+  # Nothing is changed before it is sure that the run can go on.
+  config, before = spec.config, check_extension(spec, folder)
+  now, finished = config.steps, workdir.read_finished(folder) is not None
+  if now == before:
+    return not finished
+  done = before
+  if not finished:
+    done = checkpoint.last_step(folder / "checkpoints")
   # The rate of the last step done, and of the next.
   was, is_now, last = (
     np.asarray(schedule_of(dataclasses.replace(config, steps=steps))(i)).item()

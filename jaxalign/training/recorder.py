@@ -111,7 +111,7 @@ class Recorder:
   def report(self, step: int, values: Metrics, rows: Rows = ()) -> None:
     """Takes a step's metrics; reads them once the next step is dispatched."""
     # The step before: its metrics are read while this one may still run.
-    self._flush()
+    self.flush()
     now = time.perf_counter()
     seconds = self._seconds | {"time/step_s": now - self._last}
     self._last = now
@@ -142,7 +142,7 @@ class Recorder:
 
   def _save(self, step: int, state: TrainState) -> None:
     # The files must hold this step's lines before their lengths are saved.
-    values = self._flush()
+    values = self.flush()
     if self.best_metric and not self._best_known:
       self._best_known = True  # say it once
       near = difflib.get_close_matches(self.best_metric, values, 1, 0)
@@ -162,8 +162,8 @@ class Recorder:
     self.saver.save(step + 1, state, extra, score=score)
     self.saved = step + 1
 
-  def _flush(self) -> Metrics:
-    """Writes what is pending, if anything is; returns its values."""
+  def flush(self) -> Metrics:
+    """Writes the step that is pending, if one is; returns its values."""
     if self._pending is None:
       return {}
     step, values, rows = self._pending

@@ -204,6 +204,14 @@ class Run(Generic[C]):
         raise
       _log.exception("step %d failed and is skipped", step + 1)
 
+  def write_pending(self) -> None:
+    """Writes the lines of the step before, while the device works on this one.
+
+    They would be written by `end_step`, when a method that waits for the device
+    within a step has nothing left to overlap them with.
+    """
+    self.recorder.flush()
+
   def end_step(
     self, step: int, state: TrainState, metrics: Metrics, rows: Rows = ()
   ) -> TrainState:

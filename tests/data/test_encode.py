@@ -55,12 +55,18 @@ def test_eos_is_trained_only_if_asked_and_not_cut(tiny):
 
 @pytest.mark.parametrize("end", ["</s>", "</s>\n"])
 def test_a_text_that_has_its_end_gets_no_second_one(tiny, end):
-  """As chat templates write it, some with a newline behind."""
+  """As chat templates write it, some with a newline after it."""
   row = one(tiny, PROMPT, "yes" + end, train_eos=True)
   assert list(row.ids).count(tiny.eos_id) == 1
   assert row.loss_mask[list(row.ids).index(tiny.eos_id)]
   row = one(tiny, PROMPT, f"yes{end}no", train_eos=True)
   assert row.ids[-1] == tiny.eos_id
+  # The row is what the sampler would give, which stops there.
+  for on in (True, False):
+    row = one(tiny, "asked:", "yes" + end, train_eos=on)
+    assert row.ids[-1] == tiny.eos_id
+    assert counted(tiny, row) == "yes"
+  assert tiny.decode(one(tiny, "", "yes" + end, loss="all").ids[3:]) == end[4:]
 
 
 def test_completion_is_cut_on_the_right(tiny):

@@ -48,6 +48,17 @@ def test_what_is_there_is_said(dry, supervised, tmp_path, lab, capfd):
   assert f"folder: {run} (goes on after step 4)\n" in dry(argv)
   (run / "finished.json").write_text("{}")
   assert "(finished; nothing would be done)\n" in dry(argv)
+  assert "(new; the run that is there would be moved aside)\n" in dry(
+    [*argv, "--fresh"]
+  )
+  # What would refuse the run refuses its dry run.
+  for flags, hint in (
+    (["--extend", "--fresh"], "give one of them"),
+    (["--extend", "--config.steps=8"], "config.steps must be >= 9"),
+    (["--extend", "--config.steps=10"], "has no checkpoint left"),
+  ):
+    assert main.main([*argv, *flags, "--dry_run"]) == 2
+    assert hint in capfd.readouterr().err
 
 
 def test_a_score_head_and_adapters_by_default(

@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxalign.algorithms.sft.config import SFTConfig
 from jaxalign.config import InitConfig
-from jaxalign.config.sections import PrecisionConfig
+from jaxalign.config.sections import AdapterConfig, PrecisionConfig
 from jaxalign.data.tokenizer import Notes
 from jaxalign.errors import UserError
 from jaxalign.models.hf import folder
@@ -53,6 +53,20 @@ def policy(word_tokenizer, tmp_path):
 def opened(policy, **changes):
   config = SFTConfig(policy=str(policy), **changes)
   return models.open_policy(config, meshes.make_mesh(), "lm")
+
+
+@pytest.mark.parametrize("rank", [0, 2])
+def test_the_shapes_are_those_of_what_is_read(policy, rank):
+  """Adapters stay float32, whatever the weights are; a drawn head does too."""
+  precision = PrecisionConfig(params="bfloat16")
+  lora = AdapterConfig(rank=rank, targets=("dense",) if rank else ())
+  spec = opened(policy, precision=precision, lora=lora)
+
+  def seen(leaf):
+    return leaf.shape, str(leaf.dtype), leaf.sharding
+
+  given = jax.tree.map(seen, spec.shapes())
+  assert given == jax.tree.map(seen, spec.read())
 
 
 def flip(tensors):

@@ -62,7 +62,7 @@ def programs(spec: DataSpec[DPOConfig, PairData]) -> list[Program]:
     text = blank_pairs((1, *spec.batch_shape[1:]))
     count = len(data.pairs) + len(data.validation_pairs)
     batches = -(-count // run.config.micro_rows)  # rounded up
-    found.append(reference_program(spec, text, batches))
+    found.append(reference_program(run, text, batches))
   update = run.jit(make_update(run, run.config))
   return [
     *found,

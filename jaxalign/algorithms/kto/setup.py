@@ -63,7 +63,7 @@ def programs(spec: DataSpec[KTOConfig, LabelledData]) -> list[Program]:
     count += config.steps * config.batch_size * mismatched
     batches = -(-count // config.micro_rows)  # rounded up
     text = blank((1, *spec.batch_shape[1:]))
-    found.append(reference_program(spec, text, batches))
+    found.append(reference_program(run, text, batches))
   return [
     *found,
     run.jit(make_update(run)).program(batch),

@@ -69,7 +69,7 @@ class ShapingConfig(Section):
     "deviation that scores are divided by: running = of all so far, reference "
     "= of the first step's; none = none",
     choices=("none", "running", "reference"),
-    also=("scale_reward", "use_score_scaling"),
+    also=("scale_reward", "scale_rewards", "use_score_scaling"),
   )
   centre: bool = field(
     False,
@@ -129,7 +129,10 @@ class PPOConfig(OnlineConfig):
 
   # The updates of a step.
   epochs: int = field(
-    4, "passes over a rollout", ">= 1", also=("ppo_epochs", "num_ppo_epochs")
+    4,
+    "passes over a rollout",
+    ">= 1",
+    also=("ppo_epochs", "num_ppo_epochs", "num_iterations"),
   )
   batch_size: int = field(
     8,

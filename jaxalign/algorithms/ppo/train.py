@@ -68,12 +68,14 @@ def train(
       kept, batch = encode_rollout(config, pad_id, rollout)
       with run.stage("learn"):
         state, found = learn(state, batch, run.update_key(step))
+        # The host's work on the texts, while the device learns.
+        metrics, rows = rollout.metrics(kept), rollout.rows(step, kept)
+        run.write_pending()
         # The stage lasts until the device has its results.
         found = jax.device_get(found)
       kl, gap = found["kl/mean"], found["sampling/logp_diff_max"]
       check_kl(step, float(kl), float(gap))
-      metrics = rollout.metrics(kept) | found
-      rows = rollout.rows(step, kept)
+      metrics |= found
     state = run.end_step(step, state, metrics, rows)
   return state
 

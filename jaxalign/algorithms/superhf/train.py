@@ -57,11 +57,12 @@ def train(run: Run[SuperHFConfig], source: RolloutSource) -> TrainState:
           key = keys.fold(run.update_key(step), i)
           state, found = update(state, batch, key)
           measured.append(found)
+        # The host's work on the texts, while the device updates.
+        metrics, rows = rollout.metrics(kept), rollout.rows(step, kept)
+        run.write_pending()
         # The next samples need these parameters anyway; waiting here costs
         # no overlap and keeps the stages' times honest.
-        measured = jax.device_get(measured)
-      metrics = rollout.metrics(kept) | mean_metrics(measured)
-      rows = rollout.rows(step, kept)
+        metrics |= mean_metrics(jax.device_get(measured))
     state = run.end_step(step, state, metrics, rows)
   return state
 

@@ -8,7 +8,7 @@ from jaxalign.errors import UserError
 
 # [owner/]name[@revision].
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
-_CONFIGS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
+CONFIGS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
 _SAFETENSORS = ("model*.safetensors", "adapter_model.safetensors")
 _BINARIES = ("pytorch_model*.bin",)
 
@@ -60,7 +60,7 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
       path = huggingface_hub.snapshot_download(
         repository,
         revision=revision or None,
-        allow_patterns=[*_CONFIGS, *weights],
+        allow_patterns=[*CONFIGS, *weights],
       )
     except (OSError, ValueError) as error:
       # The hub's errors run over several lines; the first one suffices.

@@ -1,9 +1,10 @@
 """Completions as rollouts: which of their tokens are trained."""
 
+import jax
 import numpy as np
 
 from jaxalign.algorithms.ppo.config import PPOConfig, RolloutConfig
-from jaxalign.algorithms.ppo.data import encode_rollout
+from jaxalign.algorithms.ppo.data import blank_batch, encode_rollout
 from jaxalign.core.types import Completions, Samples
 from jaxalign.training.rollout import Rollout
 
@@ -45,6 +46,8 @@ def test_a_rollout_holds_what_was_drawn():
   assert tokens[1, 0, :4].tolist() == [*b"cpq", 0]
   np.testing.assert_array_equal(batch.score, [[0.5, 0.0], [2.0, 0.0]])
   np.testing.assert_array_equal(batch.ended, [[True, False], [True, True]])
+  blank = blank_batch(tokens.shape)
+  assert jax.tree.map(np.shape, blank) == jax.tree.map(np.shape, batch)
   # Each log-prob stands at the position before its token.
   logps = np.asarray(batch.model_logps).reshape(4, -1)
   assert logps.shape == (4, 31)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 
@@ -115,6 +116,8 @@ def test_one_usable_completion_has_the_same_shape():
   assert batch.text.tokens.shape == (1, 4, 32)
   (cut,) = encode(config(batch_size=8, micro_batch=2), found, [1])
   assert cut.text.tokens.shape == (2, 2, 32)
+  blank = superhf.blank_batch((2, 2, 32))
+  assert jax.tree.map(np.shape, blank) == jax.tree.map(np.shape, cut)
 
 
 def test_a_completion_that_was_cut_off_has_no_end():

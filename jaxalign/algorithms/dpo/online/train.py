@@ -52,16 +52,17 @@ def train(
         worse,
       )
       with run.stage("update"):
-        state, metrics = update(state, batch, run.update_key(step))
-        jax.block_until_ready(metrics)
+        state, found = update(state, batch, run.update_key(step))
+        # The host's work on the texts, while the device updates.
+        metrics, rows = rollout.metrics(better), rollout.rows(step, better)
+        run.write_pending()
+        metrics |= jax.block_until_ready(found)
       scores = rollout.scores.reshape(-1)
       metrics |= {
-        "objective/kl": _kl(config.beta, metrics),
+        "objective/kl": _kl(config.beta, found),
         "objective/scores_margin": (scores[better] - scores[worse]).mean(),
         "num_pairs": len(better),
       }
-      metrics |= rollout.metrics(better)
-      rows = rollout.rows(step, better)
     state = run.end_step(step, state, metrics, rows)
   return state
 

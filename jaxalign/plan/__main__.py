@@ -1,0 +1,138 @@
+"""Says what a run needs on a machine that is not there.
+
+  python -m jaxalign.plan --config configs/superhf.py:pythia-1b --on a6000
+  python -m jaxalign.plan --config configs/superhf.py --on v5litepod-16,8xh100
+
+Compiles every program of the run for the target and prints, for each program
+and chip, memory, arithmetic, bytes between chips and the least time; then
+whether it fits, the largest batch that does and the smallest slice that would.
+Models need their config.json alone, data need not be there.
+"""
+
+import contextlib
+import io
+import json
+import pathlib
+import sys
+import tempfile
+from collections.abc import Sequence
+
+from jaxalign import cli
+from jaxalign.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs the command; returns the exit status: 2 is a mistake in the input."""
+  return cli.exit_status(show, argv)
+
+
+def show(argv: Sequence[str]) -> int:
+  """Flags -> config -> plans.
+
+  Raises:
+    UserError: a mistake in the flags, the config, or what the config names.
+  """
+  parser = make_parser()
+  args = parser.parse(argv)
+  if args.help:
+    parser.print_help()
+    return 0
+  # Imported late: jax takes seconds to start, a mistake in a flag should not.
+  from jaxalign.algorithms import read_config
+  from jaxalign.plan import measure, page, search, standins, targets
+
+  if not 0 < args.memory_share <= 1:
+    raise UserError(
+      f"--memory_share must be in (0, 1], got {args.memory_share}; 0.75 is "
+      "what JAX takes of a GPU by default"
+    )
+  if not args.on:
+    raise UserError(
+      f"--on is missing; give a target such as {', '.join(targets.names())}"
+    )
+  chosen = [
+    targets.find(name, args.memory_share) for name in args.on.split(",") if name
+  ]
+  mapping, _ = cli.load_config(args.config)
+  config = read_config(mapping, args.fields)
+  targets.prepare(chosen)
+  with tempfile.TemporaryDirectory(prefix="jaxalign-plan-") as folder:
+    there = standins.stand_in(
+      config, pathlib.Path(folder), args.tokens, args.rows
+    )
+
+    def plan(target: targets.Target) -> measure.Plan:
+      # What describing a run prints is of the run, not of the plan.
+      with contextlib.redirect_stdout(io.StringIO()):
+        return measure.plan(there.config, target, there.notes)
+
+    plans = [plan(target) for target in chosen]
+    advice = []
+    if not args.quick and len(plans) == 1:
+      with contextlib.redirect_stdout(io.StringIO()):
+        advice = search.advise(there.config, plans[0], plan)
+  if args.json:
+    found = [page.as_json(each) for each in plans]
+    print(json.dumps(found[0] if len(found) == 1 else found, indent=2))
+  elif args.compare:
+    print(page.side_by_side(plans))
+  else:
+    print("\n\n".join(page.text(each) for each in plans))
+    for line in advice:
+      print(line)
+  return 0
+
+
+def make_parser() -> cli.Parser:
+  """The command's flags."""
+  parser = cli.Parser("jaxalign.plan", __doc__, config=True)
+  parser.add_argument(
+    "--on",
+    default="",
+    metavar="TARGET[,TARGET...]",
+    help="machines by the clouds' names: v5litepod-16, v6e-8, v5p-128, "
+    "2xv5litepod-256 (two slices), a6000, 8xh100, 2x8xh100 (two nodes)",
+  )
+  parser.add_argument(
+    "--compare",
+    action="store_true",
+    help="prints the targets side by side, a row each",
+  )
+  parser.add_argument(
+    "--json", action="store_true", help="prints the plan as JSON"
+  )
+  parser.add_argument(
+    "--quick",
+    action="store_true",
+    help="leaves out the largest batch and the smallest slice, which compile "
+    "some programs again",
+  )
+  parser.add_argument(
+    "--memory_share",
+    type=float,
+    default=0.75,
+    metavar="SHARE",
+    help="part of a GPU's memory that the run takes, as "
+    "XLA_PYTHON_CLIENT_MEM_FRACTION will say; default 0.75",
+  )
+  parser.add_argument(
+    "--tokens",
+    type=int,
+    default=0,
+    metavar="N",
+    help="tokens of a prompt, or of a text to train on, where the data are not "
+    "here; default max_prompt_chars / 4, or max_length",
+  )
+  parser.add_argument(
+    "--rows",
+    type=int,
+    default=0,
+    metavar="N",
+    help="rows of data that are not here, where the steps depend on them; "
+    "default 10000",
+  )
+  return parser
+
+
+if __name__ == "__main__":
+  sys.exit(main())

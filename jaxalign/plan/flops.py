@@ -1,0 +1,100 @@
+"""Arithmetic of a program, counted on its jaxpr.
+
+XLA's own count takes a loop's body once and calls of cuBLAS for nothing.
+"""
+
+import collections
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend as jex
+from jax import lax
+
+# Products at the default precision of their operands, and exact float32.
+BF16, F32, EXACT = "bfloat16", "float32", "float32 exact"
+
+Flops = collections.Counter[str]  # multiplications and additions by kind
+
+
+def count(function: Callable[..., Any], *args: Any, trips: int) -> Flops:
+  """Multiplications and additions of matrix products, over all devices.
+
+  A scan counts its length, a `cond` its dearest branch, a kernel its grid.
+
+  Args:
+    function: traceable; jitted or not.
+    args: arrays or their shapes.
+    trips: turns of a `while` loop, whose number a program does not say.
+  """
+  return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, trips)
+
+
+def count_jaxpr(jaxpr: jex.core.Jaxpr, trips: int) -> Flops:
+  """As `count`, of what `jax.make_jaxpr` or `trace` gives."""
+  total = Flops()
+  for eqn in jaxpr.eqns:
+    name, params = eqn.primitive.name, eqn.params
+    if name == "dot_general":
+      total[_kind(eqn)] += _dot(eqn)
+    elif name == "conv_general_dilated":
+      total[_kind(eqn)] += _convolution(eqn)
+    elif name == "scan":
+      body = count_jaxpr(params["jaxpr"].jaxpr, trips)
+      total += _times(body, params["length"])
+    elif name == "while":
+      turn = count_jaxpr(params["body_jaxpr"].jaxpr, trips)
+      turn += count_jaxpr(params["cond_jaxpr"].jaxpr, trips)
+      total += _times(turn, trips)
+    elif name == "cond":
+      branches = [count_jaxpr(b.jaxpr, trips) for b in params["branches"]]
+      total += max(branches, key=Flops.total)
+    elif name == "pallas_call":
+      grid = math.prod(params["grid_mapping"].grid)
+      total += _times(count_jaxpr(params["jaxpr"], trips), grid)
+    elif name == "shard_map":  # its body is of one device
+      body = count_jaxpr(params["jaxpr"], trips)
+      total += _times(body, params["mesh"].size)
+    else:  # jit, remat, custom rules: each body once
+      for inner in jaxprs_of(params):
+        total += count_jaxpr(inner, trips)
+  return total
+
+
+def jaxprs_of(params: dict[str, Any]) -> list[jex.core.Jaxpr]:
+  """The bodies that a primitive's parameters hold."""
+  found = []
+  for value in params.values():
+    for each in value if isinstance(value, tuple | list) else [value]:
+      if isinstance(each, jex.core.ClosedJaxpr):
+        found.append(each.jaxpr)
+      elif isinstance(each, jex.core.Jaxpr):
+        found.append(each)
+  return found
+
+
+def _times(flops: Flops, turns: int) -> Flops:
+  return Flops({kind: n * turns for kind, n in flops.items()})
+
+
+def _dot(eqn) -> int:
+  """2 x every element of the result x the length that is summed over."""
+  (contracted, _), _ = eqn.params["dimension_numbers"]
+  summed = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
+  return 2 * eqn.outvars[0].aval.size * summed
+
+
+def _convolution(eqn) -> int:
+  kernel = eqn.invars[1].aval.shape
+  out_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+  return 2 * eqn.outvars[0].aval.size * math.prod(kernel) // out_features
+
+
+def _kind(eqn) -> str:
+  # Operands that differ are computed in the wider of the two.
+  if all(x.aval.dtype.itemsize < 4 for x in eqn.invars[:2]):
+    return BF16
+  precision = eqn.params.get("precision")
+  asked = precision if isinstance(precision, tuple) else (precision,)
+  return EXACT if lax.Precision.HIGHEST in asked else F32

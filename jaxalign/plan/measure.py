@@ -1,0 +1,379 @@
+"""A run on a target: every program compiled, its memory and its time.
+
+Each program holds its own arguments and temporary memory while it runs; the
+parameters, optimizer state, reference and reward models of the others stay in
+memory next to it.
+"""
+
+import dataclasses
+import math
+import re
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from jaxalign import algorithms
+from jaxalign.config import TrainingConfig
+from jaxalign.core.types import TrainState
+from jaxalign.errors import UserError
+from jaxalign.models.config import CausalConfig
+from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.program import Program
+from jaxalign.plan import collectives, hlo, roofline
+from jaxalign.plan import flops as arithmetic
+from jaxalign.plan.targets import GIB, Target
+from jaxalign.setup.run import RunSpec
+
+# What stays in memory, in the order it is printed.
+PARAMETERS, OPTIMIZER = "parameters", "optimizer"
+REFERENCE, REWARDS = "reference", "reward models"
+RESIDENT = (PARAMETERS, OPTIMIZER, REFERENCE, REWARDS)
+
+# "... total memory required for HLO temporaries (17.55G) exceeds available HBM
+# (15.75G)", and other wordings with the two numbers.
+_TOO_LARGE = re.compile(r"([\d.]+)([KMG])[^\d]*\)?[^.\d]*?([\d.]+)([KMG])")
+_UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
+
+
+@dataclasses.dataclass(frozen=True)
+class ProgramPlan:
+  """What one program needs; bytes and operations are of one chip.
+
+  Attributes:
+    name: of the program.
+    calls: in a step of the run.
+    arguments: bytes that it is called with and that do not stay in memory.
+    cache: bytes of keys and values while it samples, a part of `temporary`.
+    temporary: bytes beyond arguments and results: activations, gradients.
+    beside: bytes of other programs' parameters, which stay in memory.
+    peak: bytes in use at most.
+    flops: multiplications and additions by kind.
+    moved: bytes to and from the chip's memory.
+    exchanged: with other chips.
+    times: seconds by what takes them, see `roofline.seconds`.
+    compiled_s: seconds that it took to compile here.
+  """
+
+  name: str
+  calls: float
+  arguments: int
+  cache: int
+  temporary: int
+  beside: int
+  peak: int
+  flops: arithmetic.Flops
+  moved: int
+  exchanged: tuple[collectives.Traffic, ...]
+  times: dict[str, float]
+  compiled_s: float
+
+  @property
+  def bound(self) -> str:
+    """What takes longest."""
+    return roofline.bound(self.times)[0]
+
+  @property
+  def seconds(self) -> float:
+    """The least time of a call."""
+    return roofline.bound(self.times)[1]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """A run on a target.
+
+  Attributes:
+    target: the machine.
+    mesh: axis -> size.
+    resident: bytes a chip of what stays in memory, by the names of `RESIDENT`.
+    programs: in the order of a step.
+    steps: of the run.
+    sampled: tokens drawn in a step at most.
+    trained: tokens of a step's updates at most, padding included.
+    rows: of one pass of the update, over all chips.
+    estimate: why the figures are an estimate; "" = compiled for the target.
+    notes: what they stand on, a sentence each.
+  """
+
+  target: Target
+  mesh: dict[str, int]
+  resident: dict[str, int]
+  programs: tuple[ProgramPlan, ...]
+  steps: int
+  sampled: int
+  trained: int
+  rows: int
+  estimate: str = ""
+  notes: tuple[str, ...] = ()
+
+  @property
+  def peak(self) -> ProgramPlan:
+    """The program that needs most memory."""
+    return max(self.programs, key=lambda program: program.peak)
+
+  @property
+  def fits(self) -> bool:
+    """Whether every program does."""
+    return self.peak.peak <= self.target.memory
+
+  @property
+  def step_seconds(self) -> float:
+    """The least time of a step."""
+    return sum(p.calls * p.seconds for p in self.programs)
+
+  @property
+  def hours(self) -> float:
+    """The least time of the run."""
+    return self.steps * self.step_seconds / 3600
+
+
+def for_platform(config: TrainingConfig, target: Target) -> TrainingConfig:
+  """The config with the number formats that `auto` means on the target.
+
+  A program that is compiled for another platform must have the same.
+  """
+  changes: dict[str, Any] = {}  # sections of several types
+  if config.precision.compute == "auto" and target.chip.kind != "cpu":
+    changes["precision"] = dataclasses.replace(
+      config.precision, compute="bfloat16"
+    )
+  scoring = getattr(config, "scoring", None)
+  if scoring and scoring.dtype == "auto" and target.chip.kind != "cpu":
+    changes["scoring"] = dataclasses.replace(scoring, dtype="bfloat16")
+  return dataclasses.replace(config, **changes)
+
+
+def devices_of(target: Target) -> tuple[Sequence[jax.Device], str]:
+  """Devices to compile for, and why the figures are an estimate or "".
+
+  Raises:
+    UserError: no compiler is installed, and too few CPU devices were set.
+  """
+  if not target.missing:
+    return target.devices(), ""
+  found = jax.devices("cpu")
+  if len(found) < target.chips:
+    raise UserError(
+      f"--on {target.name}: no compiler for it is installed, and this process "
+      f"has {len(found)} CPU devices to estimate {target.chips} chips with; "
+      f"{target.missing}"
+    )
+  return found[: target.chips], (
+    f"estimate: no compiler for {target.chip.name} is installed, so the "
+    f"programs are compiled for CPUs; {target.missing} for the real figures"
+  )
+
+
+def plan(
+  config: TrainingConfig, target: Target, notes: tuple[str, ...] = ()
+) -> Plan:
+  """Compiles every program of a run for a target.
+
+  Args:
+    config: of the run; its models and data are here, see `standins`.
+    target: the machine.
+    notes: for the plan.
+
+  Raises:
+    UserError: the run cannot start on this machine.
+  """
+  devices, estimate = devices_of(target)
+  spec = algorithms.describe(for_platform(config, target), devices)
+  programs = algorithms.programs(spec)
+  resident = residents(programs)
+  measured = [measure(program, spec, target, resident) for program in programs]
+  micros, rows, tokens = spec.batch_shape
+  updates = sum(p.calls for p in programs if state_of(p) is not None)
+  sampled = 0
+  if spec.rollout:
+    sampled = spec.rollout.rows * spec.rollout.config.sampling.max_new_tokens
+  return Plan(
+    target=target,
+    mesh=dict(spec.mesh.shape),
+    resident=_by_class(resident),
+    programs=tuple(measured),
+    steps=spec.config.steps,
+    sampled=sampled,
+    trained=round(updates * micros * rows * tokens),
+    rows=rows,
+    estimate=estimate,
+    notes=notes + _filler(spec),
+  )
+
+
+def _filler(spec: RunSpec[TrainingConfig]) -> tuple[str, ...]:
+  """A warning where an update has rows that count for nothing."""
+  micros, rows, _ = spec.batch_shape
+  kept = getattr(getattr(spec.config, "superbatch", None), "kept_rows", 0)
+  wanted = min(spec.config.batch_size, kept or spec.config.batch_size)
+  share = 1 - wanted / (micros * rows)
+  if share <= 0:
+    return ()
+  return (
+    f"{share:.0%} of an update's rows are filler: {wanted} of "
+    f"{micros * rows} rows count; raise config.batch_size and "
+    "superbatch.prompts, or give chips to mesh.tensor",
+  )
+
+
+# A leaf that stays in memory: its class and its bytes on a chip.
+Residents = dict[int, tuple[str, int]]
+
+
+def residents(programs: Sequence[Program]) -> Residents:
+  """Everything that stays in memory over a step, each array once.
+
+  An array that two programs share is the same object in their arguments.
+  """
+  found: Residents = {}
+  for program in sorted(programs, key=lambda p: state_of(p) is None):
+    for kind, leaf in _resident_leaves(program):
+      found.setdefault(id(leaf), (kind, leaf_bytes(leaf)))
+  return found
+
+
+def _resident_leaves(
+  program: Program,
+) -> Iterator[tuple[str, jax.ShapeDtypeStruct]]:
+  """The arrays among a program's arguments that stay in memory.
+
+  Parameters are nested dicts and a run's state has a type of its own; batches,
+  keys and settings are neither.
+  """
+  scores = "score" in program.name
+  for place, argument in enumerate(program.arguments):
+    if isinstance(argument, TrainState):
+      for kind, part in (
+        (PARAMETERS, argument.params),
+        (OPTIMIZER, (argument.opt_state, argument.ema, argument.extra_state)),
+      ):
+        for leaf in jax.tree.leaves(part):
+          yield kind, leaf
+    elif isinstance(argument, dict):
+      # (state, frozen, reference, batch, key) of an update.
+      kind = REWARDS if scores else PARAMETERS
+      if state_of(program) is not None and place == 2:
+        kind = REFERENCE
+      for leaf in jax.tree.leaves(argument):
+        yield kind, leaf
+
+
+def state_of(program: Program) -> TrainState | None:
+  """The run's state among a program's arguments, which an update has."""
+  for argument in program.arguments:
+    if isinstance(argument, TrainState):
+      return argument
+  return None
+
+
+def _by_class(found: Residents) -> dict[str, int]:
+  total = dict.fromkeys(RESIDENT, 0)
+  for kind, size in found.values():
+    total[kind] += size
+  return total
+
+
+def leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+  """Bytes of an array on one chip."""
+  shape = leaf.shape
+  if leaf.sharding is not None:
+    shape = leaf.sharding.shard_shape(shape)
+  # Random keys have a type without a size of its own; they are small.
+  return math.prod(shape) * getattr(leaf.dtype, "itemsize", 4)
+
+
+def measure(
+  program: Program,
+  spec: RunSpec[TrainingConfig],
+  target: Target,
+  resident: Residents,
+) -> ProgramPlan:
+  """Compiles a program and reads what it needs."""
+  start = time.monotonic()
+  traced = program.trace()
+  flops = arithmetic.count_jaxpr(traced.jaxpr.jaxpr, program.iterations)
+  chips = spec.mesh.size
+  flops = roofline.per_chip(flops, chips)
+  own = {id(leaf) for _, leaf in _resident_leaves(program)}
+  beside = sum(size for key, (_, size) in resident.items() if key not in own)
+  kept = sum(size for key, (_, size) in resident.items() if key in own)
+  leaves = jax.tree.leaves(program.arguments)
+  passed = sum(leaf_bytes(leaf) for leaf in leaves if id(leaf) not in own)
+  options = None if devices_are_cpu(spec.mesh) else target.compiler_options
+  try:
+    compiled = traced.lower().compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as error:
+    # A TPU's compiler refuses what is too large; its figures say by how much.
+    needed = too_large(str(error))
+    if needed is None:
+      raise
+    moved, exchanged, peak = 0, (), needed + beside
+    temporary = max(needed - kept - passed, 0)
+  else:
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    assert stats is not None  # every compiler of a target tells both
+    assert text is not None
+    held = (
+      stats.argument_size_in_bytes
+      + stats.output_size_in_bytes
+      - stats.alias_size_in_bytes
+    )
+    temporary = stats.temp_size_in_bytes
+    peak = held + temporary + stats.generated_code_size_in_bytes + beside
+    module = hlo.parse(text, program.iterations)
+    moved = module.traffic()
+    exchanged = tuple(
+      collectives.of_module(module, spec.mesh, target.part_chips)
+    )
+  return ProgramPlan(
+    name=program.name,
+    calls=program.calls,
+    arguments=passed,
+    cache=cache_bytes(program, spec),
+    temporary=temporary,
+    beside=beside,
+    peak=peak,
+    flops=flops,
+    moved=moved,
+    exchanged=exchanged,
+    times=roofline.seconds(flops, moved, exchanged, target),
+    compiled_s=time.monotonic() - start,
+  )
+
+
+def devices_are_cpu(mesh: Mesh) -> bool:
+  """Whether a program for the mesh is compiled by XLA's CPU compiler."""
+  return meshes.platform(mesh) == "cpu"
+
+
+def too_large(message: str) -> int | None:
+  """Bytes that a program needs, out of a compiler's refusal; None = another.
+
+  A TPU's compiler says "Ran out of memory in memory space hbm. Used 17.55G of
+  15.75G hbm", or "... (17.55G) exceeds available HBM (15.75G)".
+  """
+  if "memory" not in message or "RESOURCE_EXHAUSTED" not in message:
+    return None
+  match = _TOO_LARGE.search(message.partition("memory")[2])
+  if not match:
+    return None
+  return round(float(match[1]) * _UNITS[match[2]])
+
+
+def cache_bytes(program: Program, spec: RunSpec[TrainingConfig]) -> int:
+  """Keys and values of a sampler's call on one chip; 0 of other programs."""
+  config = spec.policy.model.config
+  samples = program.keywords.get("samples_per_prompt", 0)
+  if not samples or not isinstance(config, CausalConfig):
+    return 0
+  prompts, width = program.arguments[1].shape
+  rows = prompts * samples
+  # A prompt's keys are stored once, a completion's for each row.
+  tokens = prompts * width + rows * program.keywords["capacity"]
+  each = 2 * config.layers * config.kv_heads * config.head_dim
+  size = tokens * each * jax.numpy.dtype(config.dtype).itemsize
+  parts = meshes.row_count(spec.mesh)
+  return size // parts if rows % parts == 0 else size

@@ -1,0 +1,135 @@
+"""The largest pass that fits a target, and the smallest target that fits."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from jaxalign import algorithms
+from jaxalign.config import TrainingConfig
+from jaxalign.errors import UserError
+from jaxalign.parallel import mesh as meshes
+from jaxalign.parallel.program import Program
+from jaxalign.plan import measure
+from jaxalign.plan.measure import Plan
+from jaxalign.plan.targets import GIB, Target
+from jaxalign.setup.run import RunSpec
+
+MOST = 4096  # rows of a pass that are tried
+_TRIES = 3  # compilations after the first guess
+
+
+def advise(
+  config: TrainingConfig, plan: Plan, run: Callable[[Target], Plan]
+) -> list[str]:
+  """The largest pass and the smallest number of chips, a sentence each.
+
+  Args:
+    config: of the run.
+    plan: of the run on a target.
+    run: plans for another target.
+  """
+  target = plan.target
+  rows = largest_rows(config, target)
+  lines = [
+    f"largest pass that fits: {rows} rows, of which this run has {plan.rows}"
+    if rows
+    else "no pass fits, however few rows it has"
+  ]
+  least = smallest(run, plan, target.sizes())
+  if least is None:
+    lines.append(
+      f"no number of {target.chip.name} fits; split rows by micro_batch, set "
+      "remat, or use lora"
+    )
+  else:
+    peak, given = least.peak.peak / GIB, least.target.memory / GIB
+    lines.append(
+      f"smallest that fits: {least.target.name} ({peak:.2f} of {given:.2f} GiB)"
+    )
+  return lines
+
+
+def largest_rows(config: TrainingConfig, target: Target) -> int:
+  """Rows of one pass of the update that fit the target; 0 = none do.
+
+  Memory grows with the rows along a straight line, so two compilations guess
+  the answer and one more checks it.
+
+  Args:
+    config: of the run.
+    target: the machine.
+  """
+  devices, _ = measure.devices_of(target)
+  config = measure.for_platform(config, target)
+  spec = algorithms.describe(config, devices)
+  resident = measure.residents(algorithms.programs(spec))
+  parts = meshes.row_count(spec.mesh)
+  known: dict[int, int] = {}  # rows -> bytes in use
+
+  def peak(rows: int) -> int:
+    if rows not in known:
+      program = update_of(spec, rows)
+      found = measure.measure(program, spec, target, resident)
+      known[rows] = found.peak
+    return known[rows]
+
+  # Two points: now, and twice as many.
+  _, now, _ = spec.batch_shape
+  now = -(-now // parts) * parts
+  slope = max((peak(2 * now) - peak(now)) / now, 1)
+  room = target.memory - peak(now)
+  guess = min(now + int(room / slope), MOST)
+  rows = guess // parts * parts
+  for _ in range(_TRIES):
+    if rows < parts:
+      return 0
+    if peak(rows) <= target.memory:
+      return rows
+    # Memory does not grow evenly; the next guess stands on the last one.
+    over = peak(rows) - target.memory
+    rows = (rows - max(int(over / slope), 1)) // parts * parts
+  fitting = [n for n, size in known.items() if size <= target.memory]
+  return max(fitting, default=0)
+
+
+def update_of(spec: RunSpec[TrainingConfig], rows: int) -> Program:
+  """The update of a run with other rows in a pass."""
+  micros, _, tokens = spec.batch_shape
+  changed = dataclasses.replace(spec, batch_shape=(micros, rows, tokens))
+  return next(
+    program
+    for program in algorithms.programs(changed)
+    if measure.state_of(program) is not None
+  )
+
+
+def smallest(
+  run: Callable[[Target], Plan], found: Plan, among: Sequence[Target]
+) -> Plan | None:
+  """The plan on the fewest chips that the run fits.
+
+  Args:
+    run: plans for a target.
+    found: the plan at hand.
+    among: the same chips in growing numbers.
+  """
+  target = found.target
+  # State is split over all chips, rows as well where there are enough.
+  state = sum(found.resident.values()) * target.chips
+  for candidate in among:
+    if candidate.chips == target.chips:
+      if found.fits:
+        return found
+      continue
+    # Too few for the state alone: nothing is compiled for them.
+    if state / candidate.chips > candidate.memory:
+      continue
+    # Where the run fits, more chips are no answer.
+    if found.fits and candidate.chips > target.chips:
+      return found
+    try:
+      tried = run(candidate)
+    except UserError:  # its rows do not divide, say
+      continue
+    if tried.fits:
+      return tried
+  return found if found.fits else None

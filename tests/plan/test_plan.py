@@ -1,0 +1,210 @@
+"""A whole plan, for this machine's CPU: small models, two compilations."""
+
+import dataclasses
+import json
+
+import pytest
+
+from jaxalign import algorithms
+from jaxalign.errors import UserError
+from jaxalign.plan import __main__ as command
+from jaxalign.plan import measure, page, search, standins
+from jaxalign.plan.targets import find
+from jaxalign.setup.models import LAB
+
+# GPT-NeoX by its config.json alone.
+CONFIG = {
+  "model_type": "gpt_neox",
+  "architectures": ["GPTNeoXForCausalLM"],
+  "hidden_size": 64,
+  "num_hidden_layers": 3,
+  "num_attention_heads": 4,
+  "intermediate_size": 256,
+  "max_position_embeddings": 256,
+  "vocab_size": 5000,
+  "rotary_pct": 0.25,
+  "layer_norm_eps": 1e-5,
+  "hidden_act": "gelu",
+  "use_parallel_residual": True,
+  "tie_word_embeddings": False,
+  "eos_token_id": 0,
+}
+# Embedding, output, and three layers of 12 D^2 with their biases and norms.
+SIZE = 2 * 5000 * 64 + 3 * (12 * 64**2 + 13 * 64) + 2 * 64
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("model")
+  (folder / "config.json").write_text(json.dumps(CONFIG))
+  return str(folder)
+
+
+def config(model, **fields):
+  mapping = {"algorithm": "sft", "policy": model, "data": "org/not-here"}
+  mapping |= {"steps": 7, "batch_size": 2, "max_length": 32}
+  return algorithms.read_config(mapping | fields)
+
+
+@pytest.fixture(scope="module")
+def planned(model, tmp_path_factory):
+  """The config with stand-ins, and its plan."""
+  there = standins.stand_in(config(model), tmp_path_factory.mktemp("here"))
+  return there, measure.plan(there.config, find("cpu"), there.notes)
+
+
+def test_config_json_and_lengths_are_all_that_a_plan_needs(planned):
+  there, plan = planned
+  assert [p.name for p in plan.programs] == ["update"]
+  assert plan.resident[measure.PARAMETERS] == 4 * SIZE
+  # AdamW's two averages, and its counter.
+  extra = plan.resident[measure.OPTIMIZER] - 8 * SIZE
+  assert 0 <= extra < 100
+  assert plan.resident[measure.REFERENCE] == 0
+  assert plan.trained == 2 * 32
+  assert plan.rows == 2
+  notes = " ".join(there.notes)
+  assert "without weights" in notes
+  assert "org/not-here is not read: 64 rows of 32 tokens" in notes
+
+
+def test_operations_of_an_update_are_six_a_parameter_and_token(planned):
+  """Of parameters in products: all but the embedding, biases and norms."""
+  _, plan = planned
+  (update,) = plan.programs
+  products = 5000 * 64 + 3 * 12 * 64**2
+  tokens = 2 * 32
+  # The attention's own products are few; the last token predicts nothing.
+  assert update.flops.total() == pytest.approx(6 * products * tokens, rel=0.05)
+  assert update.moved > 12 * SIZE  # parameters and averages are read at least
+  assert update.seconds == max(update.times.values())
+
+
+def test_peak_holds_state_gradients_and_activations(planned):
+  _, plan = planned
+  (update,) = plan.programs
+  assert update.beside == 0
+  assert 12 * SIZE < update.peak - update.temporary < 12 * SIZE + 10_000
+  assert plan.fits
+  text = page.text(plan)
+  assert "fits: update needs" in text
+  assert "7 steps" in text
+  found = page.as_json(plan)
+  assert json.loads(json.dumps(found))["programs"][0]["name"] == "update"
+  assert "cpu" in page.side_by_side([plan, plan])
+
+
+def test_what_a_program_does_not_use_stays_beside_it(model, tmp_path):
+  """A reference in memory, and its log-probabilities computed once."""
+  fields = {"algorithm": "dpo", "reference": "auto", "batch_size": 1}
+  there = standins.stand_in(config(model, **fields), tmp_path)
+  spec = algorithms.describe(there.config)
+  programs = algorithms.programs(spec)
+  found = measure.residents(programs)
+  sizes = measure._by_class(found)
+  assert sizes[measure.REFERENCE] == 4 * SIZE
+  lora = dataclasses.replace(there.config.lora, rank=2)
+  adapted = dataclasses.replace(there.config, lora=lora)
+  programs = algorithms.programs(algorithms.describe(adapted))
+  # The base under the adapters is the reference: it counts once.
+  sizes = measure._by_class(measure.residents(programs))
+  assert sizes[measure.REFERENCE] == 0
+  assert sizes[measure.PARAMETERS] < 4.2 * SIZE
+
+
+def test_the_largest_pass_fits_and_twice_as_many_rows_do_not(planned):
+  there, plan = planned
+  # Room for the state and eight megabytes.
+  room = 12 * SIZE + 8 * 2**20
+  chip = dataclasses.replace(plan.target.chip, memory=room)
+  small = dataclasses.replace(plan.target, chip=chip)
+  rows = search.largest_rows(there.config, small)
+  assert 2 < rows < search.MOST
+  spec = algorithms.describe(there.config)
+  resident = measure.residents(algorithms.programs(spec))
+  for count, fits in ((rows, True), (2 * rows, False)):
+    program = search.update_of(spec, count)
+    peak = measure.measure(program, spec, small, resident).peak
+    assert (peak <= room) == fits
+
+
+def test_the_smallest_slice_is_not_below_what_its_state_needs(planned):
+  _, plan = planned
+  among = find("v5litepod-16").sizes()
+  state = sum(plan.resident.values())
+  chip = dataclasses.replace(among[0].chip, memory=state // 3)
+  among = [dataclasses.replace(target, chip=chip) for target in among]
+  tried = []
+
+  def run(target):
+    tried.append(target.chips)
+    (update,) = plan.programs
+    peak = state // target.chips + state // 8
+    programs = (dataclasses.replace(update, peak=peak),)
+    return dataclasses.replace(plan, target=target, programs=programs)
+
+  small = dataclasses.replace(plan, target=among[0])
+  assert not small.fits
+  found = search.smallest(run, small, among)
+  # A third holds a quarter and not an eighth more; then an eighth twice.
+  assert (tried, found.target.chips) == ([4, 8], 8)
+
+
+def test_what_a_compiler_refuses_says_how_much_it_needs():
+  first = (
+    "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
+    "memory space hbm. Used 17.55G of 15.75G hbm. Exceeded by 1.80G."
+  )
+  second = (
+    "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required "
+    "for HLO temporaries (17.55G) exceeds available HBM (15.75G)"
+  )
+  for message in (first, second):
+    assert measure.too_large(message) == round(17.55 * 2**30)
+  assert measure.too_large("INTERNAL: no such memory") is None
+
+
+def refused(capsys, *argv):
+  assert command.main(argv) == 2
+  message = capsys.readouterr().err
+  assert message.startswith("error: ")
+  assert message.count("\n") == 1
+  return message
+
+
+def test_mistakes_are_told_before_anything_compiles(capsys, monkeypatch):
+  monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+  lab = "--config=configs/superhf.py"
+  assert "did you mean v6e-8?" in refused(capsys, lab, "--on=v6e-9")
+  assert "--on is missing; give a target such as" in refused(capsys, lab)
+  share = refused(capsys, lab, "--on=a6000", "--memory_share=75")
+  assert "must be in (0, 1], got 75" in share
+
+
+def test_a_model_that_is_not_here_says_what_to_give(tmp_path, monkeypatch):
+  monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+  with pytest.raises(UserError) as caught:
+    standins.stand_in(config("org/model"), tmp_path)
+  assert "config.policy: org/model is not on this machine" in str(caught.value)
+  assert "give --config.policy=FOLDER that holds one" in str(caught.value)
+  mapping = {"reward_model": "lab/reward-train*0.5, org/judge"}
+  online = algorithms.read_config({"algorithm": "superhf"} | mapping)
+  with pytest.raises(UserError, match=r"config\.reward_model: org/judge"):
+    standins.stand_in(online, tmp_path / "other")
+
+
+def offline(*args, **kwargs):
+  raise OSError("offline")
+
+
+def test_what_is_here_is_left_alone(tmp_path):
+  mapping = {"reward_model": "lab/reward-train*0.5,lab/reward-test"}
+  online = algorithms.read_config({"algorithm": "superhf"} | mapping)
+  there = standins.stand_in(online, tmp_path)
+  assert there.notes == ()
+  assert there.config.policy == "lab"
+  assert there.config.reward_models == online.reward_models
+  given = algorithms.read_config(
+    {"algorithm": "superhf", "policy": str(LAB / "policy")}
+  )
+  assert standins.stand_in(given, tmp_path).config.policy == given.policy
