@@ -22,6 +22,9 @@ KINDS = (
 )
 
 
+_CHANNEL = re.compile(r"channel_id=(\d+)")
+
+
 @dataclasses.dataclass(frozen=True)
 class Traffic:
   """What one kind of exchange moves over one axis in a run of a program.
@@ -58,8 +61,8 @@ def of_module(module: hlo.Module, mesh: AnyMesh, part: int) -> list[Traffic]:
   """
   sent: collections.Counter[tuple] = collections.Counter()
   runs: collections.Counter[tuple] = collections.Counter()
-  for line, times in _exchanges(module):
-    kind, most = _kind_and_bytes(module, line)
+  for line, times in exchanges(module):
+    kind, most = kind_and_bytes(module, line)
     if kind == "collective-permute":
       groups = _pairs(line.line)
       n, share = 2, 1.0
@@ -92,23 +95,34 @@ def by_axis(found: list[Traffic]) -> dict[str, int]:
   return dict(total)
 
 
-def _exchanges(
+def exchanges(
   module: hlo.Module,
 ) -> Iterator[tuple[hlo.Instruction, int]]:
   """Every exchange once a run, wherever the compiler has put it.
 
   A TPU's compiler spreads one exchange over several fusions, to overlap it
-  with arithmetic; they share a channel.
+  with arithmetic; they share a channel. The first of them counts: the others
+  may stand in a loop, which the exchange runs next to.
   """
   seen: set[tuple[str, int]] = set()
+  started = {
+    channel[1]
+    for computation in module.computations.values()
+    if any("AsyncCollectiveStart" in x.line for x in computation.values())
+    for x in computation.values()
+    if _base(x.opcode) and (channel := _CHANNEL.search(x.line))
+  }
   for line, _, times in module.runs():
-    inner = [line]
+    inner, begins = [line], False
     if line.opcode == "fusion":
       inner = list(_nested(module, line.called))
+      begins = any("AsyncCollectiveStart" in x.line for x in inner)
     for each in inner:
       if not _base(each.opcode):
         continue
-      channel = re.search(r"channel_id=(\d+)", each.line)
+      channel = _CHANNEL.search(each.line)
+      if channel and channel[1] in started and not begins:
+        continue
       # The same channel in another loop is another exchange.
       key = (channel[1] if channel else each.name, times)
       if key not in seen:
@@ -129,7 +143,7 @@ def _base(opcode: str) -> str:
   return kind if kind in KINDS else ""
 
 
-def _kind_and_bytes(
+def kind_and_bytes(
   module: hlo.Module, line: hlo.Instruction
 ) -> tuple[str, int]:
   """The kind, and the bytes of its largest side: gathered, or to be reduced."""

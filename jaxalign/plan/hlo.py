@@ -98,7 +98,7 @@ class Module:
     if match:
       return int(match[1])
     limit = self._limit(_after(loop.line, "condition"))
-    return self.trips if limit is None else limit
+    return self.trips if limit is None else -(-limit // self._stride(loop))
 
   def _limit(self, name: str) -> int | None:
     """The constant that a condition compares its counter with."""
@@ -106,7 +106,7 @@ class Module:
     constants = {
       line.name: int(match[1])
       for line in lines
-      if (match := re.search(r"= s32\[\]\S* constant\((\d+)\)", line.line))
+      if (match := re.search(r"= [su]32\[\]\S* constant\((\d+)\)", line.line))
     }
     for line in lines:
       if line.opcode == "compare" and "direction=LT" in line.line:
@@ -123,6 +123,29 @@ class Module:
         if given and any("direction=LT" in x.line for x in body):
           return max(given)
     return None
+
+  def _stride(self, loop: Instruction) -> int:
+    """What a turn adds to the counter: 2 where two were made one."""
+    condition = self.computations[_after(loop.line, "condition")]
+    body = self.computations[_after(loop.line, "body")]
+    (root,) = (x for x in body.values() if x.is_root)
+    (end,) = (x for x in condition.values() if x.is_root)
+    counters = [
+      match[1]
+      for name in end.operands
+      if (match := re.search(r", index=(\d+)", condition[name].line))
+    ]
+    if not counters or root.opcode != "tuple":
+      return 1
+    # Back from what the body gives to what it was given.
+    place, stride = root.operands[int(counters[0])], 0
+    while body[place].opcode == "add":
+      place, *added = body[place].operands
+      value = re.search(r" constant\((\d+)\)", body[added[0]].line)
+      if not value:
+        return 1
+      stride += int(value[1])
+    return max(stride, 1)
 
   def traffic(self) -> int:
     """Bytes that the program moves to and from a chip's memory, in one run."""

@@ -33,7 +33,9 @@ from jaxalign.core.types import TextBatch
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
 from jaxalign.parallel import mesh as meshes
-from jaxalign.parallel.collectives import collectives
+from jaxalign.plan import collectives, hlo
+from jaxalign.sampling import settings
+from jaxalign.sampling.sampler import Sampler
 from jaxalign.training.run import Run
 
 SHAPES = {
@@ -42,6 +44,7 @@ SHAPES = {
   "pythia-6.9b": (4096, 32, 32, 16384),
 }
 GIB = 2**30
+UNKNOWN = 1_000_003  # a prime, to be found again in products
 
 
 def model_of(args):
@@ -53,6 +56,7 @@ def model_of(args):
     heads=heads,
     intermediate_size=inner,
     dtype="bfloat16",
+    remat=args.remat,
   )
   return Model.build(config)
 
@@ -63,95 +67,41 @@ def update_of(args, model, mesh):
     "adamw", beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=0
   )
   schedule = optim.make_schedule("constant", peak=1e-5, warmup_steps=0, steps=9)
-  state = jax.eval_shape(lambda p: optim.init_state(p, optimizer), model.shapes)
+  state = meshes.with_shardings(
+    jax.eval_shape(lambda p: optim.init_state(p, optimizer), model.shapes), mesh
+  )
   with_kl = args.program == "superhf"
+  reference = model, meshes.with_shardings(model.shapes, mesh)
   run = Run(
     SuperHFConfig(kl_coefficient=0.1) if with_kl else SFTConfig(),
     model,
     state,
     frozen={},
-    reference=(model, model.shapes) if with_kl else None,
+    reference=reference if with_kl else None,
     mesh=mesh,
     recorder=None,
     optimizer=optimizer,
     schedule=schedule,
     shardings=meshes.shardings(state, mesh),
   )
-  update = (superhf if with_kl else sft).make_update(run)
-
-  def on_mesh(*given):
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-      return update(*given)
-
   shape = (1, args.rows, args.length)
   ids = np.broadcast_to(np.int32(0), shape)
-  text = TextBatch(ids, ids, ids, ids.astype(bool))
-  batch = text
+  batch = TextBatch(ids, ids, ids, ids.astype(bool))
   if with_kl:
     shifted = np.broadcast_to(np.float32(0), (*shape[:2], shape[2] - 1))
-    batch = KeptBatch(text, shifted, shifted.astype(bool))
-  rows = meshes.rows(mesh, 1)
-  given = (
-    placed(state, run.shardings),
-    {},
-    placed(model.shapes, meshes.shardings(model.shapes, mesh))
-    if with_kl
-    else {},
-    jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=rows), batch
-    ),
-    key_of(mesh),
-  )
-  jitted = jax.jit(
-    on_mesh, donate_argnums=0, out_shardings=(run.shardings, None)
-  )
-  return jitted.lower(*given)
+    batch = KeptBatch(batch, shifted, shifted.astype(bool))
+  update = (superhf if with_kl else sft).make_update(run)
+  return run.jit(update).program(batch).lower()
 
 
 def sample_of(args, model, mesh):
-  from jaxalign.sampling import settings
-  from jaxalign.sampling.sampler import Sampler
-
   sampler = Sampler(model, mesh=mesh)
   prompts = args.rows // args.samples
-  whole = meshes.replicated(mesh)
   drawn = settings.make(max_new_tokens=args.new, top_p=0.9, eos_ids=(1,))
-  drawn = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(np.shape(x), x.dtype, sharding=whole), drawn
-  )
-  tokens = jax.ShapeDtypeStruct(
-    (prompts, args.length), np.int32, sharding=whole
-  )
-  mask = jax.ShapeDtypeStruct(tokens.shape, bool, sharding=whole)
-  numbers = jax.ShapeDtypeStruct((prompts,), np.int32, sharding=whole)
-  params = placed(model.shapes, meshes.shardings(model.shapes, mesh))
-  return sampler._jitted.sample.lower(
-    params,
-    tokens,
-    mask,
-    numbers,
-    drawn,
-    key_of(mesh),
-    None,
-    jax.ShapeDtypeStruct((), np.int32, sharding=whole),
-    samples_per_prompt=args.samples,
-    capacity=args.new,
-  )
-
-
-def placed(tree, shardings):
-  return jax.tree.map(
-    lambda x, where: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where),
-    tree,
-    shardings,
-  )
-
-
-def key_of(mesh):
-  key = jax.eval_shape(lambda: jax.random.key(0))
-  return jax.ShapeDtypeStruct(
-    key.shape, key.dtype, sharding=meshes.replicated(mesh)
-  )
+  params = meshes.with_shardings(model.shapes, mesh)
+  return sampler.program(
+    params, prompts, args.length, drawn, args.samples
+  ).lower()
 
 
 def main():
@@ -167,6 +117,7 @@ def main():
   parser.add_argument("--length", type=int, default=1024)
   parser.add_argument("--samples", type=int, default=16, help="a prompt")
   parser.add_argument("--new", type=int, default=64, help="tokens to sample")
+  parser.add_argument("--remat", default="none")
   parser.add_argument("--hlo", help="a file to write the program to")
   args = parser.parse_args()
   devices = topologies.get_topology_desc(args.on, "tpu").devices
@@ -184,14 +135,16 @@ def main():
     with open(args.hlo, "w") as file:
       file.write(text)
   memory = compiled.memory_analysis()
-  found = collections.Counter()
-  where = collections.Counter()
-  for one in collectives(text):
-    times = int(np.prod([max(n, 1) for n in one.loops]))
-    key = f"{'x'.join(map(str, one.loops)) or 'once'}: {one.kind}"
-    where[f"{key} {one.dtype}{list(one.shape)}"] += 1
-    found[key] += times * one.size
-  for name, times in where.most_common():
+  # Loops that do not say how often they run are those of tokens or chunks.
+  module = hlo.parse(text, trips=UNKNOWN)
+  found, arrays = collections.Counter(), collections.Counter()
+  for line, times in collectives.exchanges(module):
+    kind, size = collectives.kind_and_bytes(module, line)
+    unknown, times = times % UNKNOWN == 0, times // UNKNOWN or times
+    where = f"{'a loop, ' if unknown else ''}{times} x"
+    arrays[f"{where} {kind} {line.type.partition('{')[0]}"] += 1
+    found[f"{where} {kind}"] += size
+  for name, times in arrays.most_common():
     print(f"{times:4} {name}")
   print(
     json.dumps(
@@ -205,7 +158,7 @@ def main():
         "length": args.length,
         "state_gib": round(memory.argument_size_in_bytes / GIB, 3),
         "temp_gib": round(memory.temp_size_in_bytes / GIB, 3),
-        "mb_by_loop": {k: round(v / 1e6, 1) for k, v in found.items()},
+        "mb": {k: round(v / 1e6, 1) for k, v in found.items()},
         "compile_s": round(time.monotonic() - start, 1),
       }
     )

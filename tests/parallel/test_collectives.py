@@ -1,0 +1,164 @@
+"""What compiled programs move between eight devices, read from their HLO."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from jaxalign.plan import collectives, hlo
+
+# Sizes that tell the arrays apart by their shapes alone.
+ROWS, TOKENS, VOCAB, WIDTH, INNER, LAYERS = 16, 24, 160, 32, 96, 3
+PARAMETERS = 4 * WIDTH * WIDTH + 2 * WIDTH * INNER  # of a layer's matrices
+
+PROGRAMS = f"""
+import json
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxalign.algorithms.sft.train import sum_nll
+from jaxalign.core.types import TextBatch
+from jaxalign.models.model import Model
+from jaxalign.models.neox import NeoXConfig
+from jaxalign.parallel import mesh as meshes
+from jaxalign.sampling import settings
+from jaxalign.sampling.sampler import Sampler
+from jaxalign.training.forward import completion_logps
+
+model = Model.build(NeoXConfig(
+  vocab_size={VOCAB}, hidden_size={WIDTH}, layers={LAYERS}, heads=4,
+  intermediate_size={INNER},
+))
+params = jax.tree.map(lambda x: 6 * x, model.init(jax.random.key(0)))
+ids = np.random.default_rng(0).integers(2, {VOCAB}, ({ROWS}, {TOKENS}))
+ids = ids.astype(np.int32)
+text = TextBatch(
+  ids,
+  np.broadcast_to(np.arange({TOKENS}, dtype=np.int32), ids.shape),
+  np.ones_like(ids),
+  ids % 3 > 0,
+)
+
+def step(params, text):
+  def loss(params):
+    nll, _ = sum_nll(model, params, text, None, {ROWS * TOKENS})
+    return nll - completion_logps(model, params, text).mean()
+  return jax.value_and_grad(loss)(params)
+
+expected = jax.jit(step)(params, text)
+drawn = settings.make(max_new_tokens=6, top_p=0.9, eos_ids=(1,))
+prompts = [[5, 6, 7], [8, 9], [3], [4, 2]]
+one = Sampler(model)(params, prompts, drawn, jax.random.key(3),
+                     samples_per_prompt=4)
+for sizes in ((1, 8, 1), (2, 2, 2)):
+  mesh = meshes.make_mesh(*sizes)
+  placed = meshes.put(params, mesh)
+  rows = jax.device_put(text, meshes.rows(mesh))
+  jitted = meshes.jit(
+    step, mesh, out_shardings=(None, meshes.shardings(params, mesh))
+  )
+  compiled = jitted.lower(placed, rows).compile()
+  found = compiled(placed, rows)
+  error = jax.tree.map(lambda a, b: abs(a - np.asarray(b)).max(), expected,
+                       jax.device_get(found))
+  sampler = Sampler(model, mesh=mesh)
+  program = sampler.program(
+    meshes.with_shardings(model.shapes, mesh), 4, 3, drawn, 4
+  )
+  samples = sampler(placed, prompts, drawn, jax.random.key(3),
+                    samples_per_prompt=4)
+  print(json.dumps(dict(
+    sizes=sizes,
+    error=float(max(jax.tree.leaves(error))),
+    same=bool((samples.tokens == one.tokens).all()),
+    update=compiled.as_text(),
+    sample=program.lower().compile().as_text(),
+  )))
+"""
+
+
+TOKEN_LOOP = 1_000_003  # turns of loops that do not say theirs; a prime
+
+
+@dataclasses.dataclass(frozen=True)
+class Exchange:
+  """One array that moves: its whole size in bytes, and how often it does."""
+
+  kind: str
+  shape: tuple[int, ...]
+  floats: bool
+  size: int
+  times: int
+
+
+def exchanges(text):
+  module = hlo.parse(text, TOKEN_LOOP)
+  found = []
+  for line, times in collectives.exchanges(module):
+    kind, size = collectives.kind_and_bytes(module, line)
+    for dtype, sizes in re.findall(r"([a-z]+)\d*\[([\d,]*)\]", line.type):
+      shape = tuple(int(n) for n in sizes.split(",") if n)
+      found.append(Exchange(kind, shape, dtype in ("f", "bf"), size, times))
+  return found
+
+
+@pytest.fixture(scope="module")
+def programs():
+  """Of each mesh its update and sampler, and how far off their results are."""
+  flags = os.environ.get("XLA_FLAGS", "")
+  flags += " --xla_force_host_platform_device_count=8"
+  done = subprocess.run(
+    [sys.executable, "-c", PROGRAMS],
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 0, done.stderr[-2000:]
+  found = [json.loads(line) for line in done.stdout.splitlines()]
+  return {tuple(one["sizes"]): one for one in found}
+
+
+MESHES = [(1, 8, 1), (2, 2, 2)]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_a_mesh_computes_what_one_device_does(programs, sizes):
+  assert programs[sizes]["error"] < 1e-4
+  assert programs[sizes]["same"]
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_no_logits_and_no_activations_are_gathered(programs, sizes):
+  for one in exchanges(programs[sizes]["update"]):
+    logits = VOCAB in one.shape and WIDTH not in one.shape
+    assert not (one.kind == "all-reduce" and logits), one
+    rows = one.floats and {TOKENS, TOKENS - 1} & set(one.shape)
+    assert not (one.kind == "all-gather" and rows), one
+
+
+def test_a_layer_moves_its_parameters_and_gradients_alone(programs):
+  """Forward, backward, and the gradients' sum: three times, in two losses."""
+  moved = sum(
+    one.size * one.times // LAYERS
+    for one in exchanges(programs[1, 8, 1]["update"])
+    if one.floats and one.times % LAYERS == 0 and one.times % TOKEN_LOOP
+  )
+  assert 0 < moved <= 1.2 * 2 * 3 * 4 * PARAMETERS
+
+
+@pytest.mark.parametrize("sizes", MESHES)
+def test_no_parameter_moves_at_a_token(programs, sizes):
+  """They are gathered once, before the loop."""
+  found = exchanges(programs[sizes]["sample"])
+  smallest = 4 * WIDTH * WIDTH // sizes[2]
+  gathered = [one for one in found if one.kind == "all-gather"]
+  for one in gathered:
+    assert one.times % TOKEN_LOOP or one.size < smallest, one
+  assert sum(one.size for one in gathered if one.times % TOKEN_LOOP) > (
+    4 * LAYERS * PARAMETERS // sizes[2]
+  )
