@@ -29,6 +29,12 @@ for sizes in sys.argv.pop(1).split():
   assert status == 0, (sizes, status)
 """
 NOT_COMPARED = ("time/", "throughput/", "memory/")
+# Eight devices share few cores, so one may be late at a meeting point. XLA ends
+# the process after 40 s of that.
+PATIENCE = (
+  "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
+  "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 
 
 def on_meshes(sizes, folder, command):
@@ -37,7 +43,7 @@ def on_meshes(sizes, folder, command):
   flags = os.environ.get("XLA_FLAGS", "")
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8",
+    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8 {PATIENCE}",
   }
   done = subprocess.run(
     [sys.executable, "-c", RUN, sizes, str(folder), *command],
