@@ -24,6 +24,7 @@ from jaxalign.models.layers import (
   Linear,
   Output,
   adapter,
+  cast_small,
   layer_params,
   stack,
 )
@@ -128,7 +129,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
         return remat.of_attention(read, policy)(q, [*shared, own])
 
       # The block calls `attention` once, which leaves its keys in `kept`.
-      block = nnx.merge(graph, remat.cast(params, self.config.dtype))
+      block = nnx.merge(graph, cast_small(params, self.config.dtype))
       x = remat.block_input(x)
       x = block(x, attention, self.layer_rope(rope, window), key)
       # XLA would otherwise move whole batches rather than parameters.
@@ -144,7 +145,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       keys, head_key = keys[:-1], keys[-1]
     # All with a leading layer axis; None has no leaves and stays None.
     xs = (params, self._windows(), [(p.k, p.v) for p in past], keys)
-    body = remat.of_block(layer, policy, params, self.config.dtype)
+    body = remat.of_block(layer, policy)
     x = constrain_rows(self.embed(tokens, positions))
     x, kept = jax.lax.scan(body, x, xs)
     hidden = self._states(x, head_key)
@@ -289,7 +290,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     hidden, _ = self(tokens, positions, segment_ids, dropout_key=dropout_key)
     # XLA would replicate what is gathered by index.
     pooled = constrain_rows(heads.pool(self.config, hidden, tokens, mask))
-    return self.score_head(pooled).astype(jnp.float32)
+    return self.score_head(pooled.astype(jnp.float32))
 
   def _states(
     self, x: Float[Array, "B T D"], dropout_key: Array | None = None

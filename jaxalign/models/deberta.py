@@ -26,6 +26,7 @@ from jaxalign.models.layers import (
   LayerNorm,
   Linear,
   adapter,
+  cast_small,
   dropout,
   layer_params,
   stack,
@@ -398,13 +399,11 @@ class Deberta(Scored, nnx.Module):
     def layer(queries, scanned=False):
       def run(x, one):
         params, key = one
-        block = nnx.merge(graph, remat.cast(params, config.dtype))
+        block = nnx.merge(graph, cast_small(params, config.dtype))
         x = block(remat.block_input(x), mask, relative, queries, key)
         return constrain_rows(x)
 
-      return remat.of_block(
-        run, config.remat, params, config.dtype, scanned=scanned
-      )
+      return remat.of_block(run, config.remat, scanned=scanned)
 
     def block(i):
       return jax.tree.map(lambda p: p[i], (params, keys))

@@ -2,7 +2,7 @@
 
 From most memory to least:
 
-  none       nothing is computed again but the cast of the parameters
+  none       nothing is computed again but cheap arithmetic
   attention  attention from its queries, keys and values (Korthikanti 2022)
   dots       all but the products with parameters
   full       everything, from the block's input (Chen 2016)
@@ -14,24 +14,10 @@ from collections.abc import Callable
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from jaxalign.core.types import Params
-
 POLICIES = ("none", "attention", "dots", "full", "offload")
 
-_CAST, _INPUT = "cast parameters", "block input"
+_INPUT, _PRODUCT = "block input", "product"
 _policies = jax.checkpoint_policies
-
-
-def cast(params: Params, dtype: str) -> Params:
-  """A block's parameters in the compute dtype, cast again when they are needed.
-
-  Kept for the backward pass, they would be a second copy of all parameters.
-  """
-
-  def one(p: jax.Array) -> jax.Array:
-    return p if p.dtype == dtype else checkpoint_name(p.astype(dtype), _CAST)
-
-  return jax.tree.map(one, params)
 
 
 def block_input(x: jax.Array) -> jax.Array:
@@ -39,35 +25,29 @@ def block_input(x: jax.Array) -> jax.Array:
   return checkpoint_name(x, _INPUT)
 
 
+def product(x: jax.Array) -> jax.Array:
+  """Marks a product with parameters, for `dots`."""
+  return checkpoint_name(x, _PRODUCT)
+
+
 def of_attention(fn: Callable, policy: str) -> Callable:
   """Attention, computed again where the policy says so."""
   return jax.checkpoint(fn, prevent_cse=False) if policy == "attention" else fn
 
 
-def of_block(
-  fn: Callable,
-  policy: str,
-  params: Params,
-  dtype: str,
-  *,
-  scanned: bool = True,
-) -> Callable:
+def of_block(fn: Callable, policy: str, *, scanned: bool = True) -> Callable:
   """A block that keeps what the policy says.
 
   Args:
-    fn: calls `cast` and `block_input`.
+    fn: calls `block_input`, and `product` through its layers.
     policy: one of `POLICIES`.
-    params: of the block.
-    dtype: that it casts them to.
     scanned: whether it is the body of a scan. There XLA cannot merge the two
       computations, and barriers against that would only prevent fusion.
   """
   if policy in ("none", "attention"):
-    if all(p.dtype == dtype for p in jax.tree.leaves(params)):
-      return fn
-    keep = _policies.save_anything_except_these_names(_CAST)
-  elif policy == "dots":
-    keep = _policies.dots_with_no_batch_dims_saveable
+    return fn
+  if policy == "dots":
+    keep = _policies.save_only_these_names(_PRODUCT)
   elif policy == "offload":
     keep = _policies.save_and_offload_only_these_names(
       names_which_can_be_saved=[],

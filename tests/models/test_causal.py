@@ -207,7 +207,7 @@ def test_every_remat_policy_leaves_the_gradient(make, dtype):
   def kept(policy):
     found = saved_residuals(loss_of(policy), params)
     return sum(
-      x.size * x.dtype.itemsize for x, why in found if "arg" not in why
+      x.size * x.dtype.itemsize for x, why in found if "argument" not in why
     )
 
   exact = jax.jit(jax.grad(loss_of("none")))(params)

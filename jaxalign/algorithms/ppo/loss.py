@@ -42,7 +42,7 @@ def policy_and_value(
   if value_model is not None:
     states = forward(value_model, params[VALUE], text).hidden
     head = value_model.bind(params[VALUE]).score_head
-    value = head(states)[..., 0]
+    value = head(states.astype(jnp.float32))[..., 0]
   elif VALUE in params:
     head = params[VALUE]["value_head"]
     # After the states proper may come an output adapter's features.
