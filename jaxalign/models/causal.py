@@ -28,7 +28,13 @@ from jaxalign.models.layers import (
   layer_params,
   stack,
 )
-from jaxalign.parallel.mesh import ROWS, constrain, constrain_rows, gathered
+from jaxalign.parallel.mesh import (
+  ROWS,
+  constrain,
+  constrain_rows,
+  gathered,
+  scatter_rows,
+)
 
 C = TypeVar("C", bound=CausalConfig)
 
@@ -146,7 +152,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     # All with a leading layer axis; None has no leaves and stays None.
     xs = (params, self._windows(), [(p.k, p.v) for p in past], keys)
     body = remat.of_block(layer, policy)
-    x = constrain_rows(self.embed(tokens, positions))
+    x = scatter_rows(self.embed(tokens, positions))
     x, kept = jax.lax.scan(body, x, xs)
     hidden = self._states(x, head_key)
     if not keep:

@@ -31,7 +31,7 @@ from jaxalign.models.layers import (
   layer_params,
   stack,
 )
-from jaxalign.parallel.mesh import constrain_rows
+from jaxalign.parallel.mesh import constrain_rows, scatter_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,7 +427,7 @@ class Deberta(Scored, nnx.Module):
     return x, mask
 
   def _embed(self, tokens, mask, types, key, proj_key) -> Float[Array, "B T D"]:
-    x = self.embedding(tokens)
+    x = scatter_rows(self.embedding(tokens))
     if self.config.position_biased_input:
       x = x + self.position_embeddings(jnp.arange(tokens.shape[1]))
     if self.config.type_vocab_size:

@@ -210,6 +210,15 @@ def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
   return jax.tree.map(lambda x: constrain(x, *spec), tree)
 
 
+def scatter_rows(x: Array) -> Array:
+  """Gives embedded tokens `[B, T, D]` to the devices that hold their rows.
+
+  Every device has looked up its part of the features. Said in two steps, as XLA
+  would replicate the whole batch on its way from one sharding to the other.
+  """
+  return constrain_rows(constrain(x, "replica", None, "fsdp"))
+
+
 def gathered(params: Params) -> Params:
   """Parameters whole over `fsdp`, inside a program; still split over `tensor`.
 

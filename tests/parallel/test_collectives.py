@@ -43,18 +43,18 @@ text = TextBatch(
   ids % 3 > 0,
 )
 
-def step(params, text):
-  def loss(params):
-    nll, _ = sum_nll(model, params, text, None, {ROWS * TOKENS})
-    return nll - completion_logps(model, params, text).mean()
-  return jax.value_and_grad(loss)(params)
+def nll(params, text):
+  return sum_nll(model, params, text, None, {ROWS * TOKENS})[0]
 
-expected = jax.jit(step)(params, text)
-drawn = settings.make(max_new_tokens=6, top_p=0.9, eos_ids=(1,))
-prompts = [[5, 6, 7], [8, 9], [3], [4, 2]]
-one = Sampler(model)(params, prompts, drawn, jax.random.key(3),
-                     samples_per_prompt=4)
-for sizes in ((1, 8, 1), (2, 2, 2)):
+def logps(params, text):
+  return completion_logps(model, params, text).mean()
+
+def off(a, b):
+  return abs(a - np.asarray(b)).max() / abs(a).max()
+
+# The two ways through the output matrix.
+for sizes, loss in (((1, 8, 1), nll), ((2, 2, 2), logps)):
+  step = jax.value_and_grad(loss)
   mesh = meshes.make_mesh(*sizes)
   placed = meshes.put(params, mesh)
   rows = jax.device_put(text, meshes.rows(mesh))
@@ -62,25 +62,21 @@ for sizes in ((1, 8, 1), (2, 2, 2)):
     step, mesh, out_shardings=(None, meshes.shardings(params, mesh))
   )
   compiled = jitted.lower(placed, rows).compile()
-  found = compiled(placed, rows)
-  error = jax.tree.map(lambda a, b: abs(a - np.asarray(b)).max(), expected,
-                       jax.device_get(found))
-  sampler = Sampler(model, mesh=mesh)
-  program = sampler.program(
-    meshes.with_shardings(model.shapes, mesh), 4, 3, drawn, 4
-  )
-  samples = sampler(placed, prompts, drawn, jax.random.key(3),
-                    samples_per_prompt=4)
+  found = jax.device_get(compiled(placed, rows))
+  wrong = jax.tree.map(off, jax.jit(step)(params, text), found)
   print(json.dumps(dict(
     sizes=sizes,
-    error=float(max(jax.tree.leaves(error))),
-    same=bool((samples.tokens == one.tokens).all()),
+    off=float(max(jax.tree.leaves(wrong))),
     update=compiled.as_text(),
-    sample=program.lower().compile().as_text(),
   )))
+
+mesh = meshes.make_mesh(1, 8, 1)
+drawn = settings.make(max_new_tokens=6, top_p=0.9, eos_ids=(1,))
+shapes = meshes.with_shardings(model.shapes, mesh)
+program = Sampler(model, mesh=mesh).program(shapes, 8, 3, drawn, 2)
+compiled = program.lower().compile()
+print(json.dumps(dict(sizes="sample", sample=compiled.as_text())))
 """
-
-
 TOKEN_LOOP = 1_000_003  # turns of loops that do not say theirs; a prime
 
 
@@ -120,16 +116,16 @@ def programs():
   )
   assert done.returncode == 0, done.stderr[-2000:]
   found = [json.loads(line) for line in done.stdout.splitlines()]
-  return {tuple(one["sizes"]): one for one in found}
+  return {str(one["sizes"]): one for one in found}
 
 
-MESHES = [(1, 8, 1), (2, 2, 2)]
+MESHES = ["[1, 8, 1]", "[2, 2, 2]"]
 
 
 @pytest.mark.parametrize("sizes", MESHES)
 def test_a_mesh_computes_what_one_device_does(programs, sizes):
-  assert programs[sizes]["error"] < 1e-4
-  assert programs[sizes]["same"]
+  """A loss, and its gradients as shares of the largest."""
+  assert programs[sizes]["off"] < 1e-4
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -142,23 +138,20 @@ def test_no_logits_and_no_activations_are_gathered(programs, sizes):
 
 
 def test_a_layer_moves_its_parameters_and_gradients_alone(programs):
-  """Forward, backward, and the gradients' sum: three times, in two losses."""
+  """Parameters forward and backward, and the gradients' sum."""
   moved = sum(
     one.size * one.times // LAYERS
-    for one in exchanges(programs[1, 8, 1]["update"])
+    for one in exchanges(programs[MESHES[0]]["update"])
     if one.floats and one.times % LAYERS == 0 and one.times % TOKEN_LOOP
   )
-  assert 0 < moved <= 1.2 * 2 * 3 * 4 * PARAMETERS
+  assert 0 < moved <= 1.2 * 3 * 4 * PARAMETERS
 
 
-@pytest.mark.parametrize("sizes", MESHES)
-def test_no_parameter_moves_at_a_token(programs, sizes):
-  """They are gathered once, before the loop."""
-  found = exchanges(programs[sizes]["sample"])
-  smallest = 4 * WIDTH * WIDTH // sizes[2]
-  gathered = [one for one in found if one.kind == "all-gather"]
+def test_no_parameter_moves_at_a_token(programs):
+  """All are gathered once, before the loop."""
+  found = exchanges(programs["sample"]["sample"])
+  gathered = [one for one in found if one.kind == "all-gather" and one.floats]
   for one in gathered:
-    assert one.times % TOKEN_LOOP or one.size < smallest, one
-  assert sum(one.size for one in gathered if one.times % TOKEN_LOOP) > (
-    4 * LAYERS * PARAMETERS // sizes[2]
-  )
+    assert one.times % TOKEN_LOOP or one.size < 4 * WIDTH * WIDTH, one
+  once = sum(one.size for one in gathered if one.times % TOKEN_LOOP)
+  assert once >= 4 * LAYERS * PARAMETERS
