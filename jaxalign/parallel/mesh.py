@@ -91,7 +91,7 @@ def make_mesh(
   return Mesh(_arrange(devices[:count], sizes), AXES)
 
 
-def _arrange(devices: Sequence[jax.Device], sizes: list[int]) -> np.ndarray:
+def _arrange(devices, sizes: list[int]) -> np.ndarray:
   """The devices as `sizes`, neighbours on an axis near to each other.
 
   Slices, which a slower network joins, become copies of the parameters, or

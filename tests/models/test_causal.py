@@ -192,14 +192,15 @@ def test_bfloat16_leaves_the_result(make):
 def test_every_remat_policy_leaves_the_gradient(make, dtype):
   """And keeps less the further down it stands in the list."""
   model, params = make("neox")
-  tokens = np.array([[4, 9, 7, 3, 5, 8]])
+  tokens = jnp.array([[4, 9, 7, 3, 5, 8]])
+  where = jnp.arange(6)[None], jnp.ones((1, 6), jnp.int32)
 
   def loss_of(policy):
     module = model.replace(remat=policy, dtype=dtype)
 
     def loss(params):
       bound = module.bind(params)
-      hidden, _ = bound(tokens, np.arange(6)[None], np.ones((1, 6), np.int32))
+      hidden, _ = bound(tokens, *where)
       return (bound.unembed(hidden) ** 2).mean()
 
     return loss

@@ -117,22 +117,24 @@ class Device:
     self.process_index = process_index
 
 
-def test_slices_hold_copies_or_parts_of_fsdp():
+def test_slices_hold_copies_or_parts_of_fsdp(monkeypatch):
   """Two slices of four devices; only the outermost axis crosses them."""
   devices = [Device(i, i // 4, 0) for i in range(8)]
+  monkeypatch.setattr(jax, "devices", lambda: devices)
   for sizes, crossing in (((2, 4, 1), 0), ((1, 8, 1), 1), ((4, 1, 2), 0)):
-    mesh = meshes.make_mesh(*sizes, devices=devices)
+    mesh = meshes.make_mesh(*sizes)
     slices = np.vectorize(lambda device: device.slice_index)(mesh.devices)
     halves = np.split(slices, 2, axis=crossing)
     assert [set(half.flat) for half in halves] == [{0}, {1}]
   with pytest.raises(UserError, match="cannot be split over 2 slices"):
-    meshes.make_mesh(1, 1, 8, devices=devices)
+    meshes.make_mesh(1, 1, 8)
 
 
-def test_hosts_take_all_of_their_devices():
+def test_hosts_take_all_of_their_devices(monkeypatch):
   devices = [Device(i, 0, i // 4) for i in range(8)]
+  monkeypatch.setattr(jax, "devices", lambda: devices)
   with pytest.raises(UserError, match="a run on 2 hosts needs all 8"):
-    meshes.make_mesh(1, 4, 1, devices=devices)
+    meshes.make_mesh(1, 4, 1)
 
 
 def test_rules_by_name():
