@@ -161,7 +161,7 @@ def _write_header(
   """A copy of a model's folder, with the header of its weights alone."""
   fields = read_config(folder)
   model = hf.from_config(
-    fields, head or fields.head, dtype="bfloat16", remat=False
+    fields, head or fields.head, dtype="bfloat16", remat="none"
   )
   entries = table.entries(architecture(model).names(model.config), model.shapes)
   plan = write.plan_files(
