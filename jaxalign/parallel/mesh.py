@@ -189,8 +189,9 @@ def constrain(x: Array, *spec: Axes) -> Array:
 
   Args:
     x: any array.
-    *spec: the mesh axes of its leading dimensions, as in a `PartitionSpec`; a
-      dimension that does not divide evenly stays whole.
+    *spec: the mesh axes of its leading dimensions, as in a `PartitionSpec`;
+      those that a dimension does not divide evenly over, first to last, are
+      left out.
   """
   if _on_one_device():
     return x
@@ -198,8 +199,9 @@ def constrain(x: Array, *spec: Axes) -> Array:
 
   def fits(axes: Axes, dimension: int) -> Axes:
     names = (axes,) if isinstance(axes, str) else axes or ()
-    parts = math.prod(sizes[name] for name in names)
-    return axes if dimension % parts == 0 else None
+    while dimension % math.prod(sizes[name] for name in names):
+      names = names[1:]
+    return names or None
 
   wanted = [fits(axes, n) for axes, n in zip(spec, x.shape, strict=False)]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*wanted))
