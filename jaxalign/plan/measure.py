@@ -293,8 +293,9 @@ def measure(
 ) -> ProgramPlan:
   """Compiles a program and reads what it needs."""
   start = time.monotonic()
+  trips = max(program.iterations, 1)
   traced = program.trace()
-  flops = arithmetic.count_jaxpr(traced.jaxpr.jaxpr, program.iterations)
+  flops = arithmetic.count_jaxpr(traced.jaxpr.jaxpr, trips)
   chips = spec.mesh.size
   flops = roofline.per_chip(flops, chips)
   own = {id(leaf) for _, leaf in _resident_leaves(program)}
@@ -323,7 +324,7 @@ def measure(
     )
     temporary = stats.temp_size_in_bytes
     peak = held + temporary + stats.generated_code_size_in_bytes + beside
-    module = hlo.parse(text, program.iterations)
+    module = hlo.parse(text, trips)
     moved = module.traffic()
     exchanged = tuple(
       collectives.of_module(module, spec.mesh, target.part_chips)
