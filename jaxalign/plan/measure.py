@@ -152,19 +152,20 @@ def devices_of(target: Target) -> tuple[Sequence[jax.Device], str]:
   Raises:
     UserError: no compiler is installed, and too few CPU devices were set.
   """
-  if not target.missing:
+  if not (target.missing or target.estimated):
     return target.devices(), ""
+  why = "as asked"
+  if target.missing:
+    why = (
+      f"as no compiler for {target.chip.name} is installed; {target.missing}"
+    )
   found = jax.devices("cpu")
   if len(found) < target.chips:
     raise UserError(
-      f"--on {target.name}: no compiler for it is installed, and this process "
-      f"has {len(found)} CPU devices to estimate {target.chips} chips with; "
-      f"{target.missing}"
+      f"--on {target.name}: {len(found)} CPU devices cannot stand for "
+      f"{target.chips} chips, {why}"
     )
-  return found[: target.chips], (
-    f"estimate: no compiler for {target.chip.name} is installed, so the "
-    f"programs are compiled for CPUs; {target.missing} for the real figures"
-  )
+  return found[: target.chips], f"estimate: compiled for CPUs, {why}"
 
 
 def plan(

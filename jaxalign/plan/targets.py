@@ -268,6 +268,7 @@ class Target:
     shape: chips of a TPU slice along its links, or cards of a node.
     parts: slices of a TPU, nodes of GPUs.
     share: part of a chip's memory that a program can have.
+    estimated: whether CPUs stand for it although its compiler is there.
   """
 
   name: str
@@ -276,6 +277,7 @@ class Target:
   shape: tuple[int, ...]
   parts: int = 1
   share: float = 1.0
+  estimated: bool = False
 
   @property
   def part_chips(self) -> int:
@@ -347,9 +349,12 @@ class Target:
     if self.chip.kind == "cpu":
       return [self]
     if self.chip.kind == "tpu":
-      sizes = SHAPES[self.family]
-      return [tpu_target(self.family, chips, 1) for chips in sizes]
-    return [gpu_target(self.family, n, self.share) for n in CARDS]
+      found = [tpu_target(self.family, n, 1) for n in SHAPES[self.family]]
+    else:
+      found = [gpu_target(self.family, n, self.share) for n in CARDS]
+    return [
+      dataclasses.replace(target, estimated=self.estimated) for target in found
+    ]
 
 
 # The module whose presence tells that XLA can compile for a kind, its extra.
@@ -372,7 +377,7 @@ def prepare(chosen: Sequence[Target]) -> None:
   jax.config.update("jax_platforms", "cpu")
   # What is compiled for a device that is not there cannot be kept.
   jax.config.update("jax_enable_compilation_cache", False)
-  if any(target.missing for target in chosen):
+  if any(target.missing or target.estimated for target in chosen):
     jax.config.update("jax_num_cpu_devices", ESTIMATED)
 
 

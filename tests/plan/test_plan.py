@@ -64,8 +64,9 @@ def test_config_json_and_lengths_are_all_that_a_plan_needs(planned):
   assert plan.trained == 2 * 32
   assert plan.rows == 2
   notes = " ".join(there.notes)
-  assert "without weights" in notes
-  assert "org/not-here is not read: 64 rows of 32 tokens" in notes
+  assert "by its config.json alone: policy" in notes
+  assert "without a tokenizer, so the lab's counts its tokens: policy" in notes
+  assert "data are not read: 64 rows of 32 tokens" in notes
 
 
 def test_operations_of_an_update_are_six_a_parameter_and_token(planned):
