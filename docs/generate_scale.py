@@ -175,11 +175,11 @@ def chips_of(target):
   return find(target).chips
 
 
-def fields_of(run, target, *, weak=False):
+def fields_of(run, target):
   """The flags of a run whose rows fill the target's chips, one row a chip."""
   config, models, fields = RUNS[run]
   fields, chips = dict(fields), chips_of(target)
-  if "superhf.py" in config and (chips > 2 or weak):
+  if "superhf.py" in config and chips > 2:
     fields |= {
       "superbatch.mode": "prompt_accumulation",
       "superbatch.prompts": chips,
@@ -191,9 +191,9 @@ def fields_of(run, target, *, weak=False):
   return config, models, fields
 
 
-def plan(run, target, folder, *, weak=False, estimate=False):
+def plan(run, target, folder, *, estimate=False):
   """One plan as the command prints it, or what kept it from one."""
-  config, models, fields = fields_of(run, target, weak=weak)
+  config, models, fields = fields_of(run, target)
   flags = [f"--config.{name}={value}" for name, value in fields.items()]
   flags += [f"--config.{name}={folder / m}" for name, m in models.items()]
   if estimate:
@@ -223,14 +223,12 @@ def plan(run, target, folder, *, weak=False, estimate=False):
 
 
 def wanted():
-  """Every row: its name, run, target, whether it is of the weak scaling."""
-  for run in RUNS:
-    for target in TARGETS:
-      yield f"{run} | {target}", run, target, False
-  for run in SCALING:
-    for chips in CHIPS:
-      target = f"v5p-{2 * chips}"
-      yield f"weak: {run} | {target}", run, target, True
+  """Every row: its name, run and target, the most important first."""
+  gpus = [(run, name) for name in TARGETS[:2] for run in RUNS]
+  tpus = [(run, name) for name in TARGETS[2:] for run in RUNS]
+  weak = [(run, f"v5p-{2 * chips}") for run in SCALING for chips in CHIPS]
+  rows = gpus + weak + [row for row in tpus if row not in weak]
+  return [(f"{run} | {target}", run, target) for run, target in rows]
 
 
 def make(rows):
@@ -240,13 +238,11 @@ def make(rows):
     for model, config in MODELS.items():
       (folder / model).mkdir()
       (folder / model / "config.json").write_text(json.dumps(config))
-    # GPUs first: their compiler is the fastest.
-    order = sorted(wanted(), key=lambda row: row[2].startswith("v"))
-    for key, run, target, weak in order:
+    for key, run, target in wanted():
       if key in rows:
         continue
       estimate = target.startswith("v") and (run, target) not in COMPILED
-      rows[key] = plan(run, target, folder, weak=weak, estimate=estimate)
+      rows[key] = plan(run, target, folder, estimate=estimate)
       ROWS.write_text(json.dumps(rows, indent=1) + "\n")
       took = rows[key].get("planned_seconds", 0)
       print(f"{key}: {rows[key].get('error', f'{took} s')}", flush=True)
@@ -343,7 +339,7 @@ def weak_scaling(rows):
   for run in SCALING:
     times, cells_ = [], []
     for chips in CHIPS:
-      row = rows.get(f"weak: {run} | v5p-{2 * chips}", {})
+      row = rows.get(f"{run} | v5p-{2 * chips}", {})
       times.append(row.get("step_seconds"))
       if times[-1] is None:
         cells_.append(row.get("error", "-"))
@@ -367,7 +363,7 @@ def bounds(rows):
     "|---|---|---|---|",
   ]
   for key, row in rows.items():
-    if key.startswith("weak") or "error" in row:
+    if key.startswith("estimate") or "error" in row:
       continue
     for program in row["programs"]:
       if program["name"] in ("update", "learn"):
