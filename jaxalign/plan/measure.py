@@ -8,6 +8,7 @@ memory next to it.
 import dataclasses
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any

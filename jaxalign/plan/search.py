@@ -117,13 +117,18 @@ def smallest(
   target = found.target
   # State is split over all chips, rows as well where there are enough.
   state = sum(found.resident.values()) * target.chips
+  temporary = found.peak.temporary
   for candidate in among:
     if candidate.chips == target.chips:
       if found.fits:
         return found
       continue
-    # Too few for the state alone: nothing is compiled for them.
-    if state / candidate.chips > candidate.memory:
+    # Too few for the state and, on fewer chips, for as much temporary memory
+    # as now: nothing is compiled for them.
+    least = state / candidate.chips
+    if candidate.chips < target.chips:
+      least += temporary
+    if least > candidate.memory:
       continue
     # Where the run fits, more chips are no answer.
     if found.fits and candidate.chips > target.chips:

@@ -8,6 +8,7 @@ sparsity, links count one direction.
 import dataclasses
 import difflib
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -300,7 +301,8 @@ class Target:
     if self.chip.kind == "cpu":
       return ""
     module, extra = COMPILERS[self.chip.kind]
-    if importlib.util.find_spec(module):
+    package, _, _ = module.partition(".")
+    if importlib.util.find_spec(package) and importlib.util.find_spec(module):
       return ""
     return f"pip install 'jaxalign[{extra}]'"
 
@@ -374,6 +376,8 @@ def prepare(chosen: Sequence[Target]) -> None:
   # Else libtpu asks the cloud for minutes which machine it is on.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  # XLA's CUDA part says of itself that there is no CUDA here.
+  logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)
   jax.config.update("jax_platforms", "cpu")
   # What is compiled for a device that is not there cannot be kept.
   jax.config.update("jax_enable_compilation_cache", False)

@@ -8,7 +8,7 @@ import pytest
 from jaxalign import algorithms
 from jaxalign.errors import UserError
 from jaxalign.plan import __main__ as command
-from jaxalign.plan import measure, page, search, standins
+from jaxalign.plan import measure, page, search, standins, targets
 from jaxalign.plan.targets import find
 from jaxalign.setup.models import LAB
 
@@ -163,6 +163,34 @@ def test_what_a_compiler_refuses_says_how_much_it_needs():
   for message in (first, second):
     assert measure.too_large(message) == round(17.55 * 2**30)
   assert measure.too_large("INTERNAL: no such memory") is None
+
+
+def test_without_a_compiler_a_plan_is_an_estimate_and_says_what_to_install(
+  monkeypatch,
+):
+  missing = {"gpu": ("not_there.at_all", "plan-gpu")}
+  monkeypatch.setattr(targets, "COMPILERS", missing)
+  devices, why = measure.devices_of(find("a6000"))
+  assert len(devices) == 1
+  assert why.startswith("estimate: compiled for CPUs, as no compiler for RTX")
+  assert "pip install 'jaxalign[plan-gpu]'" in why
+  with pytest.raises(UserError, match="cannot stand for 4096 chips"):
+    measure.devices_of(find("512x8xa6000"))
+
+
+def test_the_command_prints_json(model, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(targets, "prepare", lambda chosen: None)
+  path = tmp_path / "tiny.py"
+  fields = {"algorithm": "sft", "policy": model, "data": "org/not-here"}
+  fields |= {"steps": 7, "batch_size": 2, "max_length": 32}
+  path.write_text(f"def get_config():\n  return {fields!r}\n")
+  argv = [f"--config={path}", "--on=cpu", "--quick", "--json"]
+  assert command.main(argv) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found["trained_tokens"] == 7 * 2 * 32
+  assert found["resident_bytes"]["parameters"] == 4 * SIZE
+  assert found["fits"]
+  assert found["programs"][0]["bound_by"] in ("arithmetic", "memory")
 
 
 def refused(capsys, *argv):
