@@ -186,7 +186,11 @@ def plan(
   spec = algorithms.describe(for_platform(config, target), devices)
   programs = algorithms.programs(spec)
   resident = residents(programs)
-  measured = [measure(program, spec, target, resident) for program in programs]
+  measured = []
+  for program in programs:
+    if sys.stderr.isatty():  # a TPU's compiler takes minutes
+      print(f"{target.name}: compiling {program.name}", file=sys.stderr)
+    measured.append(measure(program, spec, target, resident))
   micros, rows, tokens = spec.batch_shape
   updates = sum(p.calls for p in programs if state_of(p) is not None)
   sampled = 0
