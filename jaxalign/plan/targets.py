@@ -8,6 +8,7 @@ sparsity, links count one direction.
 import dataclasses
 import difflib
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -268,6 +269,7 @@ class Target:
     shape: chips of a TPU slice along its links, or cards of a node.
     parts: slices of a TPU, nodes of GPUs.
     share: part of a chip's memory that a program can have.
+    estimated: whether CPUs stand for it although its compiler is there.
   """
 
   name: str
@@ -276,6 +278,7 @@ class Target:
   shape: tuple[int, ...]
   parts: int = 1
   share: float = 1.0
+  estimated: bool = False
 
   @property
   def part_chips(self) -> int:
@@ -298,7 +301,8 @@ class Target:
     if self.chip.kind == "cpu":
       return ""
     module, extra = COMPILERS[self.chip.kind]
-    if importlib.util.find_spec(module):
+    package, _, _ = module.partition(".")
+    if importlib.util.find_spec(package) and importlib.util.find_spec(module):
       return ""
     return f"pip install 'jaxalign[{extra}]'"
 
@@ -347,9 +351,12 @@ class Target:
     if self.chip.kind == "cpu":
       return [self]
     if self.chip.kind == "tpu":
-      sizes = SHAPES[self.family]
-      return [tpu_target(self.family, chips, 1) for chips in sizes]
-    return [gpu_target(self.family, n, self.share) for n in CARDS]
+      found = [tpu_target(self.family, n, 1) for n in SHAPES[self.family]]
+    else:
+      found = [gpu_target(self.family, n, self.share) for n in CARDS]
+    return [
+      dataclasses.replace(target, estimated=self.estimated) for target in found
+    ]
 
 
 # The module whose presence tells that XLA can compile for a kind, its extra.
@@ -369,10 +376,12 @@ def prepare(chosen: Sequence[Target]) -> None:
   # Else libtpu asks the cloud for minutes which machine it is on.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  # XLA's CUDA part says of itself that there is no CUDA here.
+  logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)
   jax.config.update("jax_platforms", "cpu")
   # What is compiled for a device that is not there cannot be kept.
   jax.config.update("jax_enable_compilation_cache", False)
-  if any(target.missing for target in chosen):
+  if any(target.missing or target.estimated for target in chosen):
     jax.config.update("jax_num_cpu_devices", ESTIMATED)
 
 
