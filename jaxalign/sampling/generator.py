@@ -122,10 +122,10 @@ class Generator:
       ]
     return Completions(list(prompts), ids, texts, drawn, ended, counts)
 
-  def program(
+  def programs(
     self, params: Params, prompts: int, tokens: int, samples: int
-  ) -> Program:
-    """The program that a call runs, and how often.
+  ) -> list[Program]:
+    """The programs that a call runs, and how often.
 
     Args:
       params: as shapes with shardings.
@@ -135,7 +135,7 @@ class Generator:
     """
     size = self.batch_prompts or prompts
     calls = -(-prompts // size)  # rounded up
-    return self.sampler.program(
+    return self.sampler.programs(
       params, size, tokens, self.settings, samples, calls
     )
 
