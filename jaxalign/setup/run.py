@@ -40,6 +40,7 @@ from jaxalign.runtime import (
   workdir,
 )
 from jaxalign.setup import start
+from jaxalign.setup.example import example_of
 from jaxalign.setup.models import Loaded, ModelSpec
 from jaxalign.setup.rollout import RolloutSpec
 from jaxalign.training.recorder import Recorder
@@ -77,6 +78,35 @@ class RunSpec(Generic[C]):
   def mesh(self) -> Mesh:
     """The devices."""
     return self.policy.mesh
+
+  def example(self) -> str:
+    """The first text that is read, as the model sees it, on one line."""
+    return example_of(
+      self.rows,
+      self.policy.tokenizer,
+      self.policy.model.config.head,
+      getattr(self.config, "encoding", ""),
+    )
+
+  def doubts(self) -> list[str]:
+    """Why the run may learn next to nothing, a line each with the remedy."""
+    config, found = self.config, []
+    steps, warmup = config.steps, config.optimizer.warmup_steps
+    if warmup and warmup >= steps:
+      found.append(
+        f"note: all {steps} steps are in optimizer.warmup_steps={warmup}, so "
+        "the learning rate stays below its peak; lower it, or give more epochs "
+        "or steps"
+      )
+    # Rows of a data set; with packing several texts each.
+    rows = len(self.rows) if isinstance(self.rows, list) else config.batch_size
+    if rows < config.batch_size and self.rollout is None:
+      found.append(
+        f"note: there are {rows} rows for an update of "
+        f"batch_size={config.batch_size}, which takes them more than once; a "
+        "smaller batch_size or max_length, or packing=false, makes more updates"
+      )
+    return found
 
   @property
   def models(self) -> dict[str, ModelSpec]:
