@@ -39,6 +39,7 @@ from jaxalign.runtime import (
   signals,
   workdir,
 )
+from jaxalign.scoring.function import RewardFunction
 from jaxalign.setup import start
 from jaxalign.setup.example import example_of
 from jaxalign.setup.models import Loaded, ModelSpec
@@ -114,16 +115,25 @@ class RunSpec(Generic[C]):
     found = {"policy": self.policy}
     if self.value_model:
       found["value_model"] = self.value_model
-    if self.rollout:
-      named = (
-        ("reward_model", self.rollout.reward_models),
-        ("test_reward_model", self.rollout.heldout_reward_models),
-      )
-      for name, specs in named:
-        for i, spec in enumerate(specs):
-          if isinstance(spec, ModelSpec):  # not a function
-            found[name if len(specs) == 1 else f"{name} {i + 1}"] = spec
+    for name, reward in self.rewards.items():
+      if isinstance(reward, ModelSpec):  # not a function
+        found[name] = reward
     return found
+
+  @property
+  def rewards(self) -> dict[str, ModelSpec | RewardFunction]:
+    """Every reward model and function, by the config field that names it."""
+    if self.rollout is None:
+      return {}
+    named = (
+      ("reward_model", self.rollout.reward_models),
+      ("test_reward_model", self.rollout.heldout_reward_models),
+    )
+    return {
+      name if len(rewards) == 1 else f"{name} {i + 1}": reward
+      for name, rewards in named
+      for i, reward in enumerate(rewards)
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -166,7 +176,12 @@ def summary(
     ("folder", f"{folder} ({state})"),
   ]
   # The models, and what of the policy is trained.
-  for name, model in spec.models.items():
+  rewards = spec.rewards
+  own = {k: model for k, model in spec.models.items() if k not in rewards}
+  for name, model in (own | rewards).items():
+    if not isinstance(model, ModelSpec):
+      lines.append((name, f"{model.name}, a function"))
+      continue
     size = count(model.model.shapes)
     lines.append((name, f"{model.tokenizer.name}, {size:,} parameters"))
     if model.model.lora:
@@ -552,7 +567,7 @@ def open_run(
       files, counters = restored.extra["files"], restored.extra["counters"]
       check_unchanged(spec, digest, restored.extra, run.path)
     if hosts.is_lead():
-      begins = f"{config.steps} steps"
+      begins = f"{config.steps} step{'s' * (config.steps != 1)}"
       if done:
         begins = f"goes on after step {done} of {config.steps}"
       print(f"{run.path}: {begins}", flush=True)
