@@ -38,7 +38,7 @@ def example_of(
       any(turn.strip() in text for turn in form.turns)
       or set(form.ends) & set(prompt)
     ):
-      name = f"as written, not in turns; prompt_format={name} makes it some"
+      name = f"as written, not in turns; prompt_format={name} writes turns"
   if isinstance(first, Encoded):
     shown, ids, mask = "", first.ids, first.loss_mask
     start = 0
