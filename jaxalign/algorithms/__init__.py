@@ -228,7 +228,6 @@ def run(
   from jaxalign.parallel import hosts
   from jaxalign.runtime import cache, workdir
   from jaxalign.setup import start
-  from jaxalign.setup.example import example_of
   from jaxalign.setup.run import check_folder, extend_run
 
   if config.compilation_cache:
@@ -290,7 +289,9 @@ def run(
     print(f"{finished}; raise config.steps or config.epochs to extend it")
     return 0
   if hosts.is_lead() and not quiet:
-    print(example_of(spec.rows, spec.policy.tokenizer))
+    print(spec.example())
+  for doubt in spec.doubts() if hosts.is_lead() else ():
+    print(doubt)
   return method.run(spec, folder)
 
 
@@ -321,7 +322,6 @@ def dry_run(
   check_sources(config)
   # Imported late, as above.
   from jaxalign.setup import start
-  from jaxalign.setup.example import example_of
   from jaxalign.setup.run import check_folder, summary
 
   check_folder(config, folder, extend=extend, fresh=fresh)
@@ -334,6 +334,8 @@ def dry_run(
     policy = str(model) if model.is_dir() else source.config["policy"]
     config = dataclasses.replace(config, policy=policy, init_from="")
   spec = describe(config)
-  print(example_of(spec.rows, spec.policy.tokenizer))
+  print(spec.example())
+  for doubt in spec.doubts():
+    print(doubt)
   print(summary(spec, folder, extend=extend, fresh=fresh))
   return 0

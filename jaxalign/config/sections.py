@@ -325,14 +325,18 @@ class TrainingConfig(Section):
     0,
     "rows in one forward and backward pass; 0 = batch_size",
     ">= 0",
-    also=("gradient_accumulation_steps", "micro_batch_size"),
+    also=(
+      "gradient_accumulation_steps",
+      "micro_batch_size",
+      "per_device_train_batch_size",
+    ),
   )
   # The rows of an update.
   batch_size: int = field(
     8,
     "rows in one optimizer update, over all devices",
     ">= 1",
-    also=("train_batch_size", "per_device_train_batch_size"),
+    also=("train_batch_size",),
   )
   max_length: int = field(
     1024,

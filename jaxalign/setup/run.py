@@ -43,7 +43,9 @@ from jaxalign.runtime import (
   signals,
   workdir,
 )
+from jaxalign.scoring.function import RewardFunction
 from jaxalign.setup import start
+from jaxalign.setup.example import example_of
 from jaxalign.setup.models import Loaded, ModelSpec
 from jaxalign.setup.rollout import RolloutSpec
 from jaxalign.training.recorder import Recorder
@@ -82,22 +84,60 @@ class RunSpec(Generic[C]):
     """The devices."""
     return self.policy.mesh
 
+  def example(self) -> str:
+    """The first text that is read, as the model sees it, on one line."""
+    return example_of(
+      self.rows,
+      self.policy.tokenizer,
+      self.policy.model.config.head,
+      getattr(self.config, "encoding", ""),
+    )
+
+  def doubts(self) -> list[str]:
+    """Why the run may learn next to nothing, a line each with the remedy."""
+    config, found = self.config, []
+    steps, warmup = config.steps, config.optimizer.warmup_steps
+    if warmup and warmup >= steps:
+      found.append(
+        f"note: all {steps} steps are in optimizer.warmup_steps={warmup}, so "
+        "the learning rate stays below its peak; lower it, or give more epochs "
+        "or steps"
+      )
+    # Rows of a data set; with packing several texts each.
+    rows = len(self.rows) if isinstance(self.rows, list) else config.batch_size
+    if rows < config.batch_size and self.rollout is None:
+      found.append(
+        f"note: there are {rows} rows for an update of "
+        f"batch_size={config.batch_size}, which takes them more than once; a "
+        "smaller batch_size or max_length, or packing=false, makes more updates"
+      )
+    return found
+
   @property
   def models(self) -> dict[str, ModelSpec]:
     """Every model of the run, by the config field that names it."""
     found = {"policy": self.policy}
     if self.value_model:
       found["value_model"] = self.value_model
-    if self.rollout:
-      named = (
-        ("reward_model", self.rollout.reward_models),
-        ("test_reward_model", self.rollout.heldout_reward_models),
-      )
-      for name, specs in named:
-        for i, spec in enumerate(specs):
-          if isinstance(spec, ModelSpec):  # not a function
-            found[name if len(specs) == 1 else f"{name} {i + 1}"] = spec
+    for name, reward in self.rewards.items():
+      if isinstance(reward, ModelSpec):  # not a function
+        found[name] = reward
     return found
+
+  @property
+  def rewards(self) -> dict[str, ModelSpec | RewardFunction]:
+    """Every reward model and function, by the config field that names it."""
+    if self.rollout is None:
+      return {}
+    named = (
+      ("reward_model", self.rollout.reward_models),
+      ("test_reward_model", self.rollout.heldout_reward_models),
+    )
+    return {
+      name if len(rewards) == 1 else f"{name} {i + 1}": reward
+      for name, rewards in named
+      for i, reward in enumerate(rewards)
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +180,12 @@ def summary(
     ("folder", f"{folder} ({state})"),
   ]
   # The models, and what of the policy is trained.
-  for name, model in spec.models.items():
+  rewards = spec.rewards
+  own = {k: model for k, model in spec.models.items() if k not in rewards}
+  for name, model in (own | rewards).items():
+    if not isinstance(model, ModelSpec):
+      lines.append((name, f"{model.name}, a function"))
+      continue
     size = count(model.model.shapes)
     lines.append((name, f"{model.tokenizer.name}, {size:,} parameters"))
     if model.model.lora:
@@ -602,7 +647,7 @@ def open_run(
       files, counters = restored.extra["files"], restored.extra["counters"]
       check_unchanged(spec, digest, restored.extra, run.path)
     if hosts.is_lead():
-      begins = f"{config.steps} steps"
+      begins = f"{config.steps} step{'s' * (config.steps != 1)}"
       if done:
         begins = f"goes on after step {done} of {config.steps}"
       print(f"{run.path}: {begins}", flush=True)
