@@ -11,11 +11,12 @@ the machine's own matrix product and copy.
     python tests/bench/accelerator.py --shapes=pythia-1b --only=sft,decode-32x64
 
 It needs jax, flax, optax and what these bring, and no network: of this package
-it imports the models, the sampler, the scorer, and `training.run` with the
-`train.py` of two methods, which reach Orbax (a part of flax) through the run's
-recorder; peaks are those of `jaxalign.plan`. It reads no config file, data set or tokenizer, so ml_collections,
-datasets and transformers are not imported. jaxtyping, whose annotations do
-nothing here, is replaced where it is not installed. `--against` needs torch.
+it imports the models, the sampler, the scorer, `plan.targets` (the makers'
+peaks), and `training.run` with the `train.py` of two methods, which reach Orbax
+(a part of flax) through the run's recorder. It reads no config file, data set
+or tokenizer, so ml_collections, datasets and transformers are not imported.
+jaxtyping, whose annotations do nothing here, is replaced where it is not
+installed. `--against` needs torch.
 
 What is counted: 2 operations a parameter and token forward and twice that
 backward, the table of embeddings left out; 4 T D more a layer and token for
@@ -46,8 +47,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 NEEDED = ("jax", "flax", "optax", "numpy")
 SIDES = {"transformers": ("torch", "transformers"), "vllm": ("vllm",)}
 
-# A part of jax's `device_kind` -> the chip's name in `jaxalign.plan.targets`; the
-# first that fits. Others are held against their own products.
+# A part of jax's `device_kind` -> the chip's name in `jaxalign.plan.targets`;
+# the first that fits. Others are held against their own products.
 CHIPS = {
   "H200": "h200",
   "H100 80GB HBM3": "h100",
