@@ -251,7 +251,7 @@ def test_the_page_shows_commands_that_are_valid(monkeypatch):
         assert read_config(cli.load_config(args.config)[0], args.fields), line
         seen += 1
   # What to do when it does not fit, on the preset of the page.
-  flags = re.findall(r"`(--config\.[^`]+)` ", text.partition("not fit\n")[2])
+  flags = re.findall(r"`(--config\.[^`]+)`", text.partition("not fit\n")[2])
   policy = cli.load_config("configs/superhf.py:pythia-1b")[0]
   for flag in flags:
     if "reference" not in flag:  # of DPO and KTO

@@ -23,9 +23,9 @@ print(json.dumps([sys.argv[1:], there]))' "$@" >> "$LOG"
 
 
 def wait_for(happened) -> None:
-  until = time.monotonic() + 10
+  until = time.monotonic() + 60  # a busy machine may take its time
   while not happened():
-    assert time.monotonic() < until, "it did not happen in ten seconds"
+    assert time.monotonic() < until, "it did not happen within a minute"
     time.sleep(0.02)
 
 
@@ -139,7 +139,9 @@ case "$1 $2" in
   "queued-resources create") echo ACTIVE > state ;;
   "queued-resources describe") cat state ;;
   "queued-resources delete")
+    # Both runs have begun; they end before their machines do.
     for host in host*; do
+      until [[ -s "$host/jaxalign/run.pid" ]]; do sleep 0.05; done
       while kill -0 "$(cat "$host/jaxalign/run.pid")"; do sleep 0.05; done
       rm -r "$host/jaxalign"
     done 2> /dev/null
@@ -167,7 +169,7 @@ echo "step 1 on $HOST"
 again="$(grep -c '' ../../started)"
 echo x >> ../../started
 if (( again < 2 )); then
-  sleep 0.2
+  until (( $(grep -c '' ../../started) >= 2 )); do sleep 0.05; done
   echo SUSPENDED > ../../state
   exit 143
 fi
@@ -214,10 +216,10 @@ def test_a_second_start_leaves_the_run_alone(machine):
   machine.program("gcloud", GCLOUD)
   machine.program("python", f"{NOTE}trap 'exit 143' TERM\nsleep 5 & wait")
   assert machine.run("tpu_vm.sh", "start", *FLAGS).returncode == 0
-  pid = machine.folder / "host1" / "jaxalign" / "run.pid"
-  wait_for(lambda: pid.exists() and len(machine.calls) == 3)
+  at = [machine.folder / f"host{i}" / "jaxalign" for i in (0, 1)]
+  wait_for(lambda: len(machine.calls) == 3)
   out = machine.run("tpu_vm.sh", "start", *FLAGS)
   assert out.stdout.count("it runs already") == 2
   assert machine.run("tpu_vm.sh", "stop").returncode == 0
-  status = machine.folder / "host1" / "jaxalign" / "run.status"
+  status = at[1] / "run.status"
   wait_for(lambda: status.exists() and status.read_text() == "143\n")
