@@ -17,12 +17,12 @@ to each other. Where two texts share a prompt, the kernel runs twice, and each
 text takes its part of the run in which it and the prompt are one segment.
 """
 
-import contextlib
 import dataclasses
 import functools
 import logging
+import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -38,6 +38,7 @@ KINDS = ("dense", "cudnn", "triton", "splash")
 PREFERRED = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}
 SHORTEST = 128  # tokens of the shortest texts that a kernel is called for
 WIDEST = 256  # features of the widest heads that kernels were compiled for
+AMPERE = (8, 0)  # compute capability from which kernels on GPUs run
 HOPPER = (9, 0)  # compute capability from which cuDNN takes heads above 128
 INTERPRET = False  # tests set it: the kernels then run on any platform
 
@@ -73,6 +74,9 @@ class Choice:
 
   kind: str
   reason: str = ""
+
+  def __str__(self) -> str:
+    return f"{self.kind}, as {self.reason}" if self.reason else self.kind
 
 
 def choose(
@@ -123,6 +127,8 @@ def refusal(
     return f"{kind} reads no cache"
   if mask.length < SHORTEST:
     return f"{kind} pays from {SHORTEST} tokens on"
+  if kind in ("cudnn", "triton") and capability < AMPERE:
+    return f"{kind} needs an NVIDIA GPU of compute capability 8.0 or above"
   if head_dim > WIDEST:
     return f"{kind} takes heads of up to {WIDEST} features, not {head_dim}"
   if kind == "cudnn":
@@ -154,10 +160,7 @@ def kind_of_call(config: CausalConfig, mask: Mask) -> str:
     mask: what the call masks.
   """
   kind = config.attention
-  # The compiler cannot split a kernel over devices by itself: `_on_mesh` does,
-  # which needs to know the mesh.
-  split = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
-  if kind == "dense" or mask.past or mask.length < SHORTEST or not split:
+  if kind == "dense" or mask.past or mask.length < SHORTEST:
     return "dense"
   reason = refusal(kind, config.dtype, config.head_dim, mask)
   if reason:
@@ -251,9 +254,12 @@ def _on_mesh(
 ) -> Array:
   """Runs a kernel on each device's own rows and heads.
 
-  Rows or heads that do not split evenly are computed by every device.
+  The compiler cannot split a kernel by itself. Rows or heads that do not split
+  evenly are computed by every device.
   """
+  # Of the arrays that the program is given, where no mesh is in force.
   mesh = jax.sharding.get_abstract_mesh()
+  mesh = jax.typeof(q).sharding.mesh if mesh.empty else mesh
   if mesh.empty or mesh.size == 1:
     return kernel(q, k, v, per_row)
   rows = ROWS if q.shape[0] % row_count(mesh) == 0 else None
@@ -262,6 +268,7 @@ def _on_mesh(
   keys = PartitionSpec(rows, heads)
   run = jax.shard_map(
     kernel,
+    mesh=mesh,
     in_specs=(queries, keys, keys, PartitionSpec(rows)),
     out_specs=queries,
     check_vma=False,  # kernels do not say over which axes their results vary
@@ -363,6 +370,8 @@ def _cudnn(
   v: Float[Array, "B K T H"],
   mask: Bool[Array, "B T T"],
 ) -> Float[Array, "B T N H"]:
+  if jax.default_backend() != "gpu" and not INTERPRET:
+    _assume_cudnn()
   length = q.shape[1]
   # Training with a mask needs an even length.
   even = length + length % 2
@@ -387,43 +396,32 @@ def _padded(x: Array, axis: int, size: int) -> Array:
   return jnp.pad(x, widths)
 
 
-@contextlib.contextmanager
-def assume_cudnn(capability: tuple[int, int]) -> Iterator[None]:
+@functools.cache
+def _assume_cudnn() -> None:
   """Lets cuDNN's attention be compiled for a GPU that is not there.
 
-  JAX asks the GPU of its own process for its capability, and for cuDNN's
-  version. For ahead-of-time compiles only: a program made so is never run.
-
-  Args:
-    capability: of the GPU that is compiled for, e.g. (8, 6).
+  JAX asks the GPU of its own process for its capability and for cuDNN's
+  version, and refuses without. `refusal` has gone by the GPU that is compiled
+  for. What is compiled in such a process is never run in it.
   """
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-  def at_least(wanted: str) -> bool:
-    return capability >= parse_capability(wanted)
-
-  def equal(wanted: str) -> bool:
-    return capability == parse_capability(wanted)
 
   def version() -> int:
     return 91000
 
-  assumed = {
-    "check_cudnn_version": version,
-    "check_compute_capability": at_least,
-    "is_cuda_compute_capability_equal": equal,
-  }
-  known = {name: getattr(cudnn, name) for name in assumed}
-  try:
-    for name, check in assumed.items():
-      setattr(cudnn, name, check)
-    yield
-  finally:
-    for name, check in known.items():
-      setattr(cudnn, name, check)
+  def at_least(capability: str) -> bool:
+    return parse_capability(capability) <= HOPPER
+
+  def equal(capability: str) -> bool:
+    del capability  # only cards that this version does not know are asked for
+    return False
+
+  cudnn.check_cudnn_version = version
+  cudnn.check_compute_capability = at_least
+  cudnn.is_cuda_compute_capability_equal = equal
 
 
 def parse_capability(text: str) -> tuple[int, int]:
-  """A compute capability as a pair of numbers: "8.6" is (8, 6)."""
-  major, minor = text.split(".")
-  return int(major), int(minor)
+  """A compute capability as numbers: "8.6" is (8, 6), "" is (0, 0)."""
+  found = re.fullmatch(r"(\d+)\.(\d+)", text)
+  return (int(found[1]), int(found[2])) if found else (0, 0)
