@@ -62,11 +62,14 @@ def residuals(config, adapters, shape):
     return weighted_nll(p.hidden, p.targets, weights, p.unembed)[0]
 
   saved = saved_residuals(loss, trained, frozen, text, key)
-  return sum(
-    aval.size * aval.dtype.itemsize
-    for aval, source in saved
-    if "argument" not in source
-  ) / 2**30
+  return (
+    sum(
+      aval.size * aval.dtype.itemsize
+      for aval, source in saved
+      if "argument" not in source
+    )
+    / 2**30
+  )
 
 
 def main(*names):
