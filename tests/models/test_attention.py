@@ -125,7 +125,7 @@ def test_a_model_reads_the_same_by_a_kernel(interpreted, make):
 
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
-    gradient("splash", remat=True),
+    gradient("splash", remat="full"),
     gradient("dense"),
   )
   short = str(jax.make_jaxpr(lambda p: read(p, "splash", 100))(params))
