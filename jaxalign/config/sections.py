@@ -321,6 +321,14 @@ class TrainingConfig(Section):
     also=("gradient_checkpointing",),
     values={True: "full", False: "none", "true": "full", "false": "none"},
   )
+  attention: str = field(
+    "auto",
+    "how the tokens of a text attend to each other: dense, or a kernel that "
+    "keeps no length x length weights: splash (TPU), cudnn or triton (GPU); "
+    "auto = the fastest that can compute the model's masks",
+    choices=("auto", "dense", "cudnn", "triton", "splash"),
+    also=("attn_implementation", "use_flash_attention_2"),
+  )
   micro_batch: int = field(
     0,
     "rows in one forward and backward pass; 0 = batch_size",

@@ -26,6 +26,7 @@ from jaxalign.core import optim
 from jaxalign.core.types import JsonObject, Params, TrainState
 from jaxalign.errors import UserError
 from jaxalign.models import lora
+from jaxalign.models.attention import Choice
 from jaxalign.models.heads import policy_of
 from jaxalign.models.hf import card, write
 from jaxalign.models.model import Model
@@ -46,7 +47,7 @@ from jaxalign.runtime import (
 from jaxalign.scoring.function import RewardFunction
 from jaxalign.setup import start
 from jaxalign.setup.example import example_of
-from jaxalign.setup.models import Loaded, ModelSpec
+from jaxalign.setup.models import Loaded, ModelSpec, attention_of
 from jaxalign.setup.rollout import RolloutSpec
 from jaxalign.training.recorder import Recorder
 from jaxalign.training.run import Dataset, Run
@@ -199,6 +200,7 @@ def summary(
     prompts += f"{spec.rollout.prompt_length} tokens"
     aside = f", {held_out} more for evaluations" if held_out else ""
     lines.append(("prompts", prompts + aside))
+  lines.append(("attention", str(policy_attention(spec))))
   micros, rows, tokens = spec.batch_shape
   passes = "one pass" if micros == 1 else f"{micros} passes"
   batch = f"{passes} of {rows} texts of at most {tokens} tokens"
@@ -208,6 +210,14 @@ def summary(
   lines.append(("devices", f"{spec.mesh.size} x {kind} ({axes})"))
   width = max(len(name) for name, _ in lines)
   return "\n".join(f"{name:<{width}}  {words}" for name, words in lines)
+
+
+def policy_attention(spec: RunSpec[C]) -> Choice:
+  """The policy's attention, and what kept faster ones out."""
+  config = spec.config
+  return attention_of(
+    spec.policy.model, spec.mesh, config.attention, config.max_length
+  )
 
 
 def adapter_line(model: Model) -> str:
@@ -653,6 +663,10 @@ def open_run(
       print(f"{run.path}: {begins}", flush=True)
       if policy.model.lora:
         print(adapter_line(policy.model))
+      choice = policy_attention(spec)
+      # On a CPU there is no choice.
+      if choice.reason or choice.kind != "dense":
+        print(f"attention: {choice}")
 
     # Logs, signals, profiler and screen, closed in the reverse order.
     with (

@@ -85,6 +85,13 @@ CASES = {
   },
   "online_dpo": ONLINE,
   "sft": HELD_OUT | {"packing": True},
+  # Texts of the length from which kernels compute attention: on a GPU cuDNN,
+  # and Triton for what that does not take.
+  "sft, long": {"max_length": 128},
+  "sft, long, float32": {
+    "max_length": 128,
+    "precision": {"compute": "float32"},
+  },
   "dpo": HELD_OUT,
   "dpo, stored": {"reference": "stored"},
   "kto": HELD_OUT,

@@ -37,6 +37,8 @@ PROGRAMS = {
   "ppo, shared values": [*ONLINE, "learn"],
   "online_dpo": [*ONLINE, *PAIRS[:2]],
   "sft": ["update", "evaluate: loss"],
+  "sft, long": ["update", "evaluate: loss"],
+  "sft, long, float32": ["update", "evaluate: loss"],
   "dpo": PAIRS,
   "dpo, stored": ["reference", *PAIRS],
   "kto": ["update", "evaluate: loss", "evaluate: kl"],
