@@ -212,8 +212,8 @@ def open_mesh(
   if mesh.size < there and hosts.count() > 1:
     raise UserError(
       f"config.mesh takes {mesh.size} of {there} devices, but with several "
-      "hosts it must take all; set one of replica and fsdp to -1, or start fewer "
-      "processes"
+      "hosts it must take all; set one of replica and fsdp to -1, or start "
+      "fewer processes"
     )
   return mesh
 
