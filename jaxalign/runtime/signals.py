@@ -9,6 +9,8 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from jaxalign.parallel import hosts
+
 STOPPING = "stopping after this step; once more to stop at once"
 
 _CAUGHT = (signal.SIGINT, signal.SIGTERM)
@@ -35,6 +37,16 @@ class Stop:
   def exit_status(self) -> int:
     """0, or what launchers restart on: 130 (SIGINT), 143 (SIGTERM)."""
     return 128 + self.signal if self.signal else 0
+
+  def agree(self) -> bool:
+    """Whether any process of the run was asked to stop; then all of them were.
+
+    All processes call it.
+    """
+    asked = hosts.highest(self.signal)
+    if asked:  # or one that comes just now would be forgotten
+      self.signal = asked
+    return asked > 0
 
 
 @contextlib.contextmanager

@@ -316,7 +316,9 @@ class _Programs:
 
     # These two set shapes, so a new value compiles a new program.
     static = ("samples_per_prompt", "capacity")
-    self.sample = jit(sample, static_argnames=static)
+    # Replicated, so that every host can read all samples.
+    whole = meshes.replicated(mesh) if mesh else None
+    self.sample = jit(sample, static_argnames=static, out_shardings=whole)
     self.begin = jit(begin, static_argnames=static)
     self.unstack = jit(unstack)
     # The caches are updated in place: `state` is donated.

@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jaxalign import cli
 from jaxalign.config import to_mapping
 from jaxalign.config.changes import LENGTH, MAY_CHANGE
 from jaxalign.config.sections import TrainingConfig
@@ -44,6 +45,7 @@ from jaxalign.runtime import (
   signals,
   workdir,
 )
+from jaxalign.runtime.files import flatten
 from jaxalign.scoring.function import RewardFunction
 from jaxalign.setup import start
 from jaxalign.setup.example import example_of
@@ -263,7 +265,44 @@ def open_mesh(
     if whole > meshes.row_count(mesh):
       why = f"; {field} gives {rows} rows, a multiple of {whole} uses more"
     print(f"mesh: {share} devices ({axes}){why}")
+  if mesh.size < there and hosts.count() > 1:
+    raise UserError(
+      f"config.mesh takes {mesh.size} of {there} devices, but with several "
+      "hosts it must take all; set one of replica and fsdp to -1, or start "
+      "fewer processes"
+    )
   return mesh
+
+
+def check_hosts(
+  config: TrainingConfig, folder: pathlib.Path, **flags: bool
+) -> None:
+  """Refuses hosts that were started with other flags, programs or devices.
+
+  Args:
+    config: of the run.
+    folder: the run's.
+    **flags: what else the command line says.
+
+  Raises:
+    UserError: what differs, and on which host.
+  """
+  if hosts.count() == 1:
+    return
+  values = {f"config.{k}": v for k, v in flatten(to_mapping(config)).items()}
+  values |= {f"--{name}": flag for name, flag in flags.items()}
+  hosts.check_same(
+    values
+    | {
+      "--workdir": str(folder.absolute()),
+      "the number of processes": hosts.count(),
+      "the number of its devices": jax.local_device_count(),
+      "the kind of its devices": jax.local_devices()[0].device_kind,
+      "jax": jax.__version__,
+      "jaxalign": cli.version(),
+    },
+    "start all hosts by the same command, on machines that are alike",
+  )
 
 
 def check_folder(
@@ -729,7 +768,7 @@ def finish(
     run before it is finished.
   """
   stop, steps = run.recorder.stop, run.config.steps
-  if hosts.agree(stop.requested):
+  if stop.agree():
     if hosts.is_lead():
       saved = run.recorder.saved
       print(
