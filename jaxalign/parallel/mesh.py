@@ -192,6 +192,12 @@ def jit(fn: Callable, mesh: Mesh | None, **options: Any) -> jax.stages.Wrapped:
   return jax.jit(on_mesh, **options)
 
 
+def _on_one_device() -> bool:
+  """Whether no mesh is in force, or one of a single device."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return mesh.empty or mesh.size == 1
+
+
 def constrain(x: Array, *spec: Axes) -> Array:
   """Shards an array over the mesh in force, inside a program.
 
@@ -199,17 +205,19 @@ def constrain(x: Array, *spec: Axes) -> Array:
 
   Args:
     x: any array.
-    *spec: the mesh axes of its leading dimensions, as in a `PartitionSpec`; a
-      dimension that does not divide evenly stays whole.
+    *spec: the mesh axes of its leading dimensions, as in a `PartitionSpec`;
+      those that a dimension does not divide evenly over, first to last, are
+      left out.
   """
-  sizes = jax.sharding.get_abstract_mesh().shape
-  if all(size == 1 for size in sizes.values()):
+  if _on_one_device():
     return x
+  sizes = jax.sharding.get_abstract_mesh().shape
 
   def fits(axes: Axes, dimension: int) -> Axes:
     names = (axes,) if isinstance(axes, str) else axes or ()
-    parts = math.prod(sizes[name] for name in names)
-    return axes if dimension % parts == 0 else None
+    while dimension % math.prod(sizes[name] for name in names):
+      names = names[1:]
+    return names or None
 
   wanted = [fits(axes, n) for axes, n in zip(spec, x.shape, strict=False)]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*wanted))
@@ -241,6 +249,8 @@ def gathered(params: Params) -> Params:
   For a loop that reads all of them again and again, such as decoding: called
   before the loop, it moves them once. Their gradient is scattered again.
   """
+  if _on_one_device():
+    return params
 
   def place(path, leaf):
     return _gathered(leaf, _wanted(path, leaf.ndim))

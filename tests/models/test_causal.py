@@ -212,7 +212,7 @@ def test_every_remat_policy_leaves_the_gradient(make, dtype):
     )
 
   exact = jax.jit(jax.grad(loss_of("none")))(params)
-  for policy in ("attention", "dots", "full"):
+  for policy in ("attention", "dots", "full", "offload"):
     jax.tree.map(
       lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6, rtol=1e-5),
       jax.jit(jax.grad(loss_of(policy)))(params),
