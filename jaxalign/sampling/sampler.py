@@ -145,7 +145,7 @@ class Sampler:
     rows, groups = len(state.done), compaction.prompt_groups(fixed)
     done = np.arange(rows) * groups // rows % 2 == 1
     kept = compaction.choose(done, groups, max(groups // 2, 1), rows // groups)
-    moved = fixed, state, *_shapes(kept)
+    moved = fixed, state, *_shapes(jax.device_put(kept))
     return [
       Program("sample: begin", jitted.begin, arguments, calls, 0, static),
       Program("sample: unstack", jitted.unstack, (params,), calls),
