@@ -169,6 +169,10 @@ class Module:
     opcode = line.opcode
     if opcode in FREE or opcode.endswith("-done") or "AsyncColl" in line.line:
       return 0
+    if opcode.endswith("slice-start"):
+      # (source, slice, ...): the slice is read, and written where it counts.
+      slice_ = halves(line.type)[1]
+      return whole_size(slice_) + size(slice_)
     if opcode.endswith("-start"):  # a pair of what goes in and what comes out
       return line.bytes
     operands = [computation[x] for x in line.operands if x in computation]
@@ -202,14 +206,16 @@ class Module:
     parts = [root]
     if root.opcode == "tuple":
       parts = [body[x] for x in root.operands]
+    written = 0
     for part in parts:
       while part.opcode in ("bitcast", "convert", "copy") and part.operands:
         part = body[part.operands[0]]
       if part.opcode == "dynamic-update-slice":
-        total += body[part.operands[1]].bytes
+        written += body[part.operands[1]].bytes
       elif part.opcode != "parameter":
-        total += part.bytes
-    return total
+        written += part.bytes
+    # Less where the result is kept in another memory.
+    return total + min(written, line.bytes)
 
 
 def _read(name: str, users: dict[str, list[Instruction]], whole: int) -> int:
@@ -276,6 +282,17 @@ def whole_size(type_: str) -> int:
     _elements(dims) * BYTES.get(kind, 0)
     for kind, dims, _ in _ARRAY.findall(type_)
   )
+
+
+def halves(type_: str) -> list[str]:
+  """The parts of a tuple type: `((a, b), c)` -> `(a, b)` and `c`."""
+  parts, depth, start = [], 0, 1
+  for i, c in enumerate(type_):
+    depth += (c in "([{") - (c in ")]}")
+    if (c == "," and depth == 1) or (depth == 0 and c == ")"):
+      parts.append(type_[start:i])
+      start = i + 1
+  return parts
 
 
 def _elements(dims: str) -> int:

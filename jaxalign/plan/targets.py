@@ -252,6 +252,9 @@ GPUS = {
   ),
 }
 ESTIMATED = 1024  # chips that CPU devices can stand for
+PROCESS = (
+  950_000_000  # bytes of a run's process besides its arrays (docs/log.md)
+)
 # What a core does in a second: 16 lanes, two operations each, at 2.5 GHz.
 _CORE, _RAM = 80e9, 20e9
 NODE = 8  # cards of a node at most
@@ -458,9 +461,12 @@ def find(name: str, share: float = GPU_SHARE) -> Target:
 
 
 def this_cpu() -> Chip:
-  """This machine's processor; its rates are a rough guess."""
+  """This machine's processor, without the memory of a run's libraries.
+
+  Its rates are a rough guess.
+  """
   cores = os.cpu_count() or 1
-  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - PROCESS
   rate = cores * _CORE
   return Chip("cpu", "CPU", memory, _RAM, rate, rate, rate, _RAM, _RAM)
 
