@@ -458,7 +458,7 @@ def _keep_watch(watch: _Watch) -> None:
   own, theirs = f"{_PREFIX}alive/lead/", f"{_PREFIX}alive/others/"
   if me > 0:
     own, theirs = theirs, own
-  seen = {number: ("", begin) for number in others}
+  seen = dict.fromkeys(others, ("", begin))
   failed_at: float | None = None
   for beat in itertools.count():
     if watch.stop.wait(BEAT_SECONDS):
