@@ -434,17 +434,16 @@ def _leave(status: int) -> None:
     # say the same, or to read that it fails.
     if is_lead():
       end = time.monotonic() + GRACE_SECONDS + 2 * BEAT_SECONDS
-      while time.monotonic() < end and len(_gone_or_failed()) < count():
+      place = f"{_PREFIX}failed/"
+      while (
+        time.monotonic() < end
+        and len(_client().key_value_dir_get(place)) < count()
+      ):
         time.sleep(0.2)
       time.sleep(0.5)
   finally:
     # JAX would wait for processes that do not come any more.
     os._exit(status)
-
-
-def _gone_or_failed() -> set[str]:
-  found = _client().key_value_dir_get(f"{_PREFIX}failed/")
-  return {name.rpartition("/")[2] for name, _ in found}
 
 
 def _keep_watch(watch: _Watch) -> None:
@@ -453,30 +452,31 @@ def _keep_watch(watch: _Watch) -> None:
   The lead looks at all the others, they look at the lead and at its verdict.
   """
   client, me = _client(), _me()
-  seen: dict[str, tuple[str, float]] = {}  # by number: last sign, and when
+  # By number: the last sign of life, and when it came; of the others.
+  begin = time.monotonic()
+  others = range(1, count()) if me == 0 else [0]
+  own, theirs = f"{_PREFIX}alive/lead/", f"{_PREFIX}alive/others/"
+  if me > 0:
+    own, theirs = theirs, own
+  seen = dict.fromkeys(others, ("", begin))
   failed_at: float | None = None
   for beat in itertools.count():
     if watch.stop.wait(BEAT_SECONDS):
       return
     now = time.monotonic()
     try:
-      client.key_value_set(f"{_PREFIX}alive/{me}", str(beat), True)
-      alive = [("0", client.key_value_try_get(f"{_PREFIX}alive/0"))]
-      if me == 0:
-        alive = client.key_value_dir_get(f"{_PREFIX}alive/")
+      client.key_value_set(f"{own}{me}", str(beat), True)
+      alive = client.key_value_dir_get(theirs)
       failed = client.key_value_dir_get(f"{_PREFIX}failed/")
     except jax.errors.JaxRuntimeError:
       continue  # the coordinator is gone: JAX ends this process
     if watch.failing or watch.stop.is_set():
       return
     for name, sign in alive:
-      if name not in seen or seen[name][0] != sign:
-        seen[name] = (sign, now)
-    dead = [
-      int(name.rpartition("/")[2])
-      for name, (_, last) in seen.items()
-      if now - last > SILENT_SECONDS
-    ]
+      number = int(name.rpartition("/")[2])
+      if number in seen and seen[number][0] != sign:
+        seen[number] = (sign, now)
+    dead = [n for n, (_, last) in seen.items() if now - last > SILENT_SECONDS]
     if dead:
       _end(_gone(dead), alone=len(dead) + 1 == count())
     # Where all fail for the same reason each of them says so itself.
