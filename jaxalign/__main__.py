@@ -13,6 +13,7 @@ COMMANDS = {
   "main": "trains what a config file describes",
   "chat": "answers prompts in the terminal",
   "compare": "lays the curves of several runs over each other in one page",
+  "plan": "says what a run needs on a machine that is not there",
   "convert": "writes a run or a checkpoint as a Hugging Face folder",
 }
 

@@ -23,6 +23,7 @@ import rich.progress
 from jaxalign import algorithms, cli
 from jaxalign.config import TrainingConfig, to_mapping
 from jaxalign.config.changes import suffix
+from jaxalign.config.names import is_function
 from jaxalign.data.fields import BadRow, check_text, messages_of
 from jaxalign.data.rows import PromptRow
 from jaxalign.data.tokenizer import Tokenizer, has_tokenizer
@@ -37,6 +38,7 @@ from jaxalign.runtime.metrics import number
 from jaxalign.sampling.generator import Generator
 from jaxalign.sampling.sampler import Sampler
 from jaxalign.sampling.settings import fitting, make
+from jaxalign.scoring.function import RewardFunction, open_function
 from jaxalign.scoring.scorer import Scorer
 from jaxalign.setup import models
 from jaxalign.setup.models import Loaded
@@ -304,10 +306,11 @@ def generate(
 
 
 def score(
-  reward_model: Loaded,
+  reward_model: Loaded | Callable[..., Any] | str,  # its columns: any name
   prompts: Prompt | Sequence[Prompt],
   completions: Sequence[str],
   *,
+  columns: Mapping[str, Sequence[object]] | None = None,
   encoding: str = "auto",
   batch_size: int | None = None,
   progress: bool = False,
@@ -315,10 +318,14 @@ def score(
   """The reward of each completion.
 
   Args:
-    reward_model: a sequence classifier with its tokenizer.
+    reward_model: a sequence classifier with its tokenizer; or a reward
+      function of yours, itself or as "FILE.py:FUNCTION", which is called as in
+      a run (docs/reward_functions.md).
     prompts: prompt of each completion: a text that is read as it is, or a role
       list, which is written in the reward model's own format.
     completions: as many texts.
+    columns: what a reward function takes besides these two: name -> a value
+      for each completion.
     encoding: "concat" (the SuperHF paper's) or "pair", see
       `Tokenizer.encode_rewards`; "auto" = as the model's folder says, or by its
       architecture.
@@ -331,12 +338,20 @@ def score(
   Returns:
     float32 numpy `[B]`, raw logits, higher is better. A score does not
     depend on the others. Of a model with groups it is the mean of their
-    scores; see `load` for other weights.
+    scores; see `load` for other weights. NaN where a function gives None.
 
   Raises:
     UserError: the model is no sequence classifier, there are not as many
-      prompts as completions, or they are no texts.
+      prompts as completions, or they are no texts; a function fails or needs
+      other columns.
   """
+  if isinstance(reward_model, str) or not isinstance(reward_model, Loaded):
+    return _ask_function(reward_model, prompts, completions, columns or {})
+  if columns is not None:
+    raise UserError(
+      "score takes columns for reward functions, and a model reads none; leave "
+      "them out"
+    )
   tokenizer = _tokenizer("score", reward_model)
   if reward_model.model.config.head == "lm":
     raise UserError("score needs a sequence classifier, not a language model")
@@ -383,6 +398,46 @@ def score(
       bar.advance(task, len(part))
   scorer.warn_non_finite(scores)
   return scores
+
+
+def _ask_function(
+  function: object,
+  prompts: Prompt | Sequence[Prompt],
+  completions: Sequence[str],
+  columns: Mapping[str, Sequence[object]],
+) -> np.ndarray:
+  """The rewards of a user's function, float32 `[B]`; see `score`."""
+  if isinstance(function, str) and is_function(function):
+    opened = open_function(function, "reward_model")
+  elif callable(function):
+    name = getattr(function, "__name__", type(function).__name__)
+    opened = RewardFunction(f"{name}()", function, "reward_model")
+  else:
+    raise UserError(
+      f"score needs a model from jaxalign.load, a function, or its name "
+      f"'FILE.py:FUNCTION', got {function!r:.100}"
+    )
+  asked, completions = (
+    _prompts(None, prompts),
+    _texts("completions", completions),
+  )
+  counts = {"prompts": len(asked)} | {k: len(x) for k, x in columns.items()}
+  for name, count in counts.items():
+    if count != len(completions):
+      raise UserError(
+        f"score needs as many {name} as completions, got {count} and "
+        f"{len(completions)}"
+      )
+  rows = []
+  for i, prompt in enumerate(asked):
+    own = {name: values[i] for name, values in columns.items()}
+    if isinstance(prompt, str):
+      rows.append(PromptRow(prompt, columns=own | {"prompt": prompt}))
+    else:
+      text = prompt[-1]["content"]
+      rows.append(PromptRow(text, messages=tuple(prompt), columns=own))
+  opened.check_columns(sorted(columns), "columns")
+  return opened(rows, completions).astype(np.float32)
 
 
 def save(
@@ -624,7 +679,9 @@ def _texts(name: str, value: object) -> list[str]:
   return texts
 
 
-def _prompts(tokenizer: Tokenizer, value: object) -> list[str | list[Message]]:
+def _prompts(
+  tokenizer: Tokenizer | None, value: object
+) -> list[str | list[Message]]:
   """Prompts as a list, checked; a single one is a list of one."""
   if not isinstance(value, Iterable) or isinstance(value, Mapping):
     raise UserError(

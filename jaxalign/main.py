@@ -20,6 +20,7 @@ from jaxalign.config.changes import suffix
 from jaxalign.config.hints import all_paths, what_was_meant
 from jaxalign.errors import UserError
 from jaxalign.parallel import cpu
+from jaxalign.parallel.cluster import find_cluster
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,11 +64,17 @@ def train(argv: Sequence[str]) -> int:
   if not args.workdir:
     workdir += suffix(config, preset_of(mapping, config), extend=args.extend)
   folder = pathlib.Path(args.workdir or workdir)
+  cluster = find_cluster(args.coordinator, args.num_processes, args.process_id)
   if args.dry_run:
     return dry_run(config, folder, extend=args.extend, fresh=args.fresh)
   cpu.keep_freed_memory()
   return run(
-    config, folder, extend=args.extend, fresh=args.fresh, quiet=args.quiet
+    config,
+    folder,
+    extend=args.extend,
+    fresh=args.fresh,
+    quiet=args.quiet,
+    cluster=cluster,
   )
 
 
@@ -122,6 +129,26 @@ def make_parser() -> cli.Parser:
     action="store_true",
     help="opens and checks models and data, says what would run and ends; "
     "reads no parameter and writes nothing",
+  )
+  parser.add_argument(
+    "--coordinator",
+    metavar="HOST:PORT",
+    help="of a run on several hosts: the address of process 0; the next two "
+    "flags go with it, and none is needed under SLURM, Open MPI and on TPU "
+    "slices",
+  )
+  parser.add_argument(
+    "--num_processes",
+    type=int,
+    metavar="N",
+    help="how many processes the run has, one a host",
+  )
+  parser.add_argument(
+    "--process_id",
+    type=int,
+    metavar="I",
+    help="number of this process, from 0; all else in the command is the same "
+    "on all hosts",
   )
   return parser
 

@@ -76,11 +76,13 @@ start() {
   run=".venv/bin/python -u -m jaxalign.main $(printf '%q ' "$@")"
   run+='> run.log 2>&1 & echo $! > run.pid; wait $!; echo $? > run.status'
   # In a session of its own, so that it outlives the connection.
-  on all "cd jaxalign && touch run.pid && if kill -0 \$(cat run.pid) 2> /dev/null; then
+  on all "cd jaxalign && touch run.pid
+    if kill -0 \$(cat run.pid) 2> /dev/null; then
       echo it runs already
     else
-      rm -f run.status
+      rm -f run.status run.pid
       setsid bash -c $(printf '%q' "$run") < /dev/null > /dev/null 2>&1 &
+      until [ -s run.pid ]; do sleep 0.1; done
     fi"
 }
 
@@ -112,10 +114,9 @@ keep() {
       NONE) create || true ;;
       FAILED | SUSPENDED) begun="" && { delete || true; } ;;
       ACTIVE)
-        if [[ -n "$begun" ]]; then
-          logs || true
-        elif running || { copy && start "$@"; }; then
+        if [[ -n "$begun" ]] || running || { copy && start "$@"; }; then
           begun=1
+          logs || true
         fi
         ;;
     esac

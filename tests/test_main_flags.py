@@ -29,7 +29,7 @@ def started(monkeypatch):
   """What `run` was called with, in place of running it."""
   calls = []
 
-  def run(config, workdir, *, extend, fresh, quiet):
+  def run(config, workdir, **kinds):
     calls.append((config, workdir))
     return 0
 

@@ -152,6 +152,26 @@ def test_scores_of_role_lists_and_batches(reward_model, monkeypatch):
   assert jaxalign.score(model, [], []).shape == (0,)
 
 
+def test_scores_of_a_function(tmp_path):
+  def correct(prompts, completions, answer):
+    assert prompts == ["2 + 2", QUESTION]
+    assert completions[1] == [{"role": "assistant", "content": "no"}]
+    return [float(answer[0] == completions[0]), None]
+
+  asked = ["2 + 2", QUESTION], ["4", "no"]
+  found = jaxalign.score(correct, *asked, columns={"answer": ["4", ""]})
+  np.testing.assert_array_equal(found, [1, np.nan])
+  file = tmp_path / "mine.py"
+  file.write_text(
+    "def short(completions): return [-len(c) for c in completions]"
+  )
+  assert jaxalign.score(f"{file}:short", ["a"], ["bcd"]).tolist() == [-3]
+  with pytest.raises(jaxalign.UserError, match="takes answer, which columns"):
+    jaxalign.score(correct, *asked)
+  with pytest.raises(jaxalign.UserError, match="as many answer as"):
+    jaxalign.score(correct, *asked, columns={"answer": ["4"]})
+
+
 def test_a_model_is_a_line(policy, reward_model):
   assert repr(jaxalign.load(policy)) == (
     f"Loaded({policy}: llama, 3,664 parameters, head lm, float32)"

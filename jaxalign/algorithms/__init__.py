@@ -17,11 +17,18 @@ import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxalign.config import TrainingConfig, nearest, parse_models, read
+from jaxalign.config import (
+  TrainingConfig,
+  nearest,
+  parse_models,
+  read,
+  to_mapping,
+)
 from jaxalign.config.changes import HELD_OUT
 from jaxalign.config.supervised import SupervisedConfig
 from jaxalign.data import converters, sources
 from jaxalign.errors import UserError
+from jaxalign.parallel.cluster import Cluster
 
 # jax takes seconds to start; a mistake in a config should not.
 if TYPE_CHECKING:
@@ -206,6 +213,7 @@ def run(
   extend: bool = False,
   fresh: bool = False,
   quiet: bool = False,
+  cluster: Cluster | None = None,
 ) -> int:
   """Trains until the config's steps are done or someone asks to stop.
 
@@ -218,6 +226,7 @@ def run(
     quiet: print no example of what is trained on.
     extend: gives the run that is there the length of the config.
     fresh: moves the run that is there aside, and begins again.
+    cluster: this process among those of the run; None = as the machine says.
 
   Returns:
     The exit status: 0, or 130 and 143 after SIGINT and SIGTERM.
@@ -226,34 +235,67 @@ def run(
   check_sources(config)
   # Imported late: jax takes seconds to start, a mistake in a config should not.
   from jaxalign.parallel import hosts
-  from jaxalign.runtime import cache, workdir
-  from jaxalign.setup import start
-  from jaxalign.setup.example import example_of
-  from jaxalign.setup.run import check_folder, extend_run
+  from jaxalign.runtime import cache
 
   if config.compilation_cache:
     cache.enable_compilation_cache()
+  hosts.start(cluster)
+  return hosts.together(
+    functools.partial(
+      _run, config, folder, extend=extend, fresh=fresh, quiet=quiet
+    )
+  )
+
+
+def _run(
+  config: TrainingConfig,
+  folder: pathlib.Path,
+  *,
+  extend: bool,
+  fresh: bool,
+  quiet: bool,
+) -> int:
+  """`run`, with all processes there."""
+  from jaxalign.parallel import hosts
+  from jaxalign.runtime import workdir
+  from jaxalign.setup import start
+  from jaxalign.setup.run import (
+    check_folder,
+    check_hosts,
+    digest_of_run,
+    extend_run,
+  )
+
   # "Go to definition" ends here: for superhf this is `describe` and `run` in
   # jaxalign/algorithms/superhf/setup.py.
   method = importlib.import_module(f"{METHODS[config.algorithm]}.setup")
-  try:
-    check_folder(config, folder, extend=extend, fresh=fresh)
-  except workdir.OtherConfigError:
-    # A wrong path is said first: it is one of the differing fields, and the
-    # mistake.
-    if config.init_from:
-      start.find_source(config, folder)
-    else:
-      method.describe(config)
-    raise
+  check_hosts(config, folder, extend=extend, fresh=fresh)
+
+  # The lead alone looks at the folder and at the other run, because it changes
+  # them; the others go by what it finds.
+  def look() -> tuple[bool, bool]:
+    try:
+      check_folder(config, folder, extend=extend, fresh=fresh)
+    except workdir.OtherConfigError:
+      # A wrong path is said first: it is one of the differing fields, and the
+      # mistake.
+      if config.init_from:
+        start.find_source(config, folder)
+      else:
+        method.describe(config)
+      raise
+    new = fresh or not start.is_copied(config, folder)
+    return workdir.read_finished(folder) is not None, new
+
+  is_finished, copies = hosts.from_lead(look, (False, False))
   finished = f"{folder} holds a finished run; read {folder / 'report.html'}"
-  if workdir.read_finished(folder) is not None and not (extend or fresh):
+  if is_finished and not (extend or fresh):
     print(finished)
     return 0
 
   # The other run is looked up before a folder is moved.
   source, aside = None, None
-  if config.init_from and (fresh or not start.is_copied(config, folder)):
+  if config.init_from and copies:
     source = start.find_source(config, folder)
   try:
     if fresh and hosts.is_lead():
@@ -264,6 +306,11 @@ def run(
     if config.init_from:
       config = start.begin(config, folder)
     spec = method.describe(config)
+    if hosts.count() > 1:
+      hosts.check_same(
+        {"config": to_mapping(spec.config), "data": digest_of_run(spec)},
+        "give all hosts the same files: a folder that they share, or copies",
+      )
   except BaseException:
     # A run that cannot start leaves everything as it was.
     if hosts.is_lead():
@@ -290,7 +337,9 @@ def run(
     print(f"{finished}; raise config.steps or config.epochs to extend it")
     return 0
   if hosts.is_lead() and not quiet:
-    print(example_of(spec.rows, spec.policy.tokenizer))
+    print(spec.example())
+  for doubt in spec.doubts() if hosts.is_lead() else ():
+    print(doubt)
   return method.run(spec, folder)
 
 
@@ -321,7 +370,6 @@ def dry_run(
   check_sources(config)
   # Imported late, as above.
   from jaxalign.setup import start
-  from jaxalign.setup.example import example_of
   from jaxalign.setup.run import check_folder, summary
 
   check_folder(config, folder, extend=extend, fresh=fresh)
@@ -334,6 +382,8 @@ def dry_run(
     policy = str(model) if model.is_dir() else source.config["policy"]
     config = dataclasses.replace(config, policy=policy, init_from="")
   spec = describe(config)
-  print(example_of(spec.rows, spec.policy.tokenizer))
+  print(spec.example())
+  for doubt in spec.doubts():
+    print(doubt)
   print(summary(spec, folder, extend=extend, fresh=fresh))
   return 0

@@ -22,6 +22,7 @@ MAY_CHANGE = (
   "profile_steps",
   "compilation_cache",
   "remat",
+  "attention",
   "micro_batch",
   "sampling.batch_prompts",
   "sampling.compact",

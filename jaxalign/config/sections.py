@@ -321,18 +321,30 @@ class TrainingConfig(Section):
     also=("gradient_checkpointing",),
     values={True: "full", False: "none", "true": "full", "false": "none"},
   )
+  attention: str = field(
+    "auto",
+    "how the tokens of a text attend to each other: dense, or a kernel that "
+    "keeps no length x length weights: splash (TPU), cudnn or triton (GPU); "
+    "auto = the fastest that can compute the model's masks",
+    choices=("auto", "dense", "cudnn", "triton", "splash"),
+    also=("attn_implementation", "use_flash_attention_2"),
+  )
   micro_batch: int = field(
     0,
     "rows in one forward and backward pass; 0 = batch_size",
     ">= 0",
-    also=("gradient_accumulation_steps", "micro_batch_size"),
+    also=(
+      "gradient_accumulation_steps",
+      "micro_batch_size",
+      "per_device_train_batch_size",
+    ),
   )
   # The rows of an update.
   batch_size: int = field(
     8,
     "rows in one optimizer update, over all devices",
     ">= 1",
-    also=("train_batch_size", "per_device_train_batch_size"),
+    also=("train_batch_size",),
   )
   max_length: int = field(
     1024,

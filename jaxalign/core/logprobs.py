@@ -242,15 +242,19 @@ def _over_chunks(body, size, weights, arrays, carry, placed):
   whole = (count + size // 2) // size
   rest = jnp.maximum(count - whole * size, 0)
   state = carry, placed
-  for times, start, n in (
-    (whole, 0, size),
-    ((rest + tail - 1) // tail, whole * size, tail),
+  # How often they run if every position counts: `jaxalign.plan` reads it.
+  most = (length + size // 2) // size
+  left = max(length - most * size, 0)
+  for times, start, n, turns in (
+    (whole, 0, size, most),
+    ((rest + tail - 1) // tail, whole * size, tail, -(-left // tail)),
   ):
 
     def run(i, state, start=start, size=n):
       return step(i, state, start, size)
 
-    state = jax.lax.fori_loop(0, times, run, state)
+    with jax.named_scope(f"turns_{turns}"):
+      state = jax.lax.fori_loop(0, times, run, state)
   return state
 
 

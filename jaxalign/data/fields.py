@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from jaxalign.core.types import JsonObject
 from jaxalign.data.sources import Row, Table
@@ -80,19 +80,28 @@ def messages_of(
 ) -> list[templates.Message]:
   """A role list; other roles and keys are left to a chat template.
 
-  Without one, roles are user, assistant and system, and contents are text.
+  Without one, roles are user, assistant and system. Contents are text; parts of
+  text become one, unless the template knows parts.
   """
   has_template = tokenizer is not None and tokenizer.has_chat_template
   if not value:
     raise BadRow(f"has no messages in {column}")
   if not isinstance(value, list):
     raise BadRow(f"has {_kind(value)} in {column}, need a list of messages")
+  # A format that is no template knows none.
+  parts = tokenizer is not None and tokenizer.format.parts
+  value = value if parts else [_join_parts(turn) for turn in value]
   for turn in value:
     if not isinstance(turn, dict) or not {"role", "content"} <= turn.keys():
       raise BadRow(f"needs role and content in every message of {column}")
     content = turn["content"]
     if isinstance(content, str):
       check_text(content, column)
+    elif not parts and _is_parts(content):
+      raise BadRow(
+        f"has a part in {column} that is no text, which the format of "
+        "conversations cannot write"
+      )
     elif not (has_template and (content or turn.get("tool_calls"))):
       raise BadRow(f"has a message without text in {column}")
     more = [key for key in turn if key in _READ and turn[key]]
@@ -112,6 +121,29 @@ def messages_of(
     | {"content": turn["content"] or ""}
     for turn in value
   ]
+
+
+# Any: a user's, whatever it is.
+def _join_parts(turn: Any) -> Any:
+  """A turn whose parts of text are one; other turns as they are."""
+  if not isinstance(turn, dict) or not _is_parts(turn.get("content")):
+    return turn
+  texts: list[str] = []
+  for part in turn["content"]:
+    text = part.get("text") if part["type"] == "text" else None
+    if not isinstance(text, str):
+      return turn
+    texts.append(text)
+  return turn | {"content": "".join(texts)}
+
+
+def _is_parts(content: object) -> bool:
+  """Whether a content is a list of parts, each of a type."""
+  return (
+    isinstance(content, list)
+    and bool(content)
+    and all(isinstance(part, dict) and "type" in part for part in content)
+  )
 
 
 def settings_of(row: Row) -> JsonObject:

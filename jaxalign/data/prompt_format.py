@@ -49,12 +49,14 @@ class PromptFormat:
       them.
     plain: plain strings of data sets are turns too, as in `prompt="2+2="`.
       Otherwise only dialogues are written in this format.
+    parts: its template writes contents that are lists of parts.
   """
 
   name: str
   turns: tuple[str, ...] = ()
   ends: tuple[int, ...] = ()
   plain: bool = False
+  parts: bool = False
 
 
 DIALOGUE = PromptFormat("human_assistant", (HUMAN, ASSISTANT))
@@ -67,6 +69,7 @@ def of_tokenizer(inner: HFTokenizer) -> PromptFormat:
     inner.chat_template == HUMAN_ASSISTANT_TEMPLATE
   ):
     return DIALOGUE
+  parts = _writes_parts(inner)
   # Between the turns of a made-up dialogue stands what closes and opens them.
   asked = {"role": "user", "content": _QUESTION}
   answered = {"role": "assistant", "content": _ANSWER}
@@ -79,7 +82,7 @@ def of_tokenizer(inner: HFTokenizer) -> PromptFormat:
     opens_question = rest[: rest.rindex("again")]
   # A template may refuse this dialogue, or write it in some other way.
   except Exception:
-    return PromptFormat("chat")
+    return PromptFormat("chat", parts=parts)
   # Special tokens have an id; decoding leaves them out of a text.
   special = dict(
     zip(inner.all_special_tokens, inner.all_special_ids, strict=True)
@@ -97,8 +100,23 @@ def of_tokenizer(inner: HFTokenizer) -> PromptFormat:
     elif first:
       ends.append(special[first])
   return PromptFormat(
-    "chat", tuple(dict.fromkeys(turns)), tuple(dict.fromkeys(ends))
+    "chat",
+    tuple(dict.fromkeys(turns)),
+    tuple(dict.fromkeys(ends)),
+    parts=parts,
   )
+
+
+def _writes_parts(inner: HFTokenizer) -> bool:
+  """Whether a chat template knows parts; others write a list as Python does."""
+  part = {"type": "text", "text": _QUESTION}
+  try:
+    text = inner.apply_chat_template(
+      [{"role": "user", "content": [part]}], tokenize=False
+    )
+  except Exception:  # as above
+    return False
+  return _QUESTION in text and str(part) not in text and "'text'" not in text
 
 
 def with_system(row: dict[str, Any], system: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class BestOfN:
     texts = [row.prompt for row in self.prompts]
     ids = self.generator.tokenizer.encode_prompts(texts)
     count, tokens = len(ids), max(map(len, ids))
-    found = [self.generator.program(params, count, tokens, self.n)]
+    found = self.generator.programs(params, count, tokens, self.n)
     count *= self.n
     tokens += int(self.generator.settings.max_new_tokens)
     found += self.train_reward.programs("score reward_model", count, tokens)

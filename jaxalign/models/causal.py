@@ -16,6 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.core.types import Params
+from jaxalign.models import attention as attentions
 from jaxalign.models import heads, remat
 from jaxalign.models.cache import KV, UNROLLED, attend
 from jaxalign.models.config import CausalConfig
@@ -105,7 +106,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       keep: also return the keys and values of this text.
       dropout_key: turns LoRA dropout on (training); None turns it off.
       prompt_segment_ids: a second segment, earlier in the row, that a token
-        attends to: the prompt that several texts share.
+        attends to: the prompt p that two texts share, segments p + 1 and p + 2.
 
     Returns:
       Hidden states after the final norm, as `unembed` takes them (see
@@ -119,6 +120,17 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     same = texts[:, :, None] == texts[:, None, :]
     lengths = jnp.where(same, positions[:, None, :], 0).max(axis=2) + 1
     rope = self.rope(positions, lengths)
+    windows, length = self.config.windows, tokens.shape[1]
+    kind = attentions.kind_of_call(
+      self.config,
+      attentions.Mask(
+        windows=attentions.sees_part(windows, length),
+        capped=bool(getattr(self.config, "attention_cap", 0)),
+        shared_prompt=prompt_segment_ids is not None,
+        past=bool(past),
+        length=length,
+      ),
+    )
 
     # One block, on its slice of each array in `xs`.
     def layer(x, xs):
@@ -128,9 +140,24 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       def attention(q, k, v, scale, cap=0.0):
         # [B, T, K, H] to [B, K, T, H], as a cache keeps them.
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        own = (k, v, mask & _within(near, window))
-        shared = _past_parts(past, past_kv, positions, window)
+        own_mask = mask & _within(near, window)
         kept.append((k, v))
+        if kind != "dense":  # what it keeps is small: no policy is needed
+          return attentions.attend_text(
+            kind,
+            q,
+            k,
+            v,
+            own_mask,
+            segment_ids,
+            prompt_segment_ids,
+            scale=scale,
+            cap=cap,
+            window=window,
+            windows=windows,
+          )
+        own = (k, v, own_mask)
+        shared = _past_parts(past, past_kv, positions, window)
         read = functools.partial(attend, scale=scale, cap=cap)
         return remat.of_attention(read, policy)(q, [*shared, own])
 

@@ -103,6 +103,11 @@ class CausalConfig(ModelConfig, Protocol):
     ...
 
   @property
+  def attention(self) -> str:
+    """How whole texts are attended to: one of `attention.KINDS`."""
+    ...
+
+  @property
   def context_switch(self) -> int:
     """Texts of up to so many tokens rotate otherwise than longer; 0 = alike."""
     ...

@@ -38,6 +38,8 @@ class LlamaConfig:
     eos_id: end-of-text id, read by the `score_eos` head only.
     dtype: compute dtype; parameters may have another.
     remat: what the backward pass computes again, see `models.remat`.
+    attention: one of `attention.KINDS`; not in the repr, as it changes nothing
+      but rounding.
   """
 
   vocab_size: int
@@ -67,6 +69,7 @@ class LlamaConfig:
   eos_id: int = 2
   dtype: str = "float32"
   remat: str = "none"
+  attention: str = dataclasses.field(default="dense", repr=False)
 
   @property
   def scale(self) -> float:

@@ -101,7 +101,8 @@ def check_targets(model: Model, where: str) -> None:
   if unknown or not model.lora.targets:
     raise UserError(
       f"{where} names {', '.join(unknown) or 'no layer'}; the model's linear "
-      f"layers are {known(model)}"
+      f"layers are {known(model)}; left empty it is "
+      f"{','.join(model.config.lora_targets)}"
     )
 
 

@@ -24,6 +24,8 @@ class NeoXConfig:
     eos_id: end-of-text id, read by the `score_eos` head only.
     dtype: compute dtype; parameters may have another.
     remat: what the backward pass computes again, see `models.remat`.
+    attention: one of `attention.KINDS`; not in the repr, as it changes nothing
+      but rounding.
   """
 
   vocab_size: int
@@ -45,6 +47,7 @@ class NeoXConfig:
   eos_id: int = 0
   dtype: str = "float32"
   remat: str = "none"
+  attention: str = dataclasses.field(default="dense", repr=False)
 
   model_type = "gpt_neox"
   windows = None  # every layer attends to everything before it

@@ -2,26 +2,225 @@
 
 All processes must call these functions, in the same order, because they wait
 for each other; only `is_lead` may be called anywhere. With one process they
-return at once and touch no device.
+return at once and touch no device. What they say to each other goes through the
+key-value store of `jax.distributed`, so no device waits for it.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+import ctypes
+import dataclasses
+import itertools
+import json
+import logging
+import os
+import platform
+import re
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import distributed  # the only barrier with a time limit
-from jax.experimental import multihost_utils
+from jax._src import clusters, distributed  # no public name has these
 from jaxtyping import PyTree
 
+from jaxalign import cli
 from jaxalign.errors import StepError, UserError
+from jaxalign.parallel.cluster import Cluster
 
 T = TypeVar("T")
+Item = TypeVar("Item")
+
+START_SECONDS = 300  # until all processes are there
+STEP_SECONDS = 1800  # that a process may be behind the others
+BEAT_SECONDS = 3.0  # between two signs of life
+SILENT_SECONDS = 30.0  # without one, after which a process counts as dead
+GRACE_SECONDS = 10.0  # for a failure that all processes meet at the same time
+
+_log = logging.getLogger(__name__)
+
+_PREFIX = "jaxalign/"
+_numbers = itertools.count()  # of the calls, the same on every process
+_done: list[str] = []  # own keys of earlier calls, not yet deleted
+_handlers: list[object] = []  # of C, which must outlive the process
+
+
+class HostError(RuntimeError):
+  """Another process is gone, or did not come; a command ends with status 1."""
+
+
+@dataclasses.dataclass
+class _Watch:
+  """The thread that gives signs of life and looks for those of others."""
+
+  names: list[str]  # of all processes, for messages
+  stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+  failing: bool = False  # this process is about to end, and says so itself
+
+
+_watch: _Watch | None = None
+
+
+# Starting.
+
+
+def start(cluster: Cluster | None) -> None:
+  """Joins the processes of the run; before the first use of a device.
+
+  Args:
+    cluster: from `find_cluster`; None = alone, unless this is a TPU slice.
+
+  Raises:
+    UserError: the coordinator cannot be reached.
+  """
+  global _watch
+  # A user's program may have done so, or may run a second time.
+  if distributed.global_state.client is None:
+    cluster = cluster or _tpu_slice()
+    if cluster is None or cluster.num_processes == 1:
+      return
+    _join(cluster)
+  if count() == 1 or _watch is not None:
+    return
+  me = f"host {_me()} ({platform.node()})"
+  _watch = _Watch([row["name"] for row in _exchange_json({"name": me})])
+  # The lead speaks for all; what goes wrong is on each host's stderr.
+  if not is_lead():
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+  threading.Thread(target=_keep_watch, args=(_watch,), daemon=True).start()
+
+
+def _join(cluster: Cluster) -> None:
+  config: Any = jax.config  # its options are set at run time
+  # The collectives of several CPUs; other platforms have their own.
+  config.update("jax_cpu_collectives_implementation", "gloo")
+  # Its handler of SIGTERM would stand in the way of ours, and cannot be undone.
+  config.update("jax_enable_preemption_service", False)
+  _check_address(cluster)
+  _explain_aborts(cluster)
+  try:
+    jax.distributed.initialize(
+      cluster.coordinator,
+      cluster.num_processes,
+      cluster.process_id,
+      local_device_ids=cluster.local_devices,
+      cluster_detection_method="deactivate",
+      initialization_timeout=START_SECONDS,
+    )
+  except RuntimeError as error:
+    raise UserError(
+      f"process 0 cannot listen at {cluster.coordinator} ({cluster.source}): "
+      f"{_first_line(error)}; give --coordinator a free port"
+    ) from error
+
+
+def check_same(values: Mapping[str, object], remedy: str) -> None:
+  """Refuses processes that were started with other values.
+
+  Args:
+    values: by what they are called in the message; any JSON.
+    remedy: what to do, for the message.
+
+  Raises:
+    UserError: which process has what; the same on all of them.
+  """
+  if count() == 1:
+    return
+  plain = json.loads(json.dumps(values, default=repr))
+  rows = _exchange_json(plain)
+  for number, row in enumerate(rows):
+    differing = [
+      f"{name} is {json.dumps(rows[0].get(name))} on {name_of(0)} and "
+      f"{json.dumps(row.get(name))} on {name_of(number)}"
+      for name in sorted(rows[0].keys() | row.keys())
+      if rows[0].get(name) != row.get(name)
+    ]
+    if differing:
+      raise UserError(f"the hosts differ: {'; '.join(differing[:3])}; {remedy}")
+
+
+def _tpu_slice() -> Cluster | None:
+  """The hosts of a TPU slice, as the machine itself knows them."""
+  # Both look for TPU chips first, so that elsewhere nobody asks the network.
+  for kind in (clusters.GkeTpuCluster, clusters.GceTpuCluster):
+    try:
+      if not kind.is_env_present() or (total := kind.get_process_count()) == 1:
+        continue
+      address = kind.get_coordinator_address(START_SECONDS, None)
+      return Cluster(address, total, kind.get_process_id(), "TPU metadata")
+    except (OSError, ImportError) as error:  # chips without Cloud's network
+      _log.warning("this machine's TPU slice is not known: %s", error)
+  return None
+
+
+def _check_address(cluster: Cluster) -> None:
+  """Waits until process 0 listens; JAX would abort the process."""
+  if cluster.process_id == 0:
+    return
+  host, _, port = cluster.coordinator.rpartition(":")
+  end = time.monotonic() + START_SECONDS
+  while True:
+    try:
+      socket.create_connection((host.strip("[]"), int(port)), 10).close()
+      return
+    except OSError as error:
+      if time.monotonic() > end:
+        raise UserError(
+          f"the coordinator {cluster.coordinator} ({cluster.source}) cannot be "
+          f"reached within {START_SECONDS} s: {error}; start process 0 there, "
+          "open its port between the hosts, or correct --coordinator"
+        ) from error
+    time.sleep(1)
+
+
+def _explain_aborts(cluster: Cluster) -> None:
+  """Has a process that JAX aborts say why, after JAX's own log.
+
+  JAX ends a process from within, without an exception, when the coordinator is
+  gone or when not all processes have come.
+  """
+
+  def explain(number: int) -> None:
+    del number
+    if _watch is None:
+      text = (
+        f"not all {cluster.num_processes} processes came to "
+        f"{cluster.coordinator} within {START_SECONDS} s; start them with the "
+        f"same --coordinator and --num_processes, and --process_id 0 to "
+        f"{cluster.num_processes - 1}"
+      )
+    else:
+      text = _gone([0] if not is_lead() else [])
+    os.write(2, f"error: {text}\n".encode())
+    os._exit(1)
+
+  # Python's own handlers run in the main thread, which waits for a device. The
+  # thread that aborts holds no lock.
+  handler = ctypes.CFUNCTYPE(None, ctypes.c_int)(explain)
+  _handlers.append(handler)
+  ctypes.CDLL(None).signal(int(signal.SIGABRT), handler)
+
+
+# Agreeing.
+
+
+def count() -> int:
+  """The number of processes."""
+  return distributed.global_state.num_processes
 
 
 def is_lead() -> bool:
   """Whether this process writes the run's files and measures its times."""
-  return jax.process_index() == 0
+  return distributed.global_state.process_id == 0
+
+
+def name_of(number: int) -> str:
+  """A process for people: its number and its machine."""
+  return _watch.names[number] if _watch else f"host {number}"
 
 
 def broadcast(x: T) -> T:
@@ -34,14 +233,12 @@ def broadcast(x: T) -> T:
   Returns:
     The same tree; numbers stay Python numbers.
   """
-  if jax.process_count() == 1:
+  if count() == 1:
     return x
-
-  # `gather` turned Python numbers into arrays; they are turned back.
-  def lead_value(leaf: PyTree, rows: np.ndarray) -> PyTree:
-    return rows[0] if isinstance(leaf, np.ndarray) else rows[0].item()
-
-  return jax.tree.map(lead_value, x, gather(x))
+  key = f"{_PREFIX}{next(_numbers)}"
+  if is_lead():
+    _put(key, _to_bytes(x))
+  return _from_bytes(_get(key), x)
 
 
 def from_lead(make: Callable[[], T], like: T) -> T:
@@ -82,8 +279,29 @@ def from_lead(make: Callable[[], T], like: T) -> T:
 
 
 def agree(flag: bool) -> bool:
-  """True on all processes if `flag` is True on any, e.g. a request to stop."""
-  return flag if jax.process_count() == 1 else bool(gather(flag).any())
+  """True on all processes if `flag` is True on any, e.g. a failed step."""
+  return highest(int(flag)) > 0
+
+
+def highest(value: int) -> int:
+  """The highest of all processes' values, >= 0; cheap where all are 0.
+
+  Called once a step, with the signal that a process got: a request to stop
+  reaches all of them after the same step.
+
+  Raises:
+    HostError: a process is far behind.
+  """
+  if count() == 1:
+    return value
+  place, before = f"{_PREFIX}{next(_numbers)}/", _done[:]
+  # What is there before the barrier is what all of them see after it.
+  if value:
+    _put(f"{place}{_me()}", str(value).encode())
+  barrier("the end of a step", STEP_SECONDS)
+  found = _client().key_value_dir_get_bytes(place)
+  _forget(before)
+  return max((int(text) for _, text in found), default=0)
 
 
 def gather(x: PyTree) -> PyTree:
@@ -96,19 +314,40 @@ def gather(x: PyTree) -> PyTree:
   Returns:
     The same tree of numpy arrays `[processes, ...]`, in the processes' order.
   """
-  count = jax.process_count()
   x = jax.tree.map(lambda leaf: np.asarray(leaf, order="C"), x)
-  if count == 1:
-    return jax.tree.map(lambda leaf: leaf[None], x)
-  # As bytes: by default jax cuts 64-bit numbers to 32 bits on the devices.
-  sent = jax.tree.map(lambda leaf: leaf.reshape(-1).view(np.uint8), x)
-  with jax.transfer_guard("allow"):
-    found = multihost_utils.process_allgather(sent)
-  return jax.tree.map(
-    lambda leaf, rows: rows.view(leaf.dtype).reshape(count, *leaf.shape),
-    x,
-    found,
-  )
+  rows = [x]
+  if count() > 1:
+    rows = [_from_bytes(data, x) for data in _exchange(_to_bytes(x))]
+  return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
+
+
+def spread(
+  function: Callable[[Sequence[Item]], Sequence[T]], items: Sequence[Item]
+) -> list[T]:
+  """`function(items)`, each process doing its part of the items.
+
+  Args:
+    function: gives a JSON value for each item, which depends on that item
+      alone.
+    items: the same on every process.
+  """
+  if count() == 1:
+    return list(function(items))
+  edges = [len(items) * i // count() for i in range(count() + 1)]
+  mine, error = [], None
+  try:
+    own = items[edges[_me()] : edges[_me() + 1]]
+    mine = list(function(own)) if own else []
+  except Exception as raised:
+    error = raised
+  # A failure is shared, or the others would wait for its part.
+  parts = _exchange_json(mine if error is None else None)
+  if error is not None:
+    raise error
+  for number, part in enumerate(parts):
+    if part is None:
+      raise RuntimeError(f"{name_of(number)} failed; its log says why")
+  return [row for part in parts for row in part]
 
 
 def barrier(name: str, seconds: int | float) -> None:
@@ -119,17 +358,221 @@ def barrier(name: str, seconds: int | float) -> None:
     seconds: how long to wait at most.
 
   Raises:
-    TimeoutError: a process did not come in time.
+    HostError: which process did not come in time.
   """
-  if jax.process_count() == 1:
+  if count() == 1:
     return
   try:
-    client = distributed.global_state.client
-    assert client is not None, "many processes without jax.distributed"
-    client.wait_at_barrier(name, timeout_in_ms=int(1000 * seconds))
+    _client().wait_at_barrier(name, timeout_in_ms=int(1000 * seconds))
   except jax.errors.JaxRuntimeError as error:
     if "DEADLINE_EXCEEDED" not in str(error):
       raise
-    raise TimeoutError(
-      f"a process of this run did not reach {name} within {seconds} s"
+    # The numbers of some of the missing, a line each.
+    _, _, after = str(error).partition("timed out task names:\n")
+    lines = itertools.takewhile(str.strip, after.splitlines())
+    missing = [int(n) for line in lines for n in re.findall(r"\d+$", line)]
+    who = " and ".join(map(name_of, missing)) or "a process of this run"
+    raise HostError(
+      f"{who} did not reach {name} within {seconds:g} s"
     ) from error
+
+
+# Ending.
+
+
+def together(command: Callable[[], int]) -> int:
+  """Runs a command; a process that fails ends all others.
+
+  A failure in one process leaves the others waiting for it. They are told, and
+  end with a message.
+
+  Returns:
+    The command's exit status; a failure of one of several processes ends this
+    process instead.
+  """
+  if count() == 1:
+    return command()
+  finished = False
+
+  def finish(argv: Sequence[str]) -> int:
+    nonlocal finished
+    del argv
+    status = command()
+    barrier("the end", STEP_SECONDS)
+    finished = True
+    return status
+
+  try:
+    status = cli.exit_status(finish, ())
+  except HostError as error:
+    print("error:", error, file=sys.stderr)
+    status = 1
+  except Exception as error:
+    # A collective fails at once where another process died, which the watch
+    # finds out a little later and then ends this process.
+    if isinstance(error, jax.errors.JaxRuntimeError) and _watch:
+      _watch.stop.wait(SILENT_SECONDS + 3 * BEAT_SECONDS)
+    traceback.print_exc()
+    status = 1
+  if not finished:
+    _leave(status)
+  if _watch is not None:
+    _watch.stop.set()
+  return status
+
+
+def _leave(status: int) -> None:
+  """Ends this process, and tells the others."""
+  if _watch is not None:
+    _watch.failing = True
+  sys.stdout.flush()
+  sys.stderr.flush()
+  try:
+    text = f"{name_of(_me())} failed; its log says why. This process ends too"
+    _client().key_value_set(f"{_PREFIX}failed/{_me()}", text, True)
+    # The lead has the store: it goes last, once the others have had the time to
+    # say the same, or to read that it fails.
+    if is_lead():
+      end = time.monotonic() + GRACE_SECONDS + 2 * BEAT_SECONDS
+      place = f"{_PREFIX}failed/"
+      while (
+        time.monotonic() < end
+        and len(_client().key_value_dir_get(place)) < count()
+      ):
+        time.sleep(0.2)
+      time.sleep(0.5)
+  finally:
+    # JAX would wait for processes that do not come any more.
+    os._exit(status)
+
+
+def _keep_watch(watch: _Watch) -> None:
+  """Signs of life, until the end; ends the process if another one is dead.
+
+  The lead looks at all the others, they look at the lead and at its verdict.
+  """
+  client, me = _client(), _me()
+  # By number: the last sign of life, and when it came; of the others.
+  begin = time.monotonic()
+  others = range(1, count()) if me == 0 else [0]
+  own, theirs = f"{_PREFIX}alive/lead/", f"{_PREFIX}alive/others/"
+  if me > 0:
+    own, theirs = theirs, own
+  seen = dict.fromkeys(others, ("", begin))
+  failed_at: float | None = None
+  for beat in itertools.count():
+    if watch.stop.wait(BEAT_SECONDS):
+      return
+    now = time.monotonic()
+    try:
+      client.key_value_set(f"{own}{me}", str(beat), True)
+      alive = client.key_value_dir_get(theirs)
+      failed = client.key_value_dir_get(f"{_PREFIX}failed/")
+    except jax.errors.JaxRuntimeError:
+      continue  # the coordinator is gone: JAX ends this process
+    if watch.failing or watch.stop.is_set():
+      return
+    for name, sign in alive:
+      number = int(name.rpartition("/")[2])
+      if number in seen and seen[number][0] != sign:
+        seen[number] = (sign, now)
+    dead = [n for n, (_, last) in seen.items() if now - last > SILENT_SECONDS]
+    if dead:
+      _end(_gone(dead), alone=len(dead) + 1 == count())
+    # Where all fail for the same reason each of them says so itself.
+    if failed:
+      failed_at = failed_at or now
+      if now - failed_at > GRACE_SECONDS:
+        _end(failed[0][1])
+
+
+def _gone(numbers: Sequence[int]) -> str:
+  who = " and ".join(map(name_of, numbers)) or "another host"
+  return (
+    f"{who} is gone: no sign of life for {SILENT_SECONDS:g} s, or its "
+    "connection was closed. This process ends as well; start all of them again "
+    "with the same command, and the run goes on from its last checkpoint"
+  )
+
+
+def _end(message: str, *, alone: bool = False) -> None:
+  os.write(2, f"error: {message}\n".encode())
+  # The lead has the store, from which the others read the same.
+  if is_lead() and not alone:
+    try:
+      _client().key_value_set(f"{_PREFIX}failed/0", message, True)
+    finally:
+      time.sleep(GRACE_SECONDS + 2 * BEAT_SECONDS)
+  os._exit(1)
+
+
+# The store.
+
+
+def _client() -> Any:  # its class has no public name
+  client = distributed.global_state.client
+  assert client is not None, "many processes without jax.distributed"
+  return client
+
+
+def _me() -> int:
+  return distributed.global_state.process_id
+
+
+def _put(key: str, data: bytes) -> None:
+  _client().key_value_set_bytes(key, data)
+  _done.append(key)
+
+
+def _get(key: str) -> bytes:
+  """Waits for a value, as long as it takes: a person may be asked for it."""
+  while True:
+    try:
+      return _client().blocking_key_value_get_bytes(key, 60_000)
+    except jax.errors.JaxRuntimeError as error:
+      if "DEADLINE_EXCEEDED" not in str(error):
+        raise
+
+
+def _exchange(data: bytes) -> list[bytes]:
+  """The bytes of all processes, in their order."""
+  place = f"{_PREFIX}{next(_numbers)}/"
+  before = _done[:]
+  _put(f"{place}{_me()}", data)
+  found = [_get(f"{place}{number}") for number in range(count())]
+  _forget(before)
+  return found
+
+
+def _forget(keys: Sequence[str]) -> None:
+  """Deletes own values, which nobody reads once all have come further."""
+  for key in keys:
+    _client().key_value_delete(key)
+    _done.remove(key)
+
+
+def _exchange_json(value: object) -> list[Any]:
+  rows = _exchange(json.dumps(value).encode())
+  return [json.loads(row) for row in rows]
+
+
+def _to_bytes(x: PyTree) -> bytes:
+  return b"".join(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(x))
+
+
+def _from_bytes(data: bytes, like: T) -> T:
+  """The tree of which `data` holds the bytes; numbers stay numbers."""
+  leaves, treedef = jax.tree.flatten(like)
+  found, start = [], 0
+  for leaf in leaves:
+    array = np.asarray(leaf)
+    part = data[start : start + array.nbytes]
+    assert len(part) == array.nbytes, "the processes share other shapes"
+    value = np.frombuffer(part, array.dtype).reshape(array.shape).copy()
+    found.append(value if isinstance(leaf, np.ndarray) else value.item())
+    start += array.nbytes
+  return jax.tree.unflatten(treedef, found)
+
+
+def _first_line(error: BaseException) -> str:
+  return str(error).partition("\n")[0]

@@ -116,7 +116,7 @@ def _arrange(devices, sizes: list[int]) -> np.ndarray:
     return mesh_utils.create_device_mesh(
       sizes, devices, allow_split_physical_axes=True
     )
-  except (ValueError, NotImplementedError, AssertionError):
+  except (ValueError, RuntimeError, AssertionError):
     # A part of a slice need not be a torus; any order is right.
     return np.array(devices).reshape(sizes)
 
@@ -147,7 +147,23 @@ def put_rows(batch: PyTree, mesh: Mesh) -> PyTree:
 
   Leaves with fewer axes, such as a single number, are replicated.
   """
-  return jax.tree.map(lambda x: jax.device_put(x, _of_rows(x, mesh)), batch)
+  return jax.tree.map(lambda x: put_whole(x, _of_rows(x, mesh)), batch)
+
+
+def put_whole(tree: PyTree, where: NamedSharding) -> PyTree:
+  """Puts numpy arrays, the same on every host, on the devices.
+
+  Of several hosts each sends its own devices' part. `jax.device_put` would
+  first have them compare the whole arrays.
+  """
+  if where.is_fully_addressable:
+    return jax.device_put(tree, where)
+
+  def place(x):
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, x.__getitem__)
+
+  return jax.tree.map(place, tree)
 
 
 def row_shapes(batch: PyTree, mesh: Mesh) -> PyTree:

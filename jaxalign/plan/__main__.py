@@ -10,6 +10,7 @@ Models need their config.json alone, data need not be there.
 """
 
 import contextlib
+import dataclasses
 import io
 import json
 import pathlib
@@ -51,7 +52,11 @@ def show(argv: Sequence[str]) -> int:
       f"--on is missing; give a target such as {', '.join(targets.names())}"
     )
   chosen = [
-    targets.find(name, args.memory_share) for name in args.on.split(",") if name
+    dataclasses.replace(
+      targets.find(name, args.memory_share), estimated=args.estimate
+    )
+    for name in args.on.split(",")
+    if name
   ]
   mapping, _ = cli.load_config(args.config)
   config = read_config(mapping, args.fields)
@@ -106,6 +111,12 @@ def make_parser() -> cli.Parser:
     action="store_true",
     help="leaves out the largest batch and the smallest slice, which compile "
     "some programs again",
+  )
+  parser.add_argument(
+    "--estimate",
+    action="store_true",
+    help="compiles for CPUs in the place of the target, which is faster than a "
+    "TPU's compiler and less exact",
   )
   parser.add_argument(
     "--memory_share",

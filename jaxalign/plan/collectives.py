@@ -151,7 +151,7 @@ def kind_and_bytes(
   type_ = line.type
   # A `-start` has its operands and its results; its larger half counts.
   if line.opcode.endswith("-start") and type_.startswith("("):
-    halves = _halves(type_)
+    halves = hlo.halves(type_)
     most = max(hlo.whole_size(half) for half in halves)
   else:
     most = hlo.whole_size(type_)
@@ -173,17 +173,6 @@ def _owner(module: hlo.Module, line: hlo.Instruction) -> str:
     for name, lines in module.computations.items()
     if lines.get(line.name) is line
   )
-
-
-def _halves(type_: str) -> list[str]:
-  """The parts of a tuple type: `((a, b), c)` -> `(a, b)` and `c`."""
-  parts, depth, start = [], 0, 1
-  for i, c in enumerate(type_):
-    depth += (c in "([{") - (c in ")]}")
-    if (c == "," and depth == 1) or (depth == 0 and c == ")"):
-      parts.append(type_[start:i])
-      start = i + 1
-  return parts
 
 
 def _pairs(line: str) -> np.ndarray:

@@ -5,6 +5,7 @@ XLA's own count takes a loop's body once and calls of cuBLAS for nothing.
 
 import collections
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,8 @@ def count(function: Callable[..., Any], *args: Any, trips: int) -> Flops:
   Args:
     function: traceable; jitted or not.
     args: arrays or their shapes.
-    trips: turns of a `while` loop, whose number a program does not say.
+    trips: turns of a `while` loop whose number the program does not say; of
+      such loops in each other, those of the outermost.
   """
   return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, trips)
 
@@ -44,9 +46,12 @@ def count_jaxpr(jaxpr: jex.core.Jaxpr, trips: int) -> Flops:
       body = count_jaxpr(params["jaxpr"].jaxpr, trips)
       total += _times(body, params["length"])
     elif name == "while":
-      turn = count_jaxpr(params["body_jaxpr"].jaxpr, trips)
-      turn += count_jaxpr(params["cond_jaxpr"].jaxpr, trips)
-      total += _times(turn, trips)
+      turns = turns_of(str(eqn.source_info.name_stack))
+      # The caller's count is of the outermost loop that says none.
+      inner = trips if turns is not None else 1
+      turn = count_jaxpr(params["body_jaxpr"].jaxpr, inner)
+      turn += count_jaxpr(params["cond_jaxpr"].jaxpr, inner)
+      total += _times(turn, trips if turns is None else turns)
     elif name == "cond":
       branches = [count_jaxpr(b.jaxpr, trips) for b in params["branches"]]
       total += max(branches, key=Flops.total)
@@ -60,6 +65,17 @@ def count_jaxpr(jaxpr: jex.core.Jaxpr, trips: int) -> Flops:
       for inner in jaxprs_of(params):
         total += count_jaxpr(inner, trips)
   return total
+
+
+def turns_of(scope: str) -> int | None:
+  """How often a loop runs at most, by the scope that it is written in.
+
+  A loop whose length depends on its data says so as
+  `with jax.named_scope("turns_12")`.
+  """
+  # The innermost scope is its own.
+  found = re.findall(r"turns_(\d+)", scope)
+  return int(found[-1]) if found else None
 
 
 def jaxprs_of(params: dict[str, Any]) -> list[jex.core.Jaxpr]:

@@ -9,6 +9,8 @@ import math
 import re
 from collections.abc import Iterator
 
+from jaxalign.plan.flops import turns_of
+
 BYTES = {
   **dict.fromkeys(("pred", "s4", "u4", "s8", "u8"), 1),
   **dict.fromkeys(("s16", "u16", "f16", "bf16"), 2),
@@ -64,7 +66,8 @@ class Module:
   Attributes:
     computations: by name.
     entry: the name of the first.
-    trips: turns of a loop whose number the program does not say.
+    trips: turns of a loop whose number the program does not say; of such loops
+      in each other, those of the outermost.
   """
 
   computations: dict[str, Computation]
@@ -76,29 +79,37 @@ class Module:
 
     Of a conditional the branch with most instructions counts.
     """
-    yield from self._runs(self.entry, 1)
+    yield from self._runs(self.entry, 1, self.trips)
 
-  def _runs(self, name: str, times: int):
+  def _runs(self, name: str, times: int, trips: int):
     computation = self.computations[name]
     for line in computation.values():
       yield line, computation, times
       if line.opcode == "while":
-        body = _after(line.line, "body")
-        yield from self._runs(body, times * self.turns(line))
+        turns = self.turns(line)
+        # The caller's count is of the outermost loop that says none.
+        inner = 1 if turns is None else trips
+        turns = trips if turns is None else turns
+        yield from self._runs(_after(line.line, "body"), times * turns, inner)
       elif line.opcode == "conditional":
         branches = _branches(line.line)
-        sizes = {b: sum(1 for _ in self._runs(b, 1)) for b in branches}
-        yield from self._runs(max(branches, key=sizes.__getitem__), times)
-      elif line.opcode in ("call", "async-start"):
-        yield from self._runs(line.called, times)
+        sizes = {b: sum(1 for _ in self._runs(b, 1, 1)) for b in branches}
+        dearest = max(branches, key=sizes.__getitem__)
+        yield from self._runs(dearest, times, trips)
+      elif line.opcode in ("call", "async-start") and line.called:
+        yield from self._runs(line.called, times, trips)
 
-  def turns(self, loop: Instruction) -> int:
-    """How often a loop runs: as it says, as its limit says, or `trips`."""
+  def turns(self, loop: Instruction) -> int | None:
+    """How often a loop runs, if it or its scope says so."""
     match = _TURNS.search(loop.line)
     if match:
       return int(match[1])
+    scope = re.search(r'op_name="([^"]*)"', loop.line)
+    turns = turns_of(scope[1]) if scope else None
+    if turns is not None:
+      return turns
     limit = self._limit(_after(loop.line, "condition"))
-    return self.trips if limit is None else -(-limit // self._stride(loop))
+    return None if limit is None else -(-limit // self._stride(loop))
 
   def _limit(self, name: str) -> int | None:
     """The constant that a condition compares its counter with."""
@@ -158,6 +169,10 @@ class Module:
     opcode = line.opcode
     if opcode in FREE or opcode.endswith("-done") or "AsyncColl" in line.line:
       return 0
+    if opcode.endswith("slice-start"):
+      # (source, slice, ...): the slice is read, and written where it counts.
+      slice_ = halves(line.type)[1]
+      return whole_size(slice_) + size(slice_)
     if opcode.endswith("-start"):  # a pair of what goes in and what comes out
       return line.bytes
     operands = [computation[x] for x in line.operands if x in computation]
@@ -191,14 +206,16 @@ class Module:
     parts = [root]
     if root.opcode == "tuple":
       parts = [body[x] for x in root.operands]
+    written = 0
     for part in parts:
       while part.opcode in ("bitcast", "convert", "copy") and part.operands:
         part = body[part.operands[0]]
       if part.opcode == "dynamic-update-slice":
-        total += body[part.operands[1]].bytes
+        written += body[part.operands[1]].bytes
       elif part.opcode != "parameter":
-        total += part.bytes
-    return total
+        written += part.bytes
+    # Less where the result is kept in another memory.
+    return total + min(written, line.bytes)
 
 
 def _read(name: str, users: dict[str, list[Instruction]], whole: int) -> int:
@@ -265,6 +282,17 @@ def whole_size(type_: str) -> int:
     _elements(dims) * BYTES.get(kind, 0)
     for kind, dims, _ in _ARRAY.findall(type_)
   )
+
+
+def halves(type_: str) -> list[str]:
+  """The parts of a tuple type: `((a, b), c)` -> `(a, b)` and `c`."""
+  parts, depth, start = [], 0, 1
+  for i, c in enumerate(type_):
+    depth += (c in "([{") - (c in ")]}")
+    if (c == "," and depth == 1) or (depth == 0 and c == ")"):
+      parts.append(type_[start:i])
+      start = i + 1
+  return parts
 
 
 def _elements(dims: str) -> int:

@@ -8,6 +8,7 @@ memory next to it.
 import dataclasses
 import math
 import re
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -152,19 +153,20 @@ def devices_of(target: Target) -> tuple[Sequence[jax.Device], str]:
   Raises:
     UserError: no compiler is installed, and too few CPU devices were set.
   """
-  if not target.missing:
+  if not (target.missing or target.estimated):
     return target.devices(), ""
+  why = "as asked"
+  if target.missing:
+    why = (
+      f"as no compiler for {target.chip.name} is installed; {target.missing}"
+    )
   found = jax.devices("cpu")
   if len(found) < target.chips:
     raise UserError(
-      f"--on {target.name}: no compiler for it is installed, and this process "
-      f"has {len(found)} CPU devices to estimate {target.chips} chips with; "
-      f"{target.missing}"
+      f"--on {target.name}: {len(found)} CPU devices cannot stand for "
+      f"{target.chips} chips, {why}"
     )
-  return found[: target.chips], (
-    f"estimate: no compiler for {target.chip.name} is installed, so the "
-    f"programs are compiled for CPUs; {target.missing} for the real figures"
-  )
+  return found[: target.chips], f"estimate: compiled for CPUs, {why}"
 
 
 def plan(
@@ -184,7 +186,11 @@ def plan(
   spec = algorithms.describe(for_platform(config, target), devices)
   programs = algorithms.programs(spec)
   resident = residents(programs)
-  measured = [measure(program, spec, target, resident) for program in programs]
+  measured = []
+  for program in programs:
+    if sys.stderr.isatty():  # a TPU's compiler takes minutes
+      print(f"{target.name}: compiling {program.name}", file=sys.stderr)
+    measured.append(measure(program, spec, target, resident))
   micros, rows, tokens = spec.batch_shape
   updates = sum(p.calls for p in programs if state_of(p) is not None)
   sampled = 0
@@ -293,8 +299,9 @@ def measure(
 ) -> ProgramPlan:
   """Compiles a program and reads what it needs."""
   start = time.monotonic()
+  trips = max(program.iterations, 1)
   traced = program.trace()
-  flops = arithmetic.count_jaxpr(traced.jaxpr.jaxpr, program.iterations)
+  flops = arithmetic.count_jaxpr(traced.jaxpr.jaxpr, trips)
   chips = spec.mesh.size
   flops = roofline.per_chip(flops, chips)
   own = {id(leaf) for _, leaf in _resident_leaves(program)}
@@ -323,7 +330,7 @@ def measure(
     )
     temporary = stats.temp_size_in_bytes
     peak = held + temporary + stats.generated_code_size_in_bytes + beside
-    module = hlo.parse(text, program.iterations)
+    module = hlo.parse(text, trips)
     moved = module.traffic()
     exchanged = tuple(
       collectives.of_module(module, spec.mesh, target.part_chips)

@@ -14,7 +14,7 @@ from jaxalign.plan.targets import GIB, Target
 from jaxalign.setup.run import RunSpec
 
 MOST = 4096  # rows of a pass that are tried
-_TRIES = 3  # compilations after the first guess
+_TRIES = 6  # compilations
 
 
 def advise(
@@ -51,44 +51,46 @@ def advise(
 def largest_rows(config: TrainingConfig, target: Target) -> int:
   """Rows of one pass of the update that fit the target; 0 = none do.
 
-  Memory grows with the rows along a straight line, so two compilations guess
-  the answer and one more checks it.
+  Memory grows with the rows nearly along a line, so a line through the two
+  nearest compilations guesses the next; a sixteenth is close enough.
 
   Args:
     config: of the run.
     target: the machine.
   """
   devices, _ = measure.devices_of(target)
-  config = measure.for_platform(config, target)
-  spec = algorithms.describe(config, devices)
+  spec = algorithms.describe(measure.for_platform(config, target), devices)
   resident = measure.residents(algorithms.programs(spec))
   parts = meshes.row_count(spec.mesh)
-  known: dict[int, int] = {}  # rows -> bytes in use
-
-  def peak(rows: int) -> int:
-    if rows not in known:
-      program = update_of(spec, rows)
-      found = measure.measure(program, spec, target, resident)
-      known[rows] = found.peak
-    return known[rows]
-
-  # Two points: now, and twice as many.
-  _, now, _ = spec.batch_shape
-  now = -(-now // parts) * parts
-  slope = max((peak(2 * now) - peak(now)) / now, 1)
-  room = target.memory - peak(now)
-  guess = min(now + int(room / slope), MOST)
-  rows = guess // parts * parts
+  most = MOST // parts * parts
+  # Rows -> bytes in use, of those that fit and of those that do not.
+  fit: dict[int, int] = {}
+  not_: dict[int, int] = {}
+  rows = -(-spec.batch_shape[1] // parts) * parts
   for _ in range(_TRIES):
-    if rows < parts:
-      return 0
-    if peak(rows) <= target.memory:
-      return rows
-    # Memory does not grow evenly; the next guess stands on the last one.
-    over = peak(rows) - target.memory
-    rows = (rows - max(int(over / slope), 1)) // parts * parts
-  fitting = [n for n, size in known.items() if size <= target.memory]
-  return max(fitting, default=0)
+    program = update_of(spec, rows)
+    peak = measure.measure(program, spec, target, resident).peak
+    (fit if peak <= target.memory else not_)[rows] = peak
+    low, high = max(fit, default=0), min(not_, default=most + parts)
+    if high - low <= max(parts, low // 16):
+      break
+    guess = _crossing(fit | not_, low, high, target.memory)
+    # Strictly between what is known, and no more than eight times as many.
+    guess = min(guess // parts * parts, 8 * max(low, parts), high - parts)
+    rows = max(guess, low + parts)
+  return max(fit, default=0)
+
+
+def _crossing(known: dict[int, int], low: int, high: int, limit: int) -> int:
+  """Rows at which a line through two known points reaches the limit."""
+  ends = [n for n in (low, high) if n in known]
+  if len(ends) < 2:
+    ends = sorted(known)[-2:] if low in known else sorted(known)[:2]
+  if len(ends) < 2:  # one point says no slope
+    return 2 * low or high // 2
+  a, b = ends
+  slope = max((known[b] - known[a]) / (b - a), 1)
+  return a + int((limit - known[a]) / slope)
 
 
 def update_of(spec: RunSpec[TrainingConfig], rows: int) -> Program:
@@ -115,13 +117,18 @@ def smallest(
   target = found.target
   # State is split over all chips, rows as well where there are enough.
   state = sum(found.resident.values()) * target.chips
+  temporary = found.peak.temporary
   for candidate in among:
     if candidate.chips == target.chips:
       if found.fits:
         return found
       continue
-    # Too few for the state alone: nothing is compiled for them.
-    if state / candidate.chips > candidate.memory:
+    # Too few for the state and, on fewer chips, for as much temporary memory
+    # as now: nothing is compiled for them.
+    least = state / candidate.chips
+    if candidate.chips < target.chips:
+      least += temporary
+    if least > candidate.memory:
       continue
     # Where the run fits, more chips are no answer.
     if found.fits and candidate.chips > target.chips:

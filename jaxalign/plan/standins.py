@@ -6,12 +6,10 @@ data that would have to be fetched become rows of a given length.
 """
 
 import dataclasses
-import itertools
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -66,72 +64,78 @@ def stand_in(
   Raises:
     UserError: a model that has no config.json here and cannot be fetched.
   """
-  notes: list[str] = []
-  numbers = itertools.count()
-
-  def model(name: str, field: str, head: str | None) -> str:
-    target = folder / f"model-{next(numbers)}"
-    return _model(name, field, head, target, notes)
+  stand: dict[str, list[str]] = {_WITHOUT: [], _UNTOKENIZED: []}
 
   # The models, of reward models those in brackets and with weights too.
   changes: dict[str, Any] = {}  # fields of several types
   if config.policy != "init":
     head = None if config.algorithm == "reward_model" else "lm"
-    changes["policy"] = model(config.policy, "policy", head)
+    changes["policy"] = _model(config.policy, "policy", head, folder, stand)
   for field in ("reward_model", "test_reward_model"):
     named = getattr(config, f"{field}s", ())
     if named:
       changes[field] = ",".join(
-        _renamed(name, weight, lambda n, f=field: model(n, f, None))
+        f"{_reward(name, field, folder, stand)}*{weight}"
         for name, weight in named
       )
   value_model = getattr(config, "value_model", "shared")
   if value_model not in ("shared", "separate"):
-    changes["value_model"] = _renamed(
-      value_model, 1.0, lambda n: model(n, "value_model", None)
-    )
+    found = _reward(value_model, "value_model", folder, stand)
+    changes["value_model"] = found
   config = dataclasses.replace(config, **changes)
-  return StandIns(_data(config, folder, tokens, rows, notes), tuple(notes))
+  config, note = _data(config, folder, tokens, rows)
+  notes = [f"{what}: {', '.join(of)}" for what, of in stand.items() if of]
+  return StandIns(config, tuple([*notes, note] if note else notes))
 
 
-def _renamed(name: str, weight: float, rename: Callable[[str], str]) -> str:
-  """A reward as the config writes it, with its model's name changed."""
+# Notes, each followed by the fields that it holds for.
+_WITHOUT = "planned by its config.json alone"
+_UNTOKENIZED = "without a tokenizer, so the lab's counts its tokens"
+
+
+def _reward(
+  name: str, field: str, folder: pathlib.Path, stand: dict[str, list[str]]
+) -> str:
+  """A reward's name with that of its model changed; brackets stay."""
   if is_function(name):
-    return f"{name}*{weight}"
+    return name
   place, _ = parse_groups(name)
-  return f"{rename(place)}{name.removeprefix(place)}*{weight}"
+  found = _model(place, field, None, folder, stand)
+  return found + name.removeprefix(place)
 
 
 def _model(
   name: str,
   field: str,
   head: str | None,
-  target: pathlib.Path,
-  notes: list[str],
+  folder: pathlib.Path,
+  stand: dict[str, list[str]],
 ) -> str:
   """The name of a model whose headers can be read here."""
   if name == "lab" or name in [f"lab/{model}" for model in LAB_MODELS]:
     return name
   place = locate_model(name, "policy")
-  folder = pathlib.Path(place).expanduser()
-  local = folder.exists() or place.startswith((".", "/", "~", "runs/"))
+  source = pathlib.Path(place).expanduser()
+  local = source.exists() or place.startswith((".", "/", "~", "runs/"))
   if not local:
-    folder = _fetched(name, field)
+    source = _fetched(name, field)
   found = [*MODEL_FILES, *ADAPTER_FILES]
   found += [f"{file}.index.json" for file in found]
-  if any((folder / file).is_file() for file in found):
+  if any((source / file).is_file() for file in found):
     return place
-  if not (folder / "config.json").is_file():
+  if not (source / "config.json").is_file():
     raise UserError(
       f"config.{field}: {name} is not on this machine; a plan needs nothing "
       f"but its config.json: give --config.{field}=FOLDER that holds one"
     )
-  _write_header(folder, head, target)
-  notes.append(f"{field} {name}: of its config.json, without weights")
-  if not any(folder.glob("tokenizer*")) and not any(folder.glob("*.model")):
+  count = len(stand[_WITHOUT])
+  target = folder / f"model-{count}"
+  _write_header(source, head, target)
+  stand[_WITHOUT].append(field)
+  if not any(source.glob("tokenizer*")) and not any(source.glob("*.model")):
     for path in (LAB / "policy").glob("tokenizer*"):
       shutil.copy(path, target)
-    notes.append(f"{field} {name} has no tokenizer: the lab's is used")
+    stand[_UNTOKENIZED].append(field)
   return str(target)
 
 
@@ -184,12 +188,11 @@ def _data(
   folder: pathlib.Path,
   tokens: int,
   rows: int,
-  notes: list[str],
-) -> TrainingConfig:
-  """The config with rows of one length where its data are not here."""
+) -> tuple[TrainingConfig, str]:
+  """The config with rows of one length where its data are not here; a note."""
   source = getattr(config, "prompts", "") or getattr(config, "data", "")
   if all(_is_here(name) for name in sources.part_names(source)):
-    return config
+    return config, ""
   if isinstance(config, OnlineConfig):
     tokens = tokens or max(config.max_prompt_chars // 4, 1)
     tokens = min(tokens, config.max_length - 1)
@@ -218,13 +221,13 @@ def _data(
   path = folder / "rows.jsonl"
   folder.mkdir(parents=True, exist_ok=True)
   path.write_text((json.dumps(row) + "\n") * count)
-  notes.append(
-    f"{source} is not read: {count} rows of {tokens} tokens stand for it "
+  note = (
+    f"data are not read: {count} rows of {tokens} tokens stand for them "
     "(--tokens, --rows)"
   )
   if isinstance(config, OnlineConfig):
     # All tokens of a prompt are counted in `tokens`.
-    return dataclasses.replace(
+    config = dataclasses.replace(
       config,
       prompts=str(path),
       system_prompt="",
@@ -234,10 +237,12 @@ def _data(
       num_prompts=0,
       num_prompts_per_set=0,
     )
+    return config, note
   assert isinstance(config, SupervisedConfig)
-  return dataclasses.replace(
+  config = dataclasses.replace(
     config, data=str(path), validation_data="", validation_interval=0
   )
+  return config, note
 
 
 def _is_here(name: str) -> bool:

@@ -8,6 +8,7 @@ sparsity, links count one direction.
 import dataclasses
 import difflib
 import importlib.util
+import logging
 import math
 import os
 import re
@@ -251,6 +252,9 @@ GPUS = {
   ),
 }
 ESTIMATED = 1024  # chips that CPU devices can stand for
+PROCESS = (
+  950_000_000  # bytes of a run's process besides its arrays (docs/log.md)
+)
 # What a core does in a second: 16 lanes, two operations each, at 2.5 GHz.
 _CORE, _RAM = 80e9, 20e9
 NODE = 8  # cards of a node at most
@@ -268,6 +272,7 @@ class Target:
     shape: chips of a TPU slice along its links, or cards of a node.
     parts: slices of a TPU, nodes of GPUs.
     share: part of a chip's memory that a program can have.
+    estimated: whether CPUs stand for it although its compiler is there.
   """
 
   name: str
@@ -276,6 +281,7 @@ class Target:
   shape: tuple[int, ...]
   parts: int = 1
   share: float = 1.0
+  estimated: bool = False
 
   @property
   def part_chips(self) -> int:
@@ -298,7 +304,8 @@ class Target:
     if self.chip.kind == "cpu":
       return ""
     module, extra = COMPILERS[self.chip.kind]
-    if importlib.util.find_spec(module):
+    package, _, _ = module.partition(".")
+    if importlib.util.find_spec(package) and importlib.util.find_spec(module):
       return ""
     return f"pip install 'jaxalign[{extra}]'"
 
@@ -347,9 +354,12 @@ class Target:
     if self.chip.kind == "cpu":
       return [self]
     if self.chip.kind == "tpu":
-      sizes = SHAPES[self.family]
-      return [tpu_target(self.family, chips, 1) for chips in sizes]
-    return [gpu_target(self.family, n, self.share) for n in CARDS]
+      found = [tpu_target(self.family, n, 1) for n in SHAPES[self.family]]
+    else:
+      found = [gpu_target(self.family, n, self.share) for n in CARDS]
+    return [
+      dataclasses.replace(target, estimated=self.estimated) for target in found
+    ]
 
 
 # The module whose presence tells that XLA can compile for a kind, its extra.
@@ -369,10 +379,12 @@ def prepare(chosen: Sequence[Target]) -> None:
   # Else libtpu asks the cloud for minutes which machine it is on.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  # XLA's CUDA part says of itself that there is no CUDA here.
+  logging.getLogger("jax_plugins.xla_cuda13").setLevel(logging.ERROR)
   jax.config.update("jax_platforms", "cpu")
   # What is compiled for a device that is not there cannot be kept.
   jax.config.update("jax_enable_compilation_cache", False)
-  if any(target.missing for target in chosen):
+  if any(target.missing or target.estimated for target in chosen):
     jax.config.update("jax_num_cpu_devices", ESTIMATED)
 
 
@@ -449,9 +461,12 @@ def find(name: str, share: float = GPU_SHARE) -> Target:
 
 
 def this_cpu() -> Chip:
-  """This machine's processor; its rates are a rough guess."""
+  """This machine's processor, without the memory of a run's libraries.
+
+  Its rates are a rough guess.
+  """
   cores = os.cpu_count() or 1
-  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - PROCESS
   rate = cores * _CORE
   return Chip("cpu", "CPU", memory, _RAM, rate, rate, rate, _RAM, _RAM)
 

@@ -9,13 +9,15 @@ import time
 from collections.abc import Iterator
 from types import FrameType
 
+from jaxalign.parallel import hosts
+
 STOPPING = "stopping after this step; once more to stop at once"
 
 _CAUGHT = (signal.SIGINT, signal.SIGTERM)
 _SHOW_CURSOR = b"\x1b[?25h"
 # A launcher such as `timeout` forwards the signal that its whole process group
-# got already.
-_ECHO_SECONDS = 1.0
+# got already. People press Ctrl-C twice faster than that.
+_ECHO_SECONDS: dict[int, float] = {signal.SIGINT: 0.1, signal.SIGTERM: 1.0}
 
 
 @dataclasses.dataclass
@@ -36,15 +38,25 @@ class Stop:
     """0, or what launchers restart on: 130 (SIGINT), 143 (SIGTERM)."""
     return 128 + self.signal if self.signal else 0
 
+  def agree(self) -> bool:
+    """Whether any process of the run was asked to stop; then all of them were.
+
+    All processes call it.
+    """
+    asked = hosts.highest(self.signal)
+    if asked:  # or one that comes just now would be forgotten
+      self.signal = asked
+    return asked > 0
+
 
 @contextlib.contextmanager
 def catch_signals() -> Iterator[Stop]:
   """Turns the first signal into a flag; the second ends the process at once.
 
-  The same signal again within a second counts once. Where the program had a
-  handler of its own, it gets the second signal. The earlier handlers are
-  restored at the end. Outside of the main thread nothing is caught, because
-  Python runs handlers there.
+  SIGTERM again within a second, or SIGINT within a tenth, counts once. Where
+  the program had a handler of its own, it gets the second signal. The earlier
+  handlers are restored at the end. Outside of the main thread nothing is
+  caught, because Python runs handlers there.
 
   Yields:
     The flag to check after each step.
@@ -58,7 +70,7 @@ def catch_signals() -> Iterator[Stop]:
   def handle(number: int, frame: FrameType | None) -> None:
     nonlocal first
     now = time.monotonic()
-    if stop.signal == number and now - first < _ECHO_SECONDS:
+    if stop.signal == number and now - first < _ECHO_SECONDS[number]:
       return
     if stop.requested:
       own = earlier[number]

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxalign.core.types import Completions, Params, SamplingParams
 from jaxalign.data.tokenizer import Tokenizer
+from jaxalign.parallel import hosts
 from jaxalign.parallel.program import Program
 from jaxalign.sampling.sampler import Sampler
 from jaxalign.text import templates, truncate
@@ -90,7 +91,8 @@ class Generator:
       row[:length].tolist()
       for row, length in zip(drawn.tokens, drawn.lengths, strict=True)
     ]
-    decoded = self.tokenizer.decode_batch(tokens)
+    # Of several hosts each decodes its part.
+    decoded = hosts.spread(self.tokenizer.decode_batch, tokens)
     texts, ended = decoded, drawn.finish.astype(bool).tolist()
     if self.truncation is not None:
       turns = self.tokenizer.format.turns
@@ -106,10 +108,8 @@ class Generator:
     # Cutting the tokens to what the texts say.
     counts = [len(row) for row in tokens]
     if self.whole_tokens:
-      cut = [
-        cut_tokens(self.tokenizer, row, text)
-        for row, text in zip(tokens, texts, strict=True)
-      ]
+      pairs = list(zip(tokens, texts, strict=True))
+      cut = hosts.spread(self._cut, pairs)
       counts, texts = [n for n, _ in cut], [text for _, text in cut]
     if self.truncation is not None:
       # After a role delimiter a blank is the format's; elsewhere it was drawn.
@@ -122,10 +122,10 @@ class Generator:
       ]
     return Completions(list(prompts), ids, texts, drawn, ended, counts)
 
-  def program(
+  def programs(
     self, params: Params, prompts: int, tokens: int, samples: int
-  ) -> Program:
-    """The program that a call runs, and how often.
+  ) -> list[Program]:
+    """The programs that a call runs, and how often.
 
     Args:
       params: as shapes with shardings.
@@ -135,9 +135,14 @@ class Generator:
     """
     size = self.batch_prompts or prompts
     calls = -(-prompts // size)  # rounded up
-    return self.sampler.program(
+    return self.sampler.programs(
       params, size, tokens, self.settings, samples, calls
     )
+
+  def _cut(
+    self, rows: Sequence[tuple[list[int], str]]
+  ) -> list[tuple[int, str]]:
+    return [cut_tokens(self.tokenizer, ids, text) for ids, text in rows]
 
   def stream(
     self, params: Params, prompt: str, key: jax.Array

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import PyTree
 
 from jaxalign.core.types import Params, Samples, SamplingParams
 from jaxalign.data.batches import bucket_length, pad_rows
@@ -104,7 +105,7 @@ class Sampler:
     samples = jax.tree.map(lambda x: x[:rows], jax.device_get(samples))
     return jax.tree.map(lambda x: x[:, :wanted] if x.ndim > 1 else x, samples)
 
-  def program(
+  def programs(
     self,
     params: Params,
     prompts: int,
@@ -112,8 +113,10 @@ class Sampler:
     settings: SamplingParams,
     samples_per_prompt: int,
     calls: float = 1.0,
-  ) -> Program:
-    """The program that a call runs.
+  ) -> list[Program]:
+    """The programs that a call runs.
+
+    With `compact`, those of the whole batch and of a move to half of it.
 
     Args:
       params: of the model, as shapes with shardings.
@@ -126,14 +129,29 @@ class Sampler:
     *inputs, prefix = self.prepare([[0] * tokens] * prompts, None, ())
     arrays = *inputs, settings, jax.random.key(0), prefix, np.int32(0)
     # Without a sharding, as the arrays of a call have none.
-    shapes = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays
-    )
+    arguments = params, *_shapes(arrays)
     capacity = self.capacity(int(settings.max_new_tokens))
     static = {"samples_per_prompt": samples_per_prompt, "capacity": capacity}
-    function, arguments = self._jitted.sample, (params, *shapes)
-    # The first token is drawn before the loop.
-    return Program("sample", function, arguments, calls, capacity - 1, static)
+    drawn = capacity - 1  # the first token is drawn before the loop
+    jitted = self._jitted
+    if not self.compact:
+      return [Program("sample", jitted.sample, arguments, calls, drawn, static)]
+    fixed, state = jax.eval_shape(
+      functools.partial(jitted.begin, **static), *arguments
+    )
+    layers = jax.eval_shape(jitted.unstack, params)
+    loop = params, layers, fixed, state, _shapes(settings)
+    # As if every second prompt's rows had ended.
+    rows, groups = len(state.done), compaction.prompt_groups(fixed)
+    done = np.arange(rows) * groups // rows % 2 == 1
+    kept = compaction.choose(done, groups, max(groups // 2, 1), rows // groups)
+    moved = fixed, state, *_shapes(jax.device_put(kept))
+    return [
+      Program("sample: begin", jitted.begin, arguments, calls, 0, static),
+      Program("sample: unstack", jitted.unstack, (params,), calls),
+      Program("sample", jitted.advance_until_few, loop, calls, drawn),
+      Program("sample: fewer rows", jitted.take, moved, calls),
+    ]
 
   def _drawn_by_fewer_rows(
     self,
@@ -298,13 +316,19 @@ class _Programs:
 
     # These two set shapes, so a new value compiles a new program.
     static = ("samples_per_prompt", "capacity")
-    self.sample = jit(sample, static_argnames=static)
+    # Replicated, so that every host can read all samples.
+    whole = meshes.replicated(mesh) if mesh else None
+    self.sample = jit(sample, static_argnames=static, out_shardings=whole)
     self.begin = jit(begin, static_argnames=static)
     self.unstack = jit(unstack)
     # The caches are updated in place: `state` is donated.
     self.advance = jit(advance, donate_argnums=3)
     self.advance_until_few = jit(advance_until_few, donate_argnums=3)
     self.take = jit(compaction.take)
+
+
+def _shapes(tree: PyTree) -> PyTree:
+  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def _next_power_of_two(count: int) -> int:

@@ -17,6 +17,7 @@ from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.models.deberta import DebertaConfig
 from jaxalign.models.model import Model
+from jaxalign.parallel import hosts
 from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.program import Program
 from jaxalign.scoring.batches import LENGTHS, Batch, Encoded, batches
@@ -79,17 +80,24 @@ class Scorer:
 
   def encode(
     self, prompts: Sequence[PromptRow], completions: Sequence[str]
-  ) -> list[tuple[list[int], list[int]]]:
+  ) -> list[Encoded]:
     """Ids and segment types of each text, as `score_ids` takes them."""
-    pairs = zip(prompts, completions, strict=True)
-    own = [self._own_format(*pair) for pair in pairs]
-    return self.tokenizer.encode_rewards(
-      [prompt for prompt, _ in own],
-      [completion for _, completion in own],
-      self.encoding,
-      self.limit,
-      eos=self.model.config.head == "score_eos",
-    )
+
+    def encode(
+      pairs: Sequence[tuple[PromptRow, str]],
+    ) -> list[tuple[list[int], list[int]]]:
+      own = [self._own_format(*pair) for pair in pairs]
+      return self.tokenizer.encode_rewards(
+        [prompt for prompt, _ in own],
+        [completion for _, completion in own],
+        self.encoding,
+        self.limit,
+        eos=self.model.config.head == "score_eos",
+      )
+
+    # Of several hosts each encodes its part.
+    pairs = list(zip(prompts, completions, strict=True))
+    return [(ids, types) for ids, types in hosts.spread(encode, pairs)]
 
   def warn_non_finite(self, scores: Float[np.ndarray, " B"]) -> None:
     """Logs which scores are not finite; a run leaves such completions out."""
@@ -209,7 +217,7 @@ class Scorer:
     arrays = (call.tokens, call.mask, call.types)
     if self.mesh is None:
       return jax.device_put(arrays)
-    return jax.device_put(arrays, meshes.rows(self.mesh))
+    return meshes.put_whole(arrays, meshes.rows(self.mesh))
 
   @functools.cached_property
   def _program(self) -> "_Program":

@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from jaxalign.data.encode import Encoded
 from jaxalign.data.tokenizer import Tokenizer
@@ -11,16 +11,21 @@ SHOWN = 400  # characters of a part; of a longer one both ends
 OPEN, CLOSE = "⟦", "⟧"  # around what the loss counts
 
 
-def example_of(rows: object, tokenizer: Tokenizer) -> str:
+def example_of(
+  rows: object, tokenizer: Tokenizer, head: str = "lm", encoding: str = ""
+) -> str:
   """The first text of a run with its special tokens, on one line.
 
   Args:
     rows: see `RunSpec.rows`: encoded texts, or prompts to complete.
     tokenizer: of the policy.
+    head: of the policy; a reward model reads its score at some token.
+    encoding: of a reward model, "concat" or "pair".
 
   Returns:
-    A training text, the part that counts in the loss in ⟦brackets⟧; or what a
-    completion is sampled after. "" where there is no row.
+    A training text, the part that counts in the loss in ⟦brackets⟧, or the
+    token that the score is read at; or what a completion is sampled after. ""
+    where there is no row.
   """
   first = _first(rows, Encoded) or _first(rows)
   form = tokenizer.format
@@ -33,7 +38,7 @@ def example_of(rows: object, tokenizer: Tokenizer) -> str:
       any(turn.strip() in text for turn in form.turns)
       or set(form.ends) & set(prompt)
     ):
-      name = f"as written, not in turns; prompt_format={name} makes it some"
+      name = f"as written, not in turns; prompt_format={name} writes turns"
   if isinstance(first, Encoded):
     shown, ids, mask = "", first.ids, first.loss_mask
     start = 0
@@ -47,8 +52,34 @@ def example_of(rows: object, tokenizer: Tokenizer) -> str:
     (ids,) = tokenizer.encode_prompts([first])
     return f"first prompt ({name}): {_text(tokenizer, ids)}"
   if isinstance(first, tuple):
-    return f"first text ({name}): {_text(tokenizer, first)}"
+    # Two segments are the bare question and its answer.
+    name = "a pair of segments" if encoding == "pair" else name
+    at = _score_position(first, tokenizer, head)
+    if at is None:
+      how = "; the score is the mean of all tokens" * (head == "score_mean")
+      return f"first text ({name}{how}): {_text(tokenizer, first)}"
+    before, token, after = (
+      _text(tokenizer, part)
+      for part in (first[:at], first[at : at + 1], first[at + 1 :])
+    )
+    shown = f"{before}{OPEN}{token}{CLOSE}{after}"
+    return f"first text ({name}; the score is read at {OPEN}{CLOSE}): {shown}"
   return ""
+
+
+def _score_position(
+  ids: Sequence[int], tokenizer: Tokenizer, head: str
+) -> int | None:
+  """Which token a score head reads, see `heads.pool`; None = not one."""
+  if head == "score_context":
+    return 0
+  if (
+    head == "score_eos"
+    and tokenizer.eos_id is not None
+    and (tokenizer.eos_id in ids)
+  ):
+    return list(ids).index(tokenizer.eos_id)
+  return len(ids) - 1 if head in ("score_eos", "score_last") else None
 
 
 def _first(

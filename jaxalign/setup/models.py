@@ -21,7 +21,9 @@ from jaxalign.data.tokenizer import (
   with_notes,
 )
 from jaxalign.errors import UserError
+from jaxalign.models import attention as attentions
 from jaxalign.models import groups
+from jaxalign.models.config import CausalConfig
 from jaxalign.models.hf import folder as hf
 from jaxalign.models.hf import hub
 from jaxalign.models.hf.config_json import Fields, read_json
@@ -134,7 +136,7 @@ class ModelSpec:
 
   def fingerprint(self) -> dict[str, str]:
     """What tells this model from others: its config and its weight files."""
-    # Remat changes no value.
+    # Remat changes no value; attention is in no config's repr.
     config = repr(dataclasses.replace(self.model.config, remat="none"))
     found = {"config": config, "parameters": f"seed {self.seed}"}
     if self.pretrained is not None:
@@ -153,6 +155,46 @@ def compute_dtype(setting: str, mesh: Mesh) -> str:
   if setting != "auto":
     return setting
   return "float32" if meshes.platform(mesh) == "cpu" else "bfloat16"
+
+
+def attention_of(
+  model: Model, mesh: Mesh, asked: str, length: int = 0
+) -> attentions.Choice:
+  """How a model's texts are attended to on these devices.
+
+  Args:
+    model: any; a DeBERTa has only dense attention.
+    mesh: the devices that it is compiled for.
+    asked: as `config.attention`.
+    length: of the longest text in tokens, which a window may cover; 0 = the
+      model's context.
+  """
+  config = model.config
+  if not isinstance(config, CausalConfig):
+    return attentions.Choice("dense")
+  device = mesh.devices.flat[0]
+  return attentions.choose(
+    asked,
+    meshes.platform(mesh),
+    config.dtype,
+    config.head_dim,
+    attentions.Mask(
+      windows=attentions.sees_part(
+        config.windows, length or config.max_positions
+      ),
+      capped=bool(getattr(config, "attention_cap", 0)),
+    ),
+    attentions.parse_capability(getattr(device, "compute_capability", "")),
+  )
+
+
+def with_attention(
+  model: Model, mesh: Mesh, asked: str, length: int = 0
+) -> Model:
+  """The same model with the attention that `attention_of` chooses for it."""
+  kind = attention_of(model, mesh, asked, length).kind
+  known = getattr(model.config, "attention", "dense")
+  return model if kind == known else model.replace(attention=kind)
 
 
 def locate(name: str, lab: str) -> str:
@@ -256,7 +298,8 @@ def open_policy(
     head: "lm", "score_...", or "auto" for the one that the folder has.
 
   Raises:
-    UserError: anything that keeps it from being loaded.
+    UserError: anything that keeps it from being loaded, or from attending as
+      `config.attention` asks.
   """
   compute = compute_dtype(config.precision.compute, mesh)
   # A new model: the config takes the place of a folder's config.json.
@@ -271,6 +314,7 @@ def open_policy(
       remat=config.remat,
     )
     meshes.check_heads(mesh, model.config.heads, "config.init")
+    model = _with_policy_attention(model, mesh, config)
     return ModelSpec(model, tokenizer, mesh, None, config.seed)
   # A pretrained model, with adapters if a rank is given.
   lora = None
@@ -297,7 +341,23 @@ def open_policy(
   tokenizer = with_format(
     tokenizer_of(source, pretrained.model), config.prompt_format
   )
-  return ModelSpec(pretrained.model, tokenizer, mesh, pretrained, config.seed)
+  model = _with_policy_attention(pretrained.model, mesh, config)
+  return ModelSpec(model, tokenizer, mesh, pretrained, config.seed)
+
+
+def _with_policy_attention(
+  model: Model, mesh: Mesh, config: TrainingConfig
+) -> Model:
+  """As `with_attention`; what was asked for by name must be possible."""
+  asked, length = config.attention, config.max_length
+  choice = attention_of(model, mesh, asked, length)
+  if asked not in ("auto", choice.kind):
+    why = choice.reason or "the model has only dense attention"
+    raise UserError(
+      f"config.attention must be auto, or one that this model can have here, "
+      f"got {asked}: {why}; auto takes the fastest that it can have"
+    )
+  return with_attention(model, mesh, asked, length)
 
 
 def open_reward_model(
@@ -306,6 +366,7 @@ def open_reward_model(
   dtype: str,
   field: str,
   lab: str = "reward-train",
+  attention: str = "auto",
 ) -> ModelSpec:
   """A frozen reward model; where it has groups, their weighted sum.
 
@@ -315,6 +376,7 @@ def open_reward_model(
     dtype: "float32", "bfloat16" or "auto", of parameters and arithmetic.
     field: what named it, for messages: a config field or a flag.
     lab: which of the models that ship `lab` means.
+    attention: as `config.attention`; dense where the model cannot have it.
 
   Raises:
     UserError: it cannot be loaded, has no score head or not these groups.
@@ -322,7 +384,7 @@ def open_reward_model(
   place, given = parse_groups(name)
   source = hub.resolve(locate_model(place, lab))
   pretrained = hf.open_pretrained(source, dtype=compute_dtype(dtype, mesh))
-  model = pretrained.model
+  model = with_attention(pretrained.model, mesh, attention)
   if model.config.head == "lm":
     raise UserError(
       f"{field}: {name} is a language model without a score head; give "

@@ -34,7 +34,7 @@ def rollout_programs(spec: RunSpec[C], run: Run[C]) -> list[Program]:
   # A step's completions and their scores.
   tokens, samples = rollout.prompt_length, config.samples_per_prompt
   prompts = rollout.rows // samples
-  found = [source.generator.program(params, prompts, tokens, samples)]
+  found = source.generator.programs(params, prompts, tokens, samples)
   length = tokens + config.sampling.max_new_tokens
   texts = rollout.rows
   found += source.train_reward.programs("score reward_model", texts, length)

@@ -11,6 +11,7 @@ from jaxtyping import PyTree
 from jaxalign.config.supervised import PreferenceConfig
 from jaxalign.core.types import TextBatch
 from jaxalign.errors import UserError
+from jaxalign.parallel import hosts
 from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.program import Program
 from jaxalign.setup.models import Loaded
@@ -66,8 +67,9 @@ def cached_reference(
       raise UserError(
         f"config.reference_logps: {path}: no such file; check the path"
       )
-  # Checked before the policy's parameters are read.
-  if path.is_file():
+  # Checked before the policy's parameters are read. The lead looks, because it
+  # will write the file.
+  if hosts.from_lead(path.is_file, False):
     cache = reference_cache.read(path)
     remedy = "restore these, or start again in another --workdir"
     if config.reference_logps:

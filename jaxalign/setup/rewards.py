@@ -30,6 +30,7 @@ def open_rewards(
   scoring: ScoringConfig,
   field: str,
   lab: str = "reward-train",
+  attention: str = "auto",
 ) -> Rewards:
   """Opens reward models and functions; no parameter is read.
 
@@ -39,6 +40,7 @@ def open_rewards(
     scoring: how they are read and called.
     field: what named them, for messages: a config field or a flag.
     lab: which of the models that ship `lab` means.
+    attention: see `open_reward_model`.
 
   Raises:
     UserError: one that cannot be used.
@@ -48,7 +50,7 @@ def open_rewards(
     if is_function(name):
       found.append(open_function(name, field, scoring.function_timeout))
       continue
-    spec = open_reward_model(name, mesh, scoring.dtype, field, lab)
+    spec = open_reward_model(name, mesh, scoring.dtype, field, lab, attention)
     encoding = choose_encoding(
       scoring.encoding, spec.tokenizer, spec.model, f"{field}: {name}"
     )

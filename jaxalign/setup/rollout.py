@@ -161,7 +161,11 @@ def describe_rollout(config: OnlineConfig, policy: ModelSpec) -> RolloutSpec:
   # The train reward, then the held-out one.
   mesh, scoring = policy.mesh, config.scoring
   train_rewards = open_rewards(
-    config.reward_models, mesh, scoring, "config.reward_model"
+    config.reward_models,
+    mesh,
+    scoring,
+    "config.reward_model",
+    attention=config.attention,
   )
   heldout = open_rewards(
     config.test_reward_models,
@@ -169,6 +173,7 @@ def describe_rollout(config: OnlineConfig, policy: ModelSpec) -> RolloutSpec:
     scoring,
     "config.test_reward_model",
     "reward-test",
+    config.attention,
   )
   # Prompts, which leave room for a completion in the policy's context; with
   # the columns of their rows where a function may ask for them.

@@ -19,6 +19,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jaxalign import cli
 from jaxalign.config import to_mapping
 from jaxalign.config.changes import LENGTH, MAY_CHANGE
 from jaxalign.config.sections import TrainingConfig
@@ -26,6 +27,7 @@ from jaxalign.core import optim
 from jaxalign.core.types import JsonObject, Params, TrainState
 from jaxalign.errors import UserError
 from jaxalign.models import lora
+from jaxalign.models.attention import Choice
 from jaxalign.models.heads import policy_of
 from jaxalign.models.hf import card, write
 from jaxalign.models.model import Model
@@ -43,8 +45,11 @@ from jaxalign.runtime import (
   signals,
   workdir,
 )
+from jaxalign.runtime.files import flatten
+from jaxalign.scoring.function import RewardFunction
 from jaxalign.setup import start
-from jaxalign.setup.models import Loaded, ModelSpec
+from jaxalign.setup.example import example_of
+from jaxalign.setup.models import Loaded, ModelSpec, attention_of
 from jaxalign.setup.rollout import RolloutSpec
 from jaxalign.training.recorder import Recorder
 from jaxalign.training.run import Dataset, Run
@@ -82,22 +87,60 @@ class RunSpec(Generic[C]):
     """The devices."""
     return self.policy.mesh
 
+  def example(self) -> str:
+    """The first text that is read, as the model sees it, on one line."""
+    return example_of(
+      self.rows,
+      self.policy.tokenizer,
+      self.policy.model.config.head,
+      getattr(self.config, "encoding", ""),
+    )
+
+  def doubts(self) -> list[str]:
+    """Why the run may learn next to nothing, a line each with the remedy."""
+    config, found = self.config, []
+    steps, warmup = config.steps, config.optimizer.warmup_steps
+    if warmup and warmup >= steps:
+      found.append(
+        f"note: all {steps} steps are in optimizer.warmup_steps={warmup}, so "
+        "the learning rate stays below its peak; lower it, or give more epochs "
+        "or steps"
+      )
+    # Rows of a data set; with packing several texts each.
+    rows = len(self.rows) if isinstance(self.rows, list) else config.batch_size
+    if rows < config.batch_size and self.rollout is None:
+      found.append(
+        f"note: there are {rows} rows for an update of "
+        f"batch_size={config.batch_size}, which takes them more than once; a "
+        "smaller batch_size or max_length, or packing=false, makes more updates"
+      )
+    return found
+
   @property
   def models(self) -> dict[str, ModelSpec]:
     """Every model of the run, by the config field that names it."""
     found = {"policy": self.policy}
     if self.value_model:
       found["value_model"] = self.value_model
-    if self.rollout:
-      named = (
-        ("reward_model", self.rollout.reward_models),
-        ("test_reward_model", self.rollout.heldout_reward_models),
-      )
-      for name, specs in named:
-        for i, spec in enumerate(specs):
-          if isinstance(spec, ModelSpec):  # not a function
-            found[name if len(specs) == 1 else f"{name} {i + 1}"] = spec
+    for name, reward in self.rewards.items():
+      if isinstance(reward, ModelSpec):  # not a function
+        found[name] = reward
     return found
+
+  @property
+  def rewards(self) -> dict[str, ModelSpec | RewardFunction]:
+    """Every reward model and function, by the config field that names it."""
+    if self.rollout is None:
+      return {}
+    named = (
+      ("reward_model", self.rollout.reward_models),
+      ("test_reward_model", self.rollout.heldout_reward_models),
+    )
+    return {
+      name if len(rewards) == 1 else f"{name} {i + 1}": reward
+      for name, rewards in named
+      for i, reward in enumerate(rewards)
+    }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +183,12 @@ def summary(
     ("folder", f"{folder} ({state})"),
   ]
   # The models, and what of the policy is trained.
-  for name, model in spec.models.items():
+  rewards = spec.rewards
+  own = {k: model for k, model in spec.models.items() if k not in rewards}
+  for name, model in (own | rewards).items():
+    if not isinstance(model, ModelSpec):
+      lines.append((name, f"{model.name}, a function"))
+      continue
     size = count(model.model.shapes)
     lines.append((name, f"{model.tokenizer.name}, {size:,} parameters"))
     if model.model.lora:
@@ -154,6 +202,7 @@ def summary(
     prompts += f"{spec.rollout.prompt_length} tokens"
     aside = f", {held_out} more for evaluations" if held_out else ""
     lines.append(("prompts", prompts + aside))
+  lines.append(("attention", str(policy_attention(spec))))
   micros, rows, tokens = spec.batch_shape
   passes = "one pass" if micros == 1 else f"{micros} passes"
   batch = f"{passes} of {rows} texts of at most {tokens} tokens"
@@ -163,6 +212,14 @@ def summary(
   lines.append(("devices", f"{spec.mesh.size} x {kind} ({axes})"))
   width = max(len(name) for name, _ in lines)
   return "\n".join(f"{name:<{width}}  {words}" for name, words in lines)
+
+
+def policy_attention(spec: RunSpec[C]) -> Choice:
+  """The policy's attention, and what kept faster ones out."""
+  config = spec.config
+  return attention_of(
+    spec.policy.model, spec.mesh, config.attention, config.max_length
+  )
 
 
 def adapter_line(model: Model) -> str:
@@ -208,7 +265,44 @@ def open_mesh(
     if whole > meshes.row_count(mesh):
       why = f"; {field} gives {rows} rows, a multiple of {whole} uses more"
     print(f"mesh: {share} devices ({axes}){why}")
+  if mesh.size < there and hosts.count() > 1:
+    raise UserError(
+      f"config.mesh takes {mesh.size} of {there} devices, but with several "
+      "hosts it must take all; set one of replica and fsdp to -1, or start "
+      "fewer processes"
+    )
   return mesh
+
+
+def check_hosts(
+  config: TrainingConfig, folder: pathlib.Path, **flags: bool
+) -> None:
+  """Refuses hosts that were started with other flags, programs or devices.
+
+  Args:
+    config: of the run.
+    folder: the run's.
+    **flags: what else the command line says.
+
+  Raises:
+    UserError: what differs, and on which host.
+  """
+  if hosts.count() == 1:
+    return
+  values = {f"config.{k}": v for k, v in flatten(to_mapping(config)).items()}
+  values |= {f"--{name}": flag for name, flag in flags.items()}
+  hosts.check_same(
+    values
+    | {
+      "--workdir": str(folder.absolute()),
+      "the number of processes": hosts.count(),
+      "the number of its devices": jax.local_device_count(),
+      "the kind of its devices": jax.local_devices()[0].device_kind,
+      "jax": jax.__version__,
+      "jaxalign": cli.version(),
+    },
+    "start all hosts by the same command, on machines that are alike",
+  )
 
 
 def check_folder(
@@ -602,12 +696,16 @@ def open_run(
       files, counters = restored.extra["files"], restored.extra["counters"]
       check_unchanged(spec, digest, restored.extra, run.path)
     if hosts.is_lead():
-      begins = f"{config.steps} steps"
+      begins = f"{config.steps} step{'s' * (config.steps != 1)}"
       if done:
         begins = f"goes on after step {done} of {config.steps}"
       print(f"{run.path}: {begins}", flush=True)
       if policy.model.lora:
         print(adapter_line(policy.model))
+      choice = policy_attention(spec)
+      # On a CPU there is no choice.
+      if choice.reason or choice.kind != "dense":
+        print(f"attention: {choice}")
 
     # Logs, signals, profiler and screen, closed in the reverse order.
     with (
@@ -670,7 +768,7 @@ def finish(
     run before it is finished.
   """
   stop, steps = run.recorder.stop, run.config.steps
-  if hosts.agree(stop.requested):
+  if stop.agree():
     if hosts.is_lead():
       saved = run.recorder.saved
       print(

@@ -123,7 +123,7 @@ class Recorder:
     self.saver.check()
     # Asked once a step: a request that comes after this is the next step's, so
     # that no run ends with a state that was not saved.
-    self._stopped = hosts.agree(self.stop.requested)
+    self._stopped = self.stop.agree()
     last = step + 1 == self.total
     if last or self._stopped or self.saver.due(step + 1):
       self._save(step, state)

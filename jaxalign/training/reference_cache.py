@@ -77,7 +77,8 @@ def compile_logps(model: Model, mesh: Mesh) -> jax.stages.Wrapped:
   def logps_of(params, text):
     return jax.lax.map(lambda x: completion_logps(model, params, x), text)
 
-  return meshes.jit(logps_of, mesh)
+  # Replicated, so that every host can read all of them.
+  return meshes.jit(logps_of, mesh, out_shardings=meshes.replicated(mesh))
 
 
 def precompute(

@@ -11,6 +11,7 @@ from jaxalign.config.online import OnlineConfig
 from jaxalign.core.types import Completions, Metrics, TrainState
 from jaxalign.data.batches import rows_of_step
 from jaxalign.data.rows import PromptRow
+from jaxalign.errors import StepError
 from jaxalign.sampling.generator import Generator
 from jaxalign.scoring.reward_model import RewardModel
 from jaxalign.text import similarity
@@ -157,7 +158,11 @@ def collect(
     scores -= config.length_penalty * np.log(np.maximum(chars, 1))
     scores[(chars == 0) | ~np.isfinite(scores)] = -np.inf
     if not np.isfinite(scores).any():
-      raise ValueError("every completion was empty or had no finite score")
+      raise StepError(
+        f"step {step + 1}: every completion was empty or had no finite score; "
+        "look at them in samples.jsonl and at the reward model, or let some "
+        "steps fail with config.max_exception_count"
+      )
     shape = len(completions.prompts), config.samples_per_prompt
     each = {}
     if len(rewards) > 1:

@@ -19,6 +19,7 @@ from jaxalign.errors import StepError, UserError
 from jaxalign.models import lora
 from jaxalign.models.heads import policy_of
 from jaxalign.models.model import Model
+from jaxalign.parallel import hosts
 from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.cpu import COMPILER_OPTIONS
 from jaxalign.parallel.program import Program, key_shape
@@ -190,14 +191,17 @@ class Run(Generic[C]):
 
     Out of memory, no usable completion: tolerated up to a set number, as in
     SuperHF's released code, but counted and logged. A `UserError` is a mistake
-    in the input, which does not go away, unless it is a `StepError`.
+    in the input, which does not go away, unless it is a `StepError`. With
+    several processes only that is tolerated: it is raised by all of them, any
+    other error by one while the others wait for it.
     """
     counters = self.recorder.counters
     counters.setdefault("exceptions", 0)
     try:
       yield
     except Exception as error:
-      if isinstance(error, UserError) and not isinstance(error, StepError):
+      shared = isinstance(error, StepError)
+      if not shared and (isinstance(error, UserError) or hosts.count() > 1):
         raise
       counters["exceptions"] += 1
       if counters["exceptions"] > allowed:

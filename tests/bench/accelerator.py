@@ -11,11 +11,12 @@ the machine's own matrix product and copy.
     python tests/bench/accelerator.py --shapes=pythia-1b --only=sft,decode-32x64
 
 It needs jax, flax, optax and what these bring, and no network: of this package
-it imports the models, the sampler, the scorer, and `training.run` with the
-`train.py` of two methods, which reach Orbax (a part of flax) through the run's
-recorder. It reads no config file, data set or tokenizer, so ml_collections,
-datasets and transformers are not imported. jaxtyping, whose annotations do
-nothing here, is replaced where it is not installed. `--against` needs torch.
+it imports the models, the sampler, the scorer, `plan.targets` (the makers'
+peaks), and `training.run` with the `train.py` of two methods, which reach Orbax
+(a part of flax) through the run's recorder. It reads no config file, data set
+or tokenizer, so ml_collections, datasets and transformers are not imported.
+jaxtyping, whose annotations do nothing here, is replaced where it is not
+installed. `--against` needs torch.
 
 What is counted: 2 operations a parameter and token forward and twice that
 backward, the table of embeddings left out; 4 T D more a layer and token for
@@ -46,26 +47,19 @@ ROOT = pathlib.Path(__file__).parents[2]
 NEEDED = ("jax", "flax", "optax", "numpy")
 SIDES = {"transformers": ("torch", "transformers"), "vllm": ("vllm",)}
 
-# Dense bf16 operations a second and bytes a second, from the makers' sheets; by
-# a part of jax's `device_kind`, the first that fits.
-SHEETS = {
-  "H200": (989.4e12, 4800e9),
-  "H100 PCIe": (756e12, 2039e9),
-  "H100": (989.4e12, 3352e9),
-  "B200": (2250e12, 8000e9),
-  "A100-SXM4-40GB": (312e12, 1555e9),
-  "A100-PCIE-40GB": (312e12, 1555e9),
-  "A100 80GB PCIe": (312e12, 1935e9),
-  "A100": (312e12, 2039e9),
-  "RTX A6000": (154.8e12, 768e9),
-  "RTX 4090": (165.2e12, 1008e9),
-  "L40S": (362e12, 864e9),
-  "L40": (181e12, 864e9),
-  "L4": (121e12, 300e9),
-  "TPU v6 lite": (918e12, 1640e9),
-  "TPU v5 lite": (197e12, 819e9),
-  "TPU v5": (459e12, 2765e9),
-  "TPU v4": (275e12, 1228e9),
+# A part of jax's `device_kind` -> the chip's name in `jaxalign.plan.targets`;
+# the first that fits. Others are held against their own products.
+CHIPS = {
+  "H200": "h200",
+  "H100 80GB HBM3": "h100",
+  "A100-SXM4-40GB": "a100-40",
+  "A100-SXM4-80GB": "a100-80",
+  "RTX A6000": "a6000",
+  "RTX 4090": "rtx4090",
+  "TPU v6 lite": "v6e",
+  "TPU v5 lite": "v5e",
+  "TPU v5": "v5p",
+  "TPU v4": "v4",
 }
 
 
@@ -199,6 +193,8 @@ def measure_machine(repeats):
   import jax
   import jax.numpy as jnp
 
+  from jaxalign.plan.targets import GPUS, TPUS
+
   device = jax.devices()[0]
   on_cpu = device.platform == "cpu"
   size, dtype = (2048, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
@@ -215,14 +211,22 @@ def measure_machine(repeats):
   versions = {
     name: importlib.import_module(name).__version__ for name in NEEDED
   }
+  own = {
+    "flops": 2 * size**3 / best["product"],
+    "bytes": y.nbytes / best["read"],
+  }
+  chips = TPUS | {name: chip for name, (chip, _) in GPUS.items()}
+  known = [chips[v] for k, v in CHIPS.items() if k in device.device_kind]
+  sheet = known and {"flops": known[0].flops, "bytes": known[0].bandwidth}
   return {
     "device": device.device_kind,
     "platform": device.platform,
     "devices": jax.device_count(),
     "cores": len(os.sched_getaffinity(0)),
     "versions": versions,
-    "own_flops": 2 * size**3 / best["product"],
-    "own_bytes": y.nbytes / best["read"],
+    "own": own,
+    "peaks": sheet or own,
+    "from": "data sheet" if sheet else "its own products",
   }
 
 
@@ -801,18 +805,10 @@ def main():
   if "error" in machine:
     print(machine["error"], file=sys.stderr)
     return 1
-  sheet = [v for k, v in SHEETS.items() if k in machine["device"]]
-  own = (machine["own_flops"], machine["own_bytes"])
-  flops, moved = sheet[0] if sheet else own
-  peaks = {"flops": flops, "bytes": moved}
-  source = "data sheet" if sheet else "its own products"
-  print(
-    json.dumps({"bench": "accelerator", **machine, **peaks, "peaks": source}),
-    flush=True,
-  )
+  print(json.dumps({"bench": "accelerator", **machine}), flush=True)
   rows = []
   for case in cases(flags, machine):
-    case |= {"repeats": flags.repeats, "peaks": peaks}
+    case |= {"repeats": flags.repeats, "peaks": machine["peaks"]}
     found = run_case(case, flags.limit)
     while found.get("error") == "out of memory" and halved(case):
       case = halved(case)

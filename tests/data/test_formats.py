@@ -482,6 +482,31 @@ def test_settings_of_a_template_that_are_mistakes(
     formats.load_completions(path, tokenizer=make_tiny(template=template))
 
 
+def test_parts_of_text_are_text_where_a_template_knows_no_parts(
+  write, make_tiny
+):
+  def parts(text):
+    return [{"type": "text", "text": x} for x in text]
+
+  row = [USER | {"content": parts("ab")}, said("c") | {"content": parts("de")}]
+  path = write([{"messages": row}])
+  knows = (
+    "{% for m in messages %}[{{ m.role }}]{% for p in m.content %}"
+    "{{ p.text }};{% endfor %}{% endfor %}"
+  )
+  for template, whole in (
+    (RICH, "[user]ab[assistant]de"),
+    (None, " ab"),
+    (knows, "[user]a;b;[assistant]d;e;"),
+  ):
+    tokenizer = make_tiny(template=template)
+    (found,) = formats.load_completions(path, tokenizer=tokenizer).rows
+    assert whole in found.prompt + found.completion
+  image = [{"messages": [USER | {"content": [{"type": "image"}]}, said("a")]}]
+  with pytest.raises(UserError, match="a part in messages that is no text"):
+    formats.load_completions(write(image), tokenizer=make_tiny(template=RICH))
+
+
 def test_a_template_that_cannot_do_without_reads_it(write, make_tiny):
   """Also: no tools, as text; what is aside does not part two dialogues."""
   template = (

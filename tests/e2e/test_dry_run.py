@@ -82,6 +82,16 @@ def test_a_score_head_and_adapters_by_default(
   assert "LoRA on query_key_value: 272 of " in out
 
 
+def test_a_run_that_would_learn_little_says_so(dry, supervised, tmp_path, lab):
+  fields = {"policy": lab.policy, "data": lab.rows, "steps": 3}
+  argv = supervised("sft.py", tmp_path / "run", **fields, batch_size=64)
+  out = dry([*argv, "--config.optimizer.warmup_steps=3"])
+  assert "note: all 3 steps are in optimizer.warmup_steps=3, " in out
+  assert " rows for an update of batch_size=64, which takes them more " in out
+  argv = supervised("sft.py", tmp_path / "run", **fields, batch_size=1)
+  assert "note:" not in dry([*argv, "--config.optimizer.warmup_steps=2"])
+
+
 def test_a_data_file_that_is_not_there(supervised, tmp_path, capfd):
   (tmp_path / "train.jsonl").touch()
   for name, hint in (

@@ -209,12 +209,26 @@ def test_functions_and_a_model_reward_together(online, lab, read, tmp_path):
 
 
 def test_a_changed_function_is_noticed_when_a_run_is_taken_up(
-  superhf, tmp_path, capsys
+  superhf, tmp_path, capsys, read
 ):
+  """Of a run that is scored by it alone, evaluations included."""
   file, folder = tmp_path / "rewards.py", tmp_path / "run"
   file.write_text(REWARDS)
-  fields = {"reward_model": f"{file}:short", "steps": 1}
+  fields = {
+    "reward_model": f"{file}:short",
+    "test_reward_model": "",
+    "validation_interval": 0,
+    "evaluation.interval": 1,
+    "evaluation.num_prompts": 2,
+    "evaluation.best_of_n": 2,
+    "steps": 1,
+  }
+  assert main.main([*superhf(folder, **fields), "--dry_run"]) == 0
+  assert f"{file}:short, a function" in capsys.readouterr().out
   assert main.main(superhf(folder, **fields)) == 0
+  (row,) = read(folder / "metrics.jsonl")
+  assert 0 < row["eval_score/best_of_1"] <= row["eval_score/best_of_2"] <= 1
+  assert not [name for name in row if "test_score" in name]
   (folder / "finished.json").unlink()
   file.write_text(REWARDS.replace("1 / (1", "2 / (1"))
   assert main.main(superhf(folder, **fields)) == 2

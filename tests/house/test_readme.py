@@ -37,8 +37,9 @@ def test_the_first_screen_is_there(root):
 def test_modules_exist(root):
   for line, words in commands(root):
     if words[:2] == ["python", "-m"]:
-      name = words[2] + ".__main__" * (words[2] == "jaxalign")
-      module = importlib.import_module(name)
+      module = importlib.import_module(words[2])
+      if hasattr(module, "__path__"):  # a package, which its __main__ starts
+        module = importlib.import_module(f"{words[2]}.__main__")
       assert callable(module.main), line
 
 

@@ -1,6 +1,7 @@
 """Agreement between processes: one alone, and two that talk over loopback."""
 
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -34,14 +35,15 @@ def mistaken():
 TWO = """
 import sys, time
 import jax, numpy as np
-jax.config.update("jax_cpu_collectives_implementation", "gloo")
-address, rank = sys.argv[1], int(sys.argv[2])
-jax.distributed.initialize(address, num_processes=2, process_id=rank)
-jax.config.update("jax_transfer_guard", "disallow")
 from jaxalign.errors import StepError, UserError
 from jaxalign.parallel import hosts
+from jaxalign.parallel.cluster import find_cluster
 
-assert jax.process_count() == 2
+hosts.BEAT_SECONDS, hosts.GRACE_SECONDS = 0.2, 0.5
+rank = int(sys.argv[2])
+hosts.start(find_cluster(sys.argv[1], 2, rank))
+jax.config.update("jax_transfer_guard", "disallow")
+assert hosts.count() == jax.process_count() == 2
 assert hosts.is_lead() == (rank == 0)
 
 # Every bit of 64 arrives; numbers stay numbers.
@@ -61,6 +63,31 @@ assert hosts.gather(rank).tolist() == [0, 1]
 
 assert hosts.agree(rank == 1) is True
 assert hosts.agree(False) is False
+assert hosts.highest(15 * rank) == 15
+assert hosts.highest(0) == 0
+
+# Each process does its part, and all have the whole.
+seen = []
+
+def double(items):
+  seen.extend(items)
+  return [(2 * x, "\\ud800") for x in items]
+
+found = hosts.spread(double, range(5))
+assert [x for x, _ in found] == [0, 2, 4, 6, 8]
+assert {text for _, text in found} == {"\\ud800"}
+assert seen == [[0, 1], [2, 3, 4]][rank]
+assert hosts.spread(double, range(1))[0][0] == 0
+
+# What differs, and on which host.
+hosts.check_same({"steps": 3}, "fix it")
+try:
+  hosts.check_same({"steps": 3 + rank, "seed": 0}, "fix it")
+except UserError as error:
+  assert "the hosts differ: steps is 3 on host 0 (" in str(error)
+  assert "and 4 on host 1 (" in str(error)
+else:
+  raise AssertionError("3 is not 4")
 
 # Only the lead is asked; its failure ends the others too.
 def ask():
@@ -85,18 +112,26 @@ for _ in range(2):
 if rank == 0:
   try:
     hosts.barrier("alone", 0.5)
-  except TimeoutError as error:
-    assert "did not reach alone within 0.5 s" in str(error)
+  except hosts.HostError as error:
+    assert str(error).startswith("host 1 (")
+    assert str(error).endswith(") did not reach alone within 0.5 s")
   else:
     raise AssertionError("nobody else came")
 else:
-  time.sleep(2)
-print("done")
+  time.sleep(1)
+
+# One fails; the other, which waits for it, is told and ends.
+def fail():
+  if rank == 1:
+    raise UserError("a mistake of one host")
+  hosts.barrier("never", 60)
+
+hosts.together(fail)
 """
 
 
-@pytest.mark.slow
 def test_two_processes():
+  """All of it in one start, which takes most of the time."""
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -111,7 +146,9 @@ def test_two_processes():
     )
     for rank in range(2)
   ]
-  for process in running:
-    out, errors = process.communicate(timeout=120)
-    assert process.returncode == 0, errors
-    assert out.endswith("done\n")
+  (lead, lead_errors), (other, errors) = (
+    (process.wait(timeout=120), process.communicate()[1]) for process in running
+  )
+  assert (lead, other) == (1, 2), lead_errors + errors
+  assert "error: a mistake of one host\n" in errors
+  assert re.search(r"error: host 1 .* failed; its log says why", lead_errors)

@@ -136,6 +136,8 @@ def test_traffic_counts_a_slice_of_an_array_and_not_the_array():
     "%p = f32[6,16]{1,0} parameter(0)",
     "%i = s32[] constant(0)",
     "%f = f32[6,16]{1,0} fusion(%p, %i), kind=kLoop, calls=%slice",
+    "%a = ((f32[6,16]{1,0}), f32[1,16]{1,0:S(1)}, s32[]{:S(2)}) "
+    "slice-start(%f), slice={[0:1], [0:16]}",
     "ROOT %v = f32[6,16]{1,0:T(8,128)S(1)} copy(%f)",
     before=fused,
   )
@@ -145,6 +147,7 @@ def test_traffic_counts_a_slice_of_an_array_and_not_the_array():
     for line, computation, _ in module.runs()
   }
   assert moved["f"] == 64 + 64 + 4  # and the index
+  assert moved["a"] == 64
   assert moved["v"] == 6 * 16 * 4
   assert module.traffic() == sum(moved.values())
 

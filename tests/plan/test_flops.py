@@ -43,6 +43,16 @@ def test_loops_count_their_turns_and_branches_the_dearest():
   assert count(scanned, w, trips=0) == {BF16: 6 * once}
   assert count(looped, w, trips=9) == {BF16: 9 * once}
   assert count(branched, w, trips=0) == {BF16: 2 * once}
+
+  def nested(w):
+    """Its length depends on data, at most two turns; another loop in it."""
+    with jax.named_scope("turns_2"):
+      return jax.lax.fori_loop(0, w.sum(dtype=int), lambda i, x: looped(x), w)
+
+  assert count(nested, w, trips=9) == {BF16: 2 * 9 * once}
+  outer = jax.lax.while_loop
+  twice = count(lambda w: outer(lambda x: x.any(), looped, w), w, trips=9)
+  assert twice == {BF16: 9 * once}  # the inner one says nothing: one turn
   assert count(jax.jit(scanned), w, trips=0) == {BF16: 6 * once}
   assert count(jax.checkpoint(scanned), w, trips=0) == {BF16: 6 * once}
 

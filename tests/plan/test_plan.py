@@ -8,7 +8,7 @@ import pytest
 from jaxalign import algorithms
 from jaxalign.errors import UserError
 from jaxalign.plan import __main__ as command
-from jaxalign.plan import measure, page, search, standins
+from jaxalign.plan import measure, page, search, standins, targets
 from jaxalign.plan.targets import find
 from jaxalign.setup.models import LAB
 
@@ -64,8 +64,9 @@ def test_config_json_and_lengths_are_all_that_a_plan_needs(planned):
   assert plan.trained == 2 * 32
   assert plan.rows == 2
   notes = " ".join(there.notes)
-  assert "without weights" in notes
-  assert "org/not-here is not read: 64 rows of 32 tokens" in notes
+  assert "by its config.json alone: policy" in notes
+  assert "without a tokenizer, so the lab's counts its tokens: policy" in notes
+  assert "data are not read: 64 rows of 32 tokens" in notes
 
 
 def test_operations_of_an_update_are_six_a_parameter_and_token(planned):
@@ -112,17 +113,17 @@ def test_what_a_program_does_not_use_stays_beside_it(model, tmp_path):
   assert sizes[measure.PARAMETERS] < 4.2 * SIZE
 
 
-def test_the_largest_pass_fits_and_twice_as_many_rows_do_not(planned):
+def test_the_largest_pass_fits_and_one_row_more_does_not(planned):
   there, plan = planned
-  # Room for the state and eight megabytes.
-  room = 12 * SIZE + 8 * 2**20
+  # Room for the state and twenty megabytes.
+  room = 12 * SIZE + 20 * 2**20
   chip = dataclasses.replace(plan.target.chip, memory=room)
   small = dataclasses.replace(plan.target, chip=chip)
   rows = search.largest_rows(there.config, small)
   assert 2 < rows < search.MOST
   spec = algorithms.describe(there.config)
   resident = measure.residents(algorithms.programs(spec))
-  for count, fits in ((rows, True), (2 * rows, False)):
+  for count, fits in ((rows, True), (rows + 1, False)):
     program = search.update_of(spec, count)
     peak = measure.measure(program, spec, small, resident).peak
     assert (peak <= room) == fits
@@ -162,6 +163,34 @@ def test_what_a_compiler_refuses_says_how_much_it_needs():
   for message in (first, second):
     assert measure.too_large(message) == round(17.55 * 2**30)
   assert measure.too_large("INTERNAL: no such memory") is None
+
+
+def test_without_a_compiler_a_plan_is_an_estimate_and_says_what_to_install(
+  monkeypatch,
+):
+  missing = {"gpu": ("not_there.at_all", "plan-gpu")}
+  monkeypatch.setattr(targets, "COMPILERS", missing)
+  devices, why = measure.devices_of(find("a6000"))
+  assert len(devices) == 1
+  assert why.startswith("estimate: compiled for CPUs, as no compiler for RTX")
+  assert "pip install 'jaxalign[plan-gpu]'" in why
+  with pytest.raises(UserError, match="cannot stand for 4096 chips"):
+    measure.devices_of(find("512x8xa6000"))
+
+
+def test_the_command_prints_json(model, tmp_path, capsys, monkeypatch):
+  monkeypatch.setattr(targets, "prepare", lambda chosen: None)
+  path = tmp_path / "tiny.py"
+  fields = {"algorithm": "sft", "policy": model, "data": "org/not-here"}
+  fields |= {"steps": 7, "batch_size": 2, "max_length": 32}
+  path.write_text(f"def get_config():\n  return {fields!r}\n")
+  argv = [f"--config={path}", "--on=cpu", "--quick", "--json"]
+  assert command.main(argv) == 0
+  found = json.loads(capsys.readouterr().out)
+  assert found["trained_tokens"] == 7 * 2 * 32
+  assert found["resident_bytes"]["parameters"] == 4 * SIZE
+  assert found["fits"]
+  assert found["programs"][0]["bound_by"] in ("arithmetic", "memory")
 
 
 def refused(capsys, *argv):

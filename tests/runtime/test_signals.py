@@ -69,6 +69,11 @@ def test_a_signal_that_comes_twice_within_a_second_counts_once(monkeypatch):
     clock[0] = 6.1
     os.kill(os.getpid(), signal.SIGTERM)
     assert left == [143]
+  # Ctrl-C twice in a hurry is meant.
+  with catch_signals():
+    for clock[0] in (7.0, 7.01, 7.15):
+      os.kill(os.getpid(), signal.SIGINT)
+    assert left == [143, 130]
 
 
 def test_a_program_of_its_own_keeps_its_process(monkeypatch):

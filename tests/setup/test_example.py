@@ -36,6 +36,16 @@ def test_prompts_and_columns_of_ids():
 
   ids = TOKENIZER.encode("yes")
   assert example_of(Columns([ids]), TOKENIZER).endswith(": yes")
+  # A reward model's score is read at a token, or at all of them.
+  rows = Columns([[*ids, TOKENIZER.eos_id]])
+  for head, shown in (
+    ("score_context", "⟦y⟧es<|endoftext|>"),
+    ("score_last", "yes⟦<|endoftext|>⟧"),
+    ("score_mean", "yes<|endoftext|>"),
+  ):
+    text = example_of(rows, TOKENIZER, head, "pair")
+    assert text.startswith("first text (a pair of segments; the score is ")
+    assert text.endswith(f": {shown}")
   assert example_of((), TOKENIZER) == ""
 
 

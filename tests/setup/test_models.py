@@ -140,6 +140,16 @@ def test_a_digest_sees_the_config_but_not_how_memory_is_saved(policy):
   assert other["parameters"] == before["parameters"]
 
 
+def test_attention_is_chosen_for_the_devices_and_changes_no_digest(policy):
+  """Nothing but the dense form is for a CPU; a kernel by name is refused."""
+  assert opened(policy).model.config.attention == "dense"
+  with pytest.raises(UserError, match="splash does not run on a cpu"):
+    opened(policy, attention="splash")
+  kernel = opened(policy).model.replace(attention="splash")
+  spec = dataclasses.replace(opened(policy), model=kernel)
+  assert spec.fingerprint() == opened(policy).fingerprint()
+
+
 def test_a_digest_sees_the_type_of_the_parameters(policy):
   """They are rounded as they are read."""
   half = PrecisionConfig(params="bfloat16")

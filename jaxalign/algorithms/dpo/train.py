@@ -82,7 +82,7 @@ def pair_programs(
     apart, shared = map(reference.attach, (apart, shared))
   return [
     update.program(apart),
-    update.program(shared, calls=0, name="update, shared prompts"),
+    update.program(shared, calls=0.0, name="update, shared prompts"),
   ]
 
 

@@ -59,7 +59,10 @@ class LabelledMetrics:
 
     self._mismatched = meshes.jit(mismatched, run.mesh)
     self._baseline = baseline
-    self._sums, self._means = meshes.jit(sums, run.mesh), means
+    # Replicated, so that every host can read each row's reward.
+    whole = meshes.replicated(run.mesh)
+    self._sums = meshes.jit(sums, run.mesh, out_shardings=whole)
+    self._means = means
 
   def programs(self, params: Params) -> list[Program]:
     """z₀ and the loss of the largest batch."""

@@ -23,6 +23,7 @@ from jaxalign.setup.models import (
   compute_dtype,
   open_policy,
   open_reward_model,
+  with_attention,
 )
 from jaxalign.setup.programs import rollout_programs
 from jaxalign.setup.rollout import describe_rollout
@@ -93,6 +94,7 @@ def open_value_model(config: PPOConfig, policy: ModelSpec) -> ModelSpec:
   # It is trained next to the policy, so it computes like the policy.
   dtype = compute_dtype(config.precision.compute, policy.mesh)
   model = spec.model.replace(dtype=dtype, remat=config.remat)
+  model = with_attention(model, policy.mesh, config.attention)
   return dataclasses.replace(
     spec, model=model, stored=spec.stored or spec.model
   )

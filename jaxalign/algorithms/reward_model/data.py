@@ -245,9 +245,10 @@ def load_data(
   rows, counts = load_rows(config, tokenizer, length, end)
   size, count = config.batch_size, len(rows.ids)
   if count < size:
+    share = "" if config.half == "all" else f" (config.half={config.half})"
     raise UserError(
-      f"config.data: {config.data} gives {count} completions, fewer than "
-      f"config.batch_size={size}; lower it or give more data"
+      f"config.data: {config.data} gives {count} completions{share}, fewer "
+      f"than config.batch_size={size}; lower it or give more data"
     )
   groups = groups or config.groups
   if config.group_column and not groups:

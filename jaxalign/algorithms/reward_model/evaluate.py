@@ -31,7 +31,9 @@ class Agreement:
     def score(params: Params, batch: ScoredBatch):
       return score_rows(run.model, params, jax.tree.map(lambda x: x[0], batch))
 
-    self._score = meshes.jit(score, run.mesh)
+    # Replicated, so that every host can read all scores.
+    whole = meshes.replicated(run.mesh)
+    self._score = meshes.jit(score, run.mesh, out_shardings=whole)
 
   def programs(self, params: Params) -> list[Program]:
     """The scores of the largest batch."""

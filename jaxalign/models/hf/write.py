@@ -38,7 +38,8 @@ def save(
   """Writes `config.json` and safetensors; every process calls it.
 
   The folder is written under another name and renamed at the end, so it is
-  whole or absent. One parameter at a time is on the host.
+  whole or absent. One parameter at a time is on the host, of one layer where
+  parameters are spread over several hosts.
 
   Args:
     model: its adapters, if it has any, are merged into the weights.
@@ -59,11 +60,12 @@ def save(
   entries = table.entries(architecture(model).names(model.config), model.shapes)
   plan = plan_files(entries, model.shapes, number, shard_bytes)
   # A generator: a leaf comes to the host when its turn to be written comes.
-  tensors = ((path, _host(model, leaves, path)) for path in plan.entries)
+  tensors = ((path, _merged(model, leaves, path)) for path in plan.entries)
   if jax.process_index() > 0:
     # Only the first process writes; the others take part in the gathering.
-    for _ in tensors:
-      pass
+    for path, leaf in tensors:
+      for _ in _on_host(leaf, stacked=plan.entries[path].stacked):
+        pass
     return
   with replacing(pathlib.Path(folder)) as new:
     values = config_values(model, str(number)) | (config or {})
@@ -175,7 +177,9 @@ def plan_files(
 
 
 def write_tensors(
-  leaves: Iterable[tuple[str, np.ndarray]], plan: Plan, folder: pathlib.Path
+  leaves: Iterable[tuple[str, jax.Array | np.ndarray]],
+  plan: Plan,
+  folder: pathlib.Path,
 ) -> None:
   """Writes leaves, given as (path, array), to their places in the files."""
   with contextlib.ExitStack() as stack:
@@ -186,7 +190,7 @@ def write_tensors(
     for path, leaf in leaves:
       entry = plan.entries[path]
       # The file has one tensor for each layer of a stacked leaf.
-      layers = leaf if entry.stacked else [leaf]
+      layers = _on_host(leaf, stacked=entry.stacked)
       for name, tensor in zip(entry.names(leaf.shape), layers, strict=True):
         if entry.axes:  # argsort undoes a transposition
           tensor = tensor.transpose(np.argsort(entry.axes))
@@ -201,16 +205,30 @@ def write_tensors(
       os.fsync(file.fileno())
 
 
-def _host(
+def _merged(
   model: Model, leaves: dict[str, jax.Array | np.ndarray], path: str
-) -> np.ndarray:
-  """A leaf on this host, its adapter merged in."""
+) -> jax.Array | np.ndarray:
+  """A leaf, its adapter merged in."""
   leaf = leaves[path]
   module, _, name = path.rpartition(".")
   a = leaves.get(f"{module}.lora_a")
   if model.lora and a is not None and name in WEIGHTS:
     leaf = merged(leaf, a, leaves[f"{module}.lora_b"], model.lora.scale, name)
-  return fetch(leaf)
+  return leaf
+
+
+def _on_host(
+  leaf: jax.Array | np.ndarray, *, stacked: bool
+) -> Iterator[np.ndarray]:
+  """The tensors of a leaf, one after another; every process takes part."""
+  if not stacked:
+    yield fetch(leaf)
+  elif isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+    # All layers of a large model are too much for each host.
+    for layer in range(len(leaf)):
+      yield fetch(leaf[layer])
+  else:
+    yield from fetch(leaf)
 
 
 def fetch(leaf: jax.Array | np.ndarray) -> np.ndarray:

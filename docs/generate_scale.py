@@ -1,0 +1,399 @@
+"""Writes docs/scale.md: the papers' models on GPUs and TPU slices, planned.
+
+    python docs/generate_scale.py            makes the rows that are missing
+    python docs/generate_scale.py --page     writes the page from the rows alone
+
+Each row is one `python -m jaxalign.plan`, kept in docs/scale.json; delete a row
+there to make it again. Needs the extras plan-gpu and plan-tpu; a row that is
+marked `estimate` is compiled for CPUs, because a TPU's compiler takes minutes
+for it.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+import time
+
+HERE = pathlib.Path(__file__).parent
+ROWS, PAGE = HERE / "scale.json", HERE / "scale.md"
+GIB = 2**30
+
+# The architectures' public numbers, as their config.json has them.
+
+
+def neox(width, layers, heads, vocabulary):
+  """A Pythia model."""
+  return {
+    "model_type": "gpt_neox",
+    "architectures": ["GPTNeoXForCausalLM"],
+    "hidden_size": width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "intermediate_size": 4 * width,
+    "max_position_embeddings": 2048,
+    "vocab_size": vocabulary,
+    "rotary_pct": 0.25,
+    "rotary_emb_base": 10000,
+    "layer_norm_eps": 1e-5,
+    "hidden_act": "gelu",
+    "use_parallel_residual": True,
+    "tie_word_embeddings": False,
+    "eos_token_id": 0,
+  }
+
+
+def llama(width, layers, heads, inner):
+  """A first LLaMA."""
+  return {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": width,
+    "num_hidden_layers": layers,
+    "num_attention_heads": heads,
+    "intermediate_size": inner,
+    "max_position_embeddings": 2048,
+    "vocab_size": 32000,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "eos_token_id": 2,
+  }
+
+
+SCORE = {"id2label": {"0": "LABEL_0"}, "label2id": {"LABEL_0": 0}}
+MODELS = {
+  "pythia-1b": neox(2048, 16, 8, 50304),
+  "pythia-6.9b": neox(4096, 32, 32, 50432),
+  "pythia-12b": neox(5120, 36, 40, 50688),
+  "llama-7b": llama(4096, 32, 32, 11008),
+  "llama-65b": llama(8192, 80, 64, 22016),
+  # OpenAssistant/reward-model-deberta-v3-large-v2.
+  "deberta-v3-large": SCORE
+  | {
+    "model_type": "deberta-v2",
+    "architectures": ["DebertaV2ForSequenceClassification"],
+    "hidden_size": 1024,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "intermediate_size": 4096,
+    "hidden_act": "gelu",
+    "max_position_embeddings": 512,
+    "relative_attention": True,
+    "position_buckets": 256,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "max_relative_positions": -1,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
+    "vocab_size": 128100,
+    "layer_norm_eps": 1e-7,
+    "pad_token_id": 0,
+  },
+  # SuperHF's own reward models are of this size.
+  "gpt-neo-1.3b": SCORE
+  | {
+    "model_type": "gpt_neo",
+    "architectures": ["GPTNeoForSequenceClassification"],
+    "hidden_size": 2048,
+    "num_layers": 24,
+    "num_heads": 16,
+    "intermediate_size": None,
+    "max_position_embeddings": 2048,
+    "vocab_size": 50257,
+    "window_size": 256,
+    "attention_types": [[["global", "local"], 12]],
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "eos_token_id": 50256,
+    "pad_token_id": 50256,
+  },
+}
+
+# Run -> config, models by field, further fields.
+OWN = {"reward_model": "gpt-neo-1.3b", "test_reward_model": "gpt-neo-1.3b"}
+RUNS = {
+  "Pythia-1B SuperHF": (
+    "configs/superhf.py:pythia-1b",
+    {"policy": "pythia-1b", "reward_model": "deberta-v3-large"},
+    {},
+  ),
+  "Pythia-6.9B SuperHF, LoRA": (
+    "configs/superhf.py:pythia-6.9b",
+    {"policy": "pythia-6.9b", **OWN},
+    {},
+  ),
+  "Pythia-12B SuperHF, LoRA": (
+    "configs/superhf.py:pythia-12b",
+    {"policy": "pythia-12b", **OWN},
+    {},
+  ),
+  "LLaMA-7B SuperHF, LoRA": (
+    "configs/superhf.py:llama-7b",
+    {"policy": "llama-7b", **OWN},
+    {},
+  ),
+  "LLaMA-7B PPO, LoRA": (
+    "configs/ppo.py:superhf-rlhf",
+    {"policy": "llama-7b", "reward_model": "gpt-neo-1.3b"},
+    {
+      "lora.rank": 4,
+      "lora.targets": "q_proj,v_proj",
+      "precision.params": "bfloat16",
+    },
+  ),
+  "LLaMA-65B SuperHF, LoRA": (
+    "configs/superhf.py:llama-7b",
+    {"policy": "llama-65b", **OWN},
+    {},
+  ),
+}
+TARGETS = (
+  "a6000",
+  "8xh100",
+  "v5litepod-16",
+  "v5litepod-256",
+  "v5p-128",
+  "v5p-1024",
+)
+# A row a chip at constant work: full fine-tuning and adapters.
+SCALING = ("Pythia-1B SuperHF", "LLaMA-7B SuperHF, LoRA")
+CHIPS = (16, 32, 64, 128, 256, 512)
+# What the compiler of the target itself has compiled; others are estimates.
+COMPILED = {("Pythia-1B SuperHF", "v5litepod-16")}
+LIMIT = 900  # seconds of a row
+
+
+def chips_of(target):
+  """Chips behind a target's name."""
+  from jaxalign.plan.targets import find
+
+  return find(target).chips
+
+
+def fields_of(run, target):
+  """The flags of a run whose rows fill the target's chips, one row a chip."""
+  config, models, fields = RUNS[run]
+  fields, chips = dict(fields), chips_of(target)
+  if "superhf.py" in config and chips > 2:
+    fields |= {
+      "superbatch.mode": "prompt_accumulation",
+      "superbatch.prompts": chips,
+      "superbatch.samples_per_prompt": 16,
+      "batch_size": chips,
+    }
+  elif chips > 8:
+    fields |= {"rollout.prompts": chips, "batch_size": chips}
+  return config, models, fields
+
+
+def plan(run, target, folder, *, estimate=False):
+  """One plan as the command prints it, or what kept it from one."""
+  config, models, fields = fields_of(run, target)
+  flags = [f"--config.{name}={value}" for name, value in fields.items()]
+  flags += [f"--config.{name}={folder / m}" for name, m in models.items()]
+  if estimate:
+    flags.append("--estimate")
+  command = [sys.executable, "-m", "jaxalign.plan", f"--config={config}"]
+  command += [*flags, f"--on={target}", "--json", "--quick", "--tokens=256"]
+  start = time.monotonic()
+  try:
+    done = subprocess.run(
+      command,
+      capture_output=True,
+      text=True,
+      timeout=LIMIT,
+      cwd=HERE.parent,
+      env=os.environ | {"PYTHONPATH": str(HERE.parent)},
+      check=False,
+    )
+  except subprocess.TimeoutExpired:
+    return {"error": f"not compiled within {LIMIT} s"}
+  if done.returncode:
+    lines = done.stderr.strip().splitlines() or ["no message"]
+    return {"error": lines[-1][:300]}
+  found = json.loads(done.stdout)
+  del found["notes"]  # of folders that no longer exist
+  found["planned_seconds"] = round(time.monotonic() - start)
+  return found
+
+
+def wanted():
+  """Every row: its name, run and target, the most important first."""
+  gpus = [(run, name) for name in TARGETS[:2] for run in RUNS]
+  tpus = [(run, name) for name in TARGETS[2:] for run in RUNS]
+  weak = [(run, f"v5p-{2 * chips}") for run in SCALING for chips in CHIPS]
+  rows = gpus + weak + [row for row in tpus if row not in weak]
+  return [(f"{run} | {target}", run, target) for run, target in rows]
+
+
+def make(rows):
+  """Makes the rows that are missing, one after another."""
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    for model, config in MODELS.items():
+      (folder / model).mkdir()
+      (folder / model / "config.json").write_text(json.dumps(config))
+    for key, run, target in wanted():
+      if key in rows:
+        continue
+      estimate = target.startswith("v") and (run, target) not in COMPILED
+      rows[key] = plan(run, target, folder, estimate=estimate)
+      ROWS.write_text(json.dumps(rows, indent=1) + "\n")
+      took = rows[key].get("planned_seconds", 0)
+      print(f"{key}: {rows[key].get('error', f'{took} s')}", flush=True)
+
+
+def gib(value):
+  """Bytes in GiB."""
+  return f"{value / GIB:.1f}"
+
+
+def cells(row):
+  """A row's figures as a table shows them."""
+  if "error" in row:
+    return ["-"] * 7 + [row["error"]]
+  longest = max(
+    row["programs"],
+    key=lambda p: p["calls_a_step"] * max(p["seconds"].values()),
+  )
+  sent = sum(
+    p["calls_a_step"] * sum(p["exchanged_bytes"].values())
+    for p in row["programs"]
+  )
+  mark = "*" if row["estimate"] else ""
+  return [
+    gib(sum(row["resident_bytes"].values())),
+    gib(row["peak_bytes"]) + mark,
+    gib(row["memory_bytes"]),
+    "yes" if row["fits"] else "**no**",
+    f"{sent / 1e9:.1f}",
+    f"{row['step_seconds']:.2f}",
+    f"{row['hours']:.2g}",
+    f"{longest['name']}, {longest['bound_by']}",
+  ]
+
+
+HEAD = """# What the papers' models need
+
+Written by `docs/generate_scale.py` with `python -m jaxalign.plan`; do not edit.
+[Planning a run](plan.md) explains the figures. Nothing here was run: memory is
+what XLA's compiler reserves, times are rooflines (arithmetic, memory and
+exchange at the data sheet's rates, all overlapped), which real runs miss by a
+factor of two to three. A star marks an estimate: the program was compiled for
+CPUs in the place of the target, with the same mesh; where both are known it is
+off by {error}.
+
+Prompts of 256 tokens, completions of the presets' length, texts to train on of
+`max_length`. From 8 chips on a step has one prompt a chip, 16 samples of each,
+and trains on the best of each prompt, so that every chip has one row of an
+update; PPO has one completion a chip. On one card the rows are the preset's.
+All chips are on `fsdp`.
+
+"""
+
+
+def page(rows):
+  """The page's text."""
+  lines = []
+  titles = [
+    "on",
+    "state, GiB a chip",
+    "peak",
+    "of",
+    "fits",
+    "sent, GB a chip and step",
+    "step, s",
+    "run, h",
+    "longest",
+  ]
+  for run in RUNS:
+    config, _, fields = RUNS[run]
+    flags = " ".join(f"--config.{k}={v}" for k, v in fields.items())
+    lines += [f"## {run}", "", f"`{config} {flags}`".replace(" `", "`"), ""]
+    lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for target in TARGETS:
+      row = rows.get(f"{run} | {target}")
+      if row:
+        lines.append("| " + " | ".join([target, *cells(row)]) + " |")
+    lines.append("")
+  lines += [*weak_scaling(rows), *bounds(rows)]
+  return HEAD.format(error=estimate_error(rows)) + "\n".join(lines) + "\n"
+
+
+def weak_scaling(rows):
+  """Constant rows a chip on more and more chips of v5p."""
+  lines = [
+    "## Weak scaling, v5p",
+    "",
+    "One row of an update and one prompt a chip; in brackets the efficiency of",
+    "the doubling: the time of a step on half the chips over that on all.",
+    "",
+    "| run | " + " | ".join(f"{chips} chips" for chips in CHIPS) + " |",
+    "|---" * (len(CHIPS) + 1) + "|",
+  ]
+  for run in SCALING:
+    times, cells_ = [], []
+    for chips in CHIPS:
+      row = rows.get(f"{run} | v5p-{2 * chips}", {})
+      times.append(row.get("step_seconds"))
+      if times[-1] is None:
+        cells_.append(row.get("error", "-"))
+        continue
+      share = ""
+      if len(times) > 1 and times[-2]:
+        share = f" ({times[-2] / times[-1]:.0%})"
+      cells_.append(f"{times[-1]:.3f} s{share}")
+    lines.append(f"| {run} | " + " | ".join(cells_) + " |")
+  return [*lines, ""]
+
+
+def bounds(rows):
+  """What bounds the update of each planned run."""
+  lines = [
+    "## What bounds an update",
+    "",
+    "Milliseconds of one call, each resource alone.",
+    "",
+    "| run, on | arithmetic | memory | exchange |",
+    "|---|---|---|---|",
+  ]
+  for key, row in rows.items():
+    if key.startswith("estimate") or "error" in row:
+      continue
+    for program in row["programs"]:
+      if program["name"] in ("update", "learn"):
+        ms = [f"{1e3 * t:.1f}" for t in program["seconds"].values()]
+        lines.append(f"| {key.replace(' |', ',')} | " + " | ".join(ms) + " |")
+  return [*lines, ""]
+
+
+def estimate_error(rows):
+  """The range of estimated over compiled peaks, where both are there."""
+  found = []
+  for key, row in rows.items():
+    other = rows.get(f"estimate: {key}", {})
+    if "peak_bytes" in other and "peak_bytes" in row:
+      found.append(other["peak_bytes"] / row["peak_bytes"] - 1)
+  if not found:
+    return "an unknown amount"
+  return f"{min(found):+.0%} to {max(found):+.0%} of the peak"
+
+
+def main():
+  """Makes rows, and the page of all that are there."""
+  parser = argparse.ArgumentParser()
+  parser.add_argument("--page", action="store_true")
+  args = parser.parse_args()
+  rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
+  if not args.page:
+    make(rows)
+  PAGE.write_text(page(rows))
+
+
+if __name__ == "__main__":
+  main()
