@@ -99,9 +99,10 @@ def sample_of(args, model, mesh):
   prompts = args.rows // args.samples
   drawn = settings.make(max_new_tokens=args.new, top_p=0.9, eos_ids=(1,))
   params = meshes.with_shardings(model.shapes, mesh)
-  return sampler.program(
+  program, *_ = sampler.programs(
     params, prompts, args.length, drawn, args.samples
-  ).lower()
+  )
+  return program.lower()
 
 
 def main():

@@ -73,7 +73,7 @@ for sizes, loss in (((1, 8, 1), nll), ((2, 2, 2), logps)):
 mesh = meshes.make_mesh(1, 8, 1)
 drawn = settings.make(max_new_tokens=6, top_p=0.9, eos_ids=(1,))
 shapes = meshes.with_shardings(model.shapes, mesh)
-program = Sampler(model, mesh=mesh).program(shapes, 8, 3, drawn, 2)
+program, *_ = Sampler(model, mesh=mesh).programs(shapes, 8, 3, drawn, 2)
 compiled = program.lower().compile()
 print(json.dumps(dict(sizes="sample", sample=compiled.as_text())))
 """
