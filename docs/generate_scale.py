@@ -150,7 +150,8 @@ RUNS = {
   "LLaMA-65B SuperHF, LoRA": (
     "configs/superhf.py:llama-7b",
     {"policy": "llama-65b", **OWN},
-    {},
+    # Split by fsdp alone, every chip gathers all weights to sample with them.
+    {"mesh.tensor": 8},
   ),
 }
 TARGETS = (
@@ -293,7 +294,7 @@ Prompts of 256 tokens, completions of the presets' length, texts to train on of
 `max_length`. From 8 chips on a step has one prompt a chip, 16 samples of each,
 and trains on the best of each prompt, so that every chip has one row of an
 update; PPO has one completion a chip. On one card the rows are the preset's.
-All chips are on `fsdp`.
+All chips are on `fsdp` but for what a run's line says.
 
 """
 
