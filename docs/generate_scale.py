@@ -11,6 +11,7 @@ for it.
 
 import argparse
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -149,7 +150,8 @@ RUNS = {
   "LLaMA-65B SuperHF, LoRA": (
     "configs/superhf.py:llama-7b",
     {"policy": "llama-65b", **OWN},
-    {},
+    # Split by fsdp alone, every chip gathers all weights to sample with them.
+    {"mesh.tensor": 8},
   ),
 }
 TARGETS = (
@@ -292,7 +294,7 @@ Prompts of 256 tokens, completions of the presets' length, texts to train on of
 `max_length`. From 8 chips on a step has one prompt a chip, 16 samples of each,
 and trains on the best of each prompt, so that every chip has one row of an
 update; PPO has one completion a chip. On one card the rows are the preset's.
-All chips are on `fsdp`.
+All chips are on `fsdp` but for what a run's line says.
 
 """
 
@@ -317,9 +319,8 @@ def page(rows):
     lines += [f"## {run}", "", f"`{config} {flags}`".replace(" `", "`"), ""]
     lines += ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for target in TARGETS:
-      row = rows.get(f"{run} | {target}")
-      if row:
-        lines.append("| " + " | ".join([target, *cells(row)]) + " |")
+      row = rows.get(f"{run} | {target}", {"error": "not planned yet"})
+      lines.append("| " + " | ".join([target, *cells(row)]) + " |")
     lines.append("")
   lines += [*weak_scaling(rows), *bounds(rows)]
   return HEAD.format(error=estimate_error(rows)) + "\n".join(lines) + "\n"
@@ -331,24 +332,27 @@ def weak_scaling(rows):
     "## Weak scaling, v5p",
     "",
     "One row of an update and one prompt a chip; in brackets the efficiency of",
-    "the doubling: the time of a step on half the chips over that on all.",
+    "a doubling: the time of a step on half the chips over that on all; of",
+    "plans several doublings apart the geometric mean.",
     "",
     "| run | " + " | ".join(f"{chips} chips" for chips in CHIPS) + " |",
     "|---" * (len(CHIPS) + 1) + "|",
   ]
   for run in SCALING:
-    times, cells_ = [], []
+    found, last = [], None  # the last is (chips, seconds)
     for chips in CHIPS:
       row = rows.get(f"{run} | v5p-{2 * chips}", {})
-      times.append(row.get("step_seconds"))
-      if times[-1] is None:
-        cells_.append(row.get("error", "-"))
+      seconds = row.get("step_seconds")
+      if seconds is None:
+        found.append(row.get("error", "not planned yet"))
         continue
       share = ""
-      if len(times) > 1 and times[-2]:
-        share = f" ({times[-2] / times[-1]:.0%})"
-      cells_.append(f"{times[-1]:.3f} s{share}")
-    lines.append(f"| {run} | " + " | ".join(cells_) + " |")
+      if last is not None:
+        doublings = math.log2(chips / last[0])
+        share = f" ({(last[1] / seconds) ** (1 / doublings):.0%})"
+      found.append(f"{seconds:.3f} s{share}")
+      last = chips, seconds
+    lines.append(f"| {run} | " + " | ".join(found) + " |")
   return [*lines, ""]
 
 

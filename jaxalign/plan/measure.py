@@ -307,8 +307,12 @@ def measure(
   own = {id(leaf) for _, leaf in _resident_leaves(program)}
   beside = sum(size for key, (_, size) in resident.items() if key not in own)
   kept = sum(size for key, (_, size) in resident.items() if key in own)
+  # An array may be passed twice, as the base under adapters that is the
+  # reference too; in memory it is once.
   leaves = jax.tree.leaves(program.arguments)
-  passed = sum(leaf_bytes(leaf) for leaf in leaves if id(leaf) not in own)
+  unique = {id(leaf): leaf for leaf in leaves}
+  passed = sum(leaf_bytes(x) for key, x in unique.items() if key not in own)
+  twice = sum(map(leaf_bytes, leaves)) - sum(map(leaf_bytes, unique.values()))
   options = None if devices_are_cpu(spec.mesh) else target.compiler_options
   try:
     compiled = traced.lower().compile(compiler_options=options)
@@ -323,13 +327,12 @@ def measure(
     stats, text = compiled.memory_analysis(), compiled.as_text()
     assert stats is not None  # every compiler of a target tells both
     assert text is not None
-    held = (
-      stats.argument_size_in_bytes
-      + stats.output_size_in_bytes
-      - stats.alias_size_in_bytes
-    )
+    # What a program does not read is no argument to XLA, and in memory too.
+    given = max(stats.argument_size_in_bytes - twice, kept + passed)
+    made = stats.output_size_in_bytes - stats.alias_size_in_bytes
     temporary = stats.temp_size_in_bytes
-    peak = held + temporary + stats.generated_code_size_in_bytes + beside
+    code = stats.generated_code_size_in_bytes
+    peak = given + made + temporary + code + beside
     module = hlo.parse(text, trips)
     moved = module.traffic()
     exchanged = tuple(

@@ -376,7 +376,7 @@ def prepare(chosen: Sequence[Target]) -> None:
   missing.
   """
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-  # Else libtpu asks the cloud for minutes which machine it is on.
+  # Else libtpu asks the cloud which machine it is on.
   os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
   os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
   # XLA's CUDA part says of itself that there is no CUDA here.

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import Mesh, Sharding
 from jaxtyping import PyTree
 
 from jaxalign.core.types import Params, Samples, SamplingParams
@@ -145,7 +145,9 @@ class Sampler:
     rows, groups = len(state.done), compaction.prompt_groups(fixed)
     done = np.arange(rows) * groups // rows % 2 == 1
     kept = compaction.choose(done, groups, max(groups // 2, 1), rows // groups)
-    moved = fixed, state, *_shapes(jax.device_put(kept))
+    # The parameters' device, which nothing else here would name.
+    where = meshes.replicated(jax.tree.leaves(params)[0].sharding.mesh)
+    moved = _shapes((fixed, state, *jax.device_put(kept)), where)
     return [
       Program("sample: begin", jitted.begin, arguments, calls, 0, static),
       Program("sample: unstack", jitted.unstack, (params,), calls),
@@ -327,8 +329,11 @@ class _Programs:
     self.take = jit(compaction.take)
 
 
-def _shapes(tree: PyTree) -> PyTree:
-  return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+def _shapes(tree: PyTree, where: Sharding | None = None) -> PyTree:
+  def shape(x):
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+  return jax.tree.map(shape, tree)
 
 
 def _next_power_of_two(count: int) -> int:

@@ -40,6 +40,8 @@ HELD_OUT = POLICY | {
   "validation_data": "lab",
   "validation_rows": 8,
 }
+# What the calls of attention kernels are named: splash, cuDNN, Pallas-Triton.
+KERNELS = ("tpu_custom_call", "__cudnn$fmha", "triton")
 # What follows a comma is added to the case of the method alone.
 CASES = {
   "superhf": ONLINE
@@ -116,6 +118,7 @@ def main(name, *chosen):
       print(json.dumps(row), flush=True)
       lowered = program.lower()
       text = lowered.as_text()
+      row["kernels"] = [name for name in KERNELS if name in text]
       # Methods share programs.
       if text not in known:
         known[text] = lowered.compile(target.compiler_options)

@@ -45,6 +45,11 @@ PROGRAMS = {
   "reward_model": ["update", "evaluate: score"],
   "reward_model, pair": ["update", "evaluate: score"],
 }
+# Attention's, in the update of texts that are long enough.
+KERNELS = {
+  "sft, long": {"v5litepod-4": "tpu_custom_call", "a6000": "__cudnn$fmha"},
+  "sft, long, float32": {"v5litepod-4": "tpu_custom_call", "a6000": "triton"},
+}
 
 
 @pytest.mark.aot
@@ -72,6 +77,8 @@ def test_every_program_compiles(target):
       # What `auto` means on the devices, not on the CPU of this process.
       asked = "float32" if row["case"].endswith("float32") else "bfloat16"
       assert row["dtype"] == asked, row
+      if row["case"] in KERNELS and row["program"] == "update":
+        assert row["kernels"] == [KERNELS[row["case"]][target]], row
       done.setdefault(row["case"], []).append(row["program"])
   wanted = dict(PROGRAMS)
   if target == "a6000":  # rows move on one device alone

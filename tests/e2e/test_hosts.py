@@ -147,7 +147,13 @@ def test_online_methods_equal_one_process(
   )
   if method == "superhf":
     command = superhf(
-      "", steps=3, superbatch__prompts=8, batch_size=8, evaluation__interval=2
+      "",
+      steps=3,
+      superbatch__prompts=8,
+      batch_size=8,
+      evaluation__interval=2,
+      evaluation__num_prompts=4,
+      evaluation__best_of_n=2,
     )
   one = start(command, tmp_path / "one", 1, 4)
   two = start(command, tmp_path / "two", 2, 2)

@@ -107,10 +107,14 @@ def test_what_a_program_does_not_use_stays_beside_it(model, tmp_path):
   lora = dataclasses.replace(there.config.lora, rank=2)
   adapted = dataclasses.replace(there.config, lora=lora)
   programs = algorithms.programs(algorithms.describe(adapted))
-  # The base under the adapters is the reference: it counts once.
+  # The base under the adapters is the reference: it counts once, although it
+  # is passed twice.
   sizes = measure._by_class(measure.residents(programs))
   assert sizes[measure.REFERENCE] == 0
   assert sizes[measure.PARAMETERS] < 4.2 * SIZE
+  plan = measure.plan(adapted, find("cpu"))
+  update = plan.programs[0]
+  assert update.peak - update.temporary < 4.5 * SIZE
 
 
 def test_the_largest_pass_fits_and_one_row_more_does_not(planned):
