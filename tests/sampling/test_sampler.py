@@ -1,5 +1,6 @@
 """Invariances of the sampler on tiny models with random weights."""
 
+import dataclasses
 import itertools
 import re
 
@@ -234,10 +235,31 @@ def test_a_gpu_asks_the_host_once_a_token(model, chosen):
   assert all(name in known or name.startswith("%c") for name in asked)
 
 
-def test_neither_scanned_layers_nor_fewer_rows_change_a_token(
+def test_scanned_layers_draw_the_same(model, params, sampler, monkeypatch):
+  """Deep models, whose layers are not unrolled while decoding."""
+  drawn = settings.make(max_new_tokens=8, eos_ids=(1,), **PAPER)
+  prefix = [11, 12, 13]
+  unrolled = sampler(
+    params, PROMPTS, drawn, KEY, samples_per_prompt=2, prefix=prefix
+  )
+  for room in (cache, causal):
+    monkeypatch.setattr(room, "UNROLLED", 1)
+  deep = Sampler(model, prompt_buckets=(8, 16), new_token_buckets=(8, 16))
+  scanned = deep(
+    params, PROMPTS, drawn, KEY, samples_per_prompt=2, prefix=prefix
+  )
+  np.testing.assert_array_equal(unrolled.tokens, scanned.tokens)
+  np.testing.assert_allclose(
+    unrolled.model_logps, scanned.model_logps, atol=1e-5
+  )
+  streamed = list(deep.stream(params, PROMPTS[0], drawn, KEY))
+  whole = deep(params, PROMPTS[:1], drawn, KEY)
+  assert streamed == whole.tokens[0, : whole.lengths[0]].tolist()
+
+
+def test_ended_rows_leave_the_batch_and_change_no_token(
   sampler, params, model, monkeypatch
 ):
-  """Unrolled and all rows, against a deep model's way with ended rows out."""
   drawn = settings.make(max_new_tokens=16, eos_ids=range(3, 131, 17), **PAPER)
   prefix = [11, 12]
   whole = sampler(
@@ -250,11 +272,7 @@ def test_neither_scanned_layers_nor_fewer_rows_change_a_token(
     return needed(done, groups)
 
   monkeypatch.setattr(compaction, "needed", counting)
-  for room in (cache, causal):
-    monkeypatch.setattr(room, "UNROLLED", 1)
-  few = Sampler(
-    model, sampler.prompt_buckets, sampler.new_token_buckets, compact=True
-  )
+  few = dataclasses.replace(sampler, compact=True)
   found = few(params, PROMPTS, drawn, KEY, samples_per_prompt=5, prefix=prefix)
   for name in ("tokens", "lengths", "finish"):
     np.testing.assert_array_equal(getattr(found, name), getattr(whole, name))
