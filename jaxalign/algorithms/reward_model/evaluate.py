@@ -105,7 +105,9 @@ def agreement(
   # Weighted means over some of the pairs; NaN where there are none.
   def mean(x, among=True):
     share = np.where(among, weight, 0)
-    return float(x @ share / share.sum()) if share.any() else float("nan")
+    # Both sums in the same order, so that the mean of ones is 1.
+    total = (x * share).sum()
+    return float(total / share.sum()) if share.any() else float("nan")
 
   return {
     "accuracy": mean(right),
