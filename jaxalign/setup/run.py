@@ -265,12 +265,6 @@ def open_mesh(
     if whole > meshes.row_count(mesh):
       why = f"; {field} gives {rows} rows, a multiple of {whole} uses more"
     print(f"mesh: {share} devices ({axes}){why}")
-  if mesh.size < there and hosts.count() > 1:
-    raise UserError(
-      f"config.mesh takes {mesh.size} of {there} devices, but with several "
-      "hosts it must take all; set one of replica and fsdp to -1, or start "
-      "fewer processes"
-    )
   return mesh
 
 

@@ -262,7 +262,7 @@ def test_wrong_starts_are_one_line(sft, tmp_path):
     assert "the number of its devices is 2 on host 0" in error
   for status, error in fails([["--config.mesh.fsdp=2"]] * 2):
     assert status == 2
-    assert "config.mesh takes 2 of 4 devices" in error
+    assert "= 2 devices, but a run on 2 hosts needs all 4" in error
   ((status, error),) = fails(same, ids=(1,))
   assert status == 2
   assert "cannot be reached within 5 s: [Errno 111]" in error

@@ -63,6 +63,9 @@ class Bound:
   def unembed(self, hidden):
     return hidden[..., :WORDS]
 
+  def chunked_unembed(self):
+    return self.unembed
+
 
 def text_batch(texts, kind=TextBatch):
   """(prompt, answer) ids as rows `[B, T]`, padded on the right."""

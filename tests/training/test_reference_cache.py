@@ -88,13 +88,13 @@ def test_what_is_precomputed_is_what_the_model_finds():
 
 def test_texts_that_are_known_are_not_computed_again(monkeypatch):
   seen = []
-  put_rows = reference_cache.put_rows
+  put_rows = meshes.put_rows
 
   def watched(text, mesh):
     seen.append(text.tokens.shape)
     return put_rows(text, mesh)
 
-  monkeypatch.setattr(reference_cache, "put_rows", watched)
+  monkeypatch.setattr(meshes, "put_rows", watched)
   precomputed(texts(TEXTS[:2]), texts(TEXTS[1::-1]), texts(TEXTS[1:3]))
   assert len(seen) == 2
 
