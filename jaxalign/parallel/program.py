@@ -33,11 +33,11 @@ class Program:
   name: str
   function: jax.stages.Wrapped
   arguments: tuple[PyTree, ...]
-  calls: float = 1.0
+  calls: int | float = 1
   iterations: int = 0
   keywords: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
-  def named(self, name: str, share: float = 1.0) -> "Program":
+  def named(self, name: str, share: int | float = 1) -> "Program":
     """The same under another name, called in a share of the steps."""
     return dataclasses.replace(self, name=name, calls=share * self.calls)
 

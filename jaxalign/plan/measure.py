@@ -59,7 +59,7 @@ class ProgramPlan:
   """
 
   name: str
-  calls: float
+  calls: int | float
   arguments: int
   cache: int
   temporary: int

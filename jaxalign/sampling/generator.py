@@ -134,7 +134,7 @@ class Generator:
       samples: S.
     """
     size = self.batch_prompts or prompts
-    calls = float(-(-prompts // size))  # rounded up
+    calls = -(-prompts // size)  # rounded up
     return self.sampler.programs(
       params, size, tokens, self.settings, samples, calls
     )

@@ -112,7 +112,7 @@ class Sampler:
     tokens: int,
     settings: SamplingParams,
     samples_per_prompt: int,
-    calls: float = 1.0,
+    calls: int | float = 1,
   ) -> list[Program]:
     """The programs that a call runs.
 

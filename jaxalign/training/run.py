@@ -263,7 +263,7 @@ class Step:
     )
 
   def program(
-    self, batch: PyTree, calls: float = 1.0, name: str = "update"
+    self, batch: PyTree, calls: int | float = 1, name: str = "update"
   ) -> Program:
     """The program of a numpy batch of this shape; `run` may hold shapes."""
     run = self.run
