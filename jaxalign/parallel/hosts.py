@@ -95,7 +95,7 @@ def start(cluster: Cluster | None) -> None:
 
 
 def _join(cluster: Cluster) -> None:
-  config: Any = jax.config  # its options are set at run time
+  config = jax.config
   # The collectives of several CPUs; other platforms have their own.
   config.update("jax_cpu_collectives_implementation", "gloo")
   # Its handler of SIGTERM would stand in the way of ours, and cannot be undone.

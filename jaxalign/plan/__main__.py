@@ -66,7 +66,7 @@ def show(argv: Sequence[str]) -> int:
       config, pathlib.Path(folder), args.tokens, args.rows
     )
 
-    def plan(target: targets.Target) -> measure.Plan:
+    def plan(target: targets.Target) -> measure.RunPlan:
       # What describing a run prints is of the run, not of the plan.
       with contextlib.redirect_stdout(io.StringIO()):
         return measure.plan(there.config, target, there.notes)

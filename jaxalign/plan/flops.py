@@ -7,7 +7,6 @@ import collections
 import math
 import re
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.extend as jex
@@ -19,7 +18,7 @@ BF16, F32, EXACT = "bfloat16", "float32", "float32 exact"
 Flops = collections.Counter[str]  # multiplications and additions by kind
 
 
-def count(function: Callable[..., Any], *args: Any, trips: int) -> Flops:
+def count(function: Callable[..., object], *args: object, trips: int) -> Flops:
   """Multiplications and additions of matrix products, over all devices.
 
   A scan counts its length, a `cond` its dearest branch, a kernel its grid.
@@ -78,7 +77,7 @@ def turns_of(scope: str) -> int | None:
   return int(found[-1]) if found else None
 
 
-def jaxprs_of(params: dict[str, Any]) -> list[jex.core.Jaxpr]:
+def jaxprs_of(params: dict[str, object]) -> list[jex.core.Jaxpr]:
   """The bodies that a primitive's parameters hold."""
   found = []
   for value in params.values():

@@ -11,13 +11,13 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from jaxalign import algorithms
 from jaxalign.config import TrainingConfig
+from jaxalign.config.online import OnlineConfig
 from jaxalign.core.types import TrainState
 from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
@@ -83,7 +83,7 @@ class ProgramPlan:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class RunPlan:
   """A run on a target.
 
   Attributes:
@@ -136,15 +136,15 @@ def for_platform(config: TrainingConfig, target: Target) -> TrainingConfig:
 
   A program that is compiled for another platform must have the same.
   """
-  changes: dict[str, Any] = {}  # sections of several types
-  if config.precision.compute == "auto" and target.chip.kind != "cpu":
-    changes["precision"] = dataclasses.replace(
-      config.precision, compute="bfloat16"
-    )
-  scoring = getattr(config, "scoring", None)
-  if scoring and scoring.dtype == "auto" and target.chip.kind != "cpu":
-    changes["scoring"] = dataclasses.replace(scoring, dtype="bfloat16")
-  return dataclasses.replace(config, **changes)
+  if target.chip.kind == "cpu":
+    return config
+  if config.precision.compute == "auto":
+    precision = dataclasses.replace(config.precision, compute="bfloat16")
+    config = dataclasses.replace(config, precision=precision)
+  if isinstance(config, OnlineConfig) and config.scoring.dtype == "auto":
+    scoring = dataclasses.replace(config.scoring, dtype="bfloat16")
+    config = dataclasses.replace(config, scoring=scoring)
+  return config
 
 
 def devices_of(target: Target) -> tuple[Sequence[jax.Device], str]:
@@ -171,7 +171,7 @@ def devices_of(target: Target) -> tuple[Sequence[jax.Device], str]:
 
 def plan(
   config: TrainingConfig, target: Target, notes: tuple[str, ...] = ()
-) -> Plan:
+) -> RunPlan:
   """Compiles every program of a run for a target.
 
   Args:
@@ -196,7 +196,7 @@ def plan(
   sampled = 0
   if spec.rollout:
     sampled = spec.rollout.rows * spec.rollout.config.sampling.max_new_tokens
-  return Plan(
+  return RunPlan(
     target=target,
     mesh=dict(spec.mesh.shape),
     resident=_by_class(resident),

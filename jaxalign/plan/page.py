@@ -4,13 +4,13 @@ from collections.abc import Sequence
 
 from jaxalign.core.types import JsonObject
 from jaxalign.plan import collectives
-from jaxalign.plan.measure import Plan
+from jaxalign.plan.measure import RunPlan
 from jaxalign.plan.targets import GIB
 
 Rows = list[list[str]]
 
 
-def text(plan: Plan) -> str:
+def text(plan: RunPlan) -> str:
   """A plan for people."""
   target = plan.target
   lines = [_machine(plan)]
@@ -69,7 +69,7 @@ def text(plan: Plan) -> str:
   return "\n".join(lines)
 
 
-def side_by_side(plans: Sequence[Plan]) -> str:
+def side_by_side(plans: Sequence[RunPlan]) -> str:
   """Several plans of one run, a row each."""
   rows = [
     [
@@ -111,7 +111,7 @@ def side_by_side(plans: Sequence[Plan]) -> str:
   return "\n".join(lines)
 
 
-def as_json(plan: Plan) -> JsonObject:
+def as_json(plan: RunPlan) -> JsonObject:
   """A plan for programs; bytes, seconds and operations are of one chip."""
   return {
     "target": plan.target.name,
@@ -175,7 +175,7 @@ def table(rows: Rows) -> list[str]:
   return lines
 
 
-def _machine(plan: Plan) -> str:
+def _machine(plan: RunPlan) -> str:
   target = plan.target
   whole = target.chip.memory / GIB
   given = f"{target.memory / GIB:.2f} GiB each"
@@ -185,7 +185,7 @@ def _machine(plan: Plan) -> str:
   return f"{target.name}: {count}, {given}; mesh {_mesh(plan)}"
 
 
-def _mesh(plan: Plan) -> str:
+def _mesh(plan: RunPlan) -> str:
   used = [f"{axis} {size}" for axis, size in plan.mesh.items() if size > 1]
   return ", ".join(used) or "one chip"
 

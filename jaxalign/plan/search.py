@@ -9,7 +9,7 @@ from jaxalign.errors import UserError
 from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.program import Program
 from jaxalign.plan import measure
-from jaxalign.plan.measure import Plan
+from jaxalign.plan.measure import RunPlan
 from jaxalign.plan.targets import GIB, Target
 from jaxalign.setup.run import RunSpec
 
@@ -18,7 +18,7 @@ _TRIES = 6  # compilations
 
 
 def advise(
-  config: TrainingConfig, plan: Plan, run: Callable[[Target], Plan]
+  config: TrainingConfig, plan: RunPlan, run: Callable[[Target], RunPlan]
 ) -> list[str]:
   """The largest pass and the smallest number of chips, a sentence each.
 
@@ -105,8 +105,8 @@ def update_of(spec: RunSpec[TrainingConfig], rows: int) -> Program:
 
 
 def smallest(
-  run: Callable[[Target], Plan], found: Plan, among: Sequence[Target]
-) -> Plan | None:
+  run: Callable[[Target], RunPlan], found: RunPlan, among: Sequence[Target]
+) -> RunPlan | None:
   """The plan on the fewest chips that the run fits.
 
   Args:
