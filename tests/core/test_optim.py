@@ -232,3 +232,22 @@ def test_ema_by_hand():
       state.ema[name], 0.75 * old + 0.25 * state.params[name], rtol=1e-6
     )
   assert start(before).ema is None
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+def test_a_mean_in_bfloat16_moves_nearly_the_same(name):
+  """Half the bytes of the mean; AdamW's second moment stays float32."""
+  params, short = tree(0), {"name": name, "mu_dtype": "bfloat16"}
+  whole, half = start(params, name=name), start(params, **short)
+  optimizers = [
+    optim.make_optimizer(**PLAIN | changes)
+    for changes in ({"name": name}, short)
+  ]
+  for seed in range(1, 4):
+    whole, _ = step(whole, tree(seed), optimizer=optimizers[0])
+    half, _ = step(half, tree(seed), optimizer=optimizers[1])
+  formats = {x.dtype.name for x in jax.tree.leaves(half.opt_state) if x.ndim}
+  assert formats == {"bfloat16"} | ({"float32"} if name == "adamw" else set())
+  moved = [whole.params[key] - params[key] for key in params]
+  for key, by in zip(params, moved, strict=True):
+    np.testing.assert_allclose(half.params[key] - params[key], by, atol=5e-3)

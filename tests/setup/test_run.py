@@ -1,14 +1,17 @@
-"""What tells the rows of a run from others."""
+"""What tells the rows of a run from others; a reference's number format."""
 
 import dataclasses
 import hashlib
 import json
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxalign.algorithms.reward_model.data import ScoredRows
 from jaxalign.data.encode import Encoded
-from jaxalign.setup.run import digest_of
+from jaxalign.setup.run import digest_of, rounded
 
 TEXT = Encoded((1, 2, 3), 1, (False, True, True), True)
 COLUMNS = ScoredRows(
@@ -36,3 +39,20 @@ def test_a_digest_row_by_row_is_that_of_one_text(rows):
   """Checkpoints of earlier versions hold the digest of the whole JSON text."""
   text = json.dumps(rows, default=vars).encode()
   assert digest_of(rows) == hashlib.blake2b(text, digest_size=16).hexdigest()
+
+
+def test_a_reference_in_bfloat16_keeps_its_norms():
+  params = {
+    "embedding": {"embedding": jnp.full((2, 3), 1 / 3)},
+    "norm": {"scale": jnp.full(3, 1 / 3)},
+  }
+  assert rounded(params, "float32") is params
+  found = rounded(params, "bfloat16")
+  assert found["embedding"]["embedding"].dtype == jnp.bfloat16
+  assert found["norm"]["scale"] is params["norm"]["scale"]
+  # Of shapes, which a plan has, the same.
+  shapes = rounded(jax.eval_shape(lambda: params), "bfloat16")
+  for shape, leaf in zip(
+    jax.tree.leaves(shapes), jax.tree.leaves(found), strict=True
+  ):
+    assert (shape.shape, shape.dtype) == (leaf.shape, np.dtype(leaf.dtype))
