@@ -96,7 +96,7 @@ def assert_equal_runs(one, two, read, tolerance):
     assert abs(a[name] - b[name]).max() <= (0.005 if tolerance else 0), name
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def sft(supervised, lab):
   """(steps) -> the command of a small run, whose saves come often."""
 
@@ -170,13 +170,14 @@ def wait_for(path, running):
     time.sleep(0.02)
 
 
-@pytest.fixture
-def whole(sft, tmp_path):
+@pytest.fixture(scope="module")
+def whole(sft, tmp_path_factory):
   """The command of a run of 60 steps, and the folder where two finished it."""
   command = sft(60, checkpoint__every_steps=20)
-  for status, _, errors in end(start(command, tmp_path / "whole", 2, 2)):
+  folder = tmp_path_factory.mktemp("whole") / "run"
+  for status, _, errors in end(start(command, folder, 2, 2)):
     assert status == 0, errors
-  return command, tmp_path / "whole"
+  return command, folder
 
 
 @pytest.mark.slow
