@@ -2,7 +2,7 @@
 
 Runs each method for three steps on one device and on three meshes of eight,
 which a process pretends to have, and compares metrics to 1e-4 and the samples
-letter for letter. Methods that sample do so greedily.
+letter for letter. SuperHF samples greedily; PPO and online DPO have to draw.
 
     python tests/bench/meshes.py [--only=sft,superhf] [--steps=3]
 """
@@ -17,7 +17,7 @@ import tempfile
 
 ROWS = ["--config.batch_size=8", "--config.max_length=64"]
 GREEDY = [
-  "--config.sampling.temperature=0",
+  "--config.sampling.top_k=1",
   "--config.sampling.max_new_tokens=8",
 ]
 METHODS = {
@@ -30,12 +30,12 @@ METHODS = {
     "--config.superbatch.samples_per_prompt=2",
     *GREEDY,
   ],
-  "online_dpo": ["dpo.py:online", *GREEDY],
+  "online_dpo": ["dpo.py:online", "--config.sampling.max_new_tokens=8"],
   "ppo": [
     "ppo.py",
     "--config.rollout.prompts=16",
     "--config.kl.coefficient=0.05",
-    *GREEDY,
+    "--config.sampling.max_new_tokens=8",
   ],
 }
 MESHES = ("1,1,1", "1,8,1", "1,4,2", "2,2,2")
