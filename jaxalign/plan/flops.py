@@ -6,9 +6,7 @@ XLA's own count takes a loop's body once and calls of cuBLAS for nothing.
 import collections
 import math
 import re
-from collections.abc import Callable
 
-import jax
 import jax.extend as jex
 from jax import lax
 
@@ -18,22 +16,16 @@ BF16, F32, EXACT = "bfloat16", "float32", "float32 exact"
 Flops = collections.Counter[str]  # multiplications and additions by kind
 
 
-def count(function: Callable[..., object], *args: object, trips: int) -> Flops:
+def count_jaxpr(jaxpr: jex.core.Jaxpr, trips: int) -> Flops:
   """Multiplications and additions of matrix products, over all devices.
 
   A scan counts its length, a `cond` its dearest branch, a kernel its grid.
 
   Args:
-    function: traceable; jitted or not.
-    args: arrays or their shapes.
+    jaxpr: of `jax.make_jaxpr` or `trace`.
     trips: turns of a `while` loop whose number the program does not say; of
       such loops in each other, those of the outermost.
   """
-  return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, trips)
-
-
-def count_jaxpr(jaxpr: jex.core.Jaxpr, trips: int) -> Flops:
-  """As `count`, of what `jax.make_jaxpr` or `trace` gives."""
   total = Flops()
   for eqn in jaxpr.eqns:
     name, params = eqn.primitive.name, eqn.params

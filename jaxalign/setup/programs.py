@@ -15,8 +15,6 @@ from jaxalign.setup.run import RunSpec
 from jaxalign.training.recorder import share_due
 from jaxalign.training.run import Evaluator, Run
 
-__all__ = ["Program", "evaluation_programs", "rollout_programs"]
-
 C = TypeVar("C", bound=TrainingConfig)
 
 

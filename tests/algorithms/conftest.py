@@ -22,6 +22,7 @@ from jaxalign.models.neox import NeoXConfig
 from jaxalign.parallel import mesh as meshes
 from jaxalign.sampling.generator import Generator
 from jaxalign.scoring.reward_model import RewardModel
+from jaxalign.setup.run import optimizer_of, schedule_of
 from jaxalign.training import recorder, rollout
 from jaxalign.training.rollout import RolloutSource
 from jaxalign.training.run import Run
@@ -88,32 +89,17 @@ class Log(recorder.Recorder):
 def run_of(config, model, params, reference=None, extra_state=None):
   """A run whose reports and states are kept in `run.recorder`, a `Log`."""
   trained, frozen = lora.split(params) if model.lora else (params, {})
-  o = config.optimizer
-  optimizer = optim.make_optimizer(
-    o.name,
-    beta1=o.beta1,
-    beta2=o.beta2,
-    eps=o.eps,
-    weight_decay=o.weight_decay,
-    clip_norm=o.clip_norm,
-    ratios=config.learning_rate_ratios,
-  )
-  schedule = optim.make_schedule(
-    o.schedule,
-    peak=o.learning_rate,
-    warmup_steps=o.warmup_steps,
-    steps=config.steps,
-  )
+  optimizer = optimizer_of(config)
   return Run(
     config,
     model,
-    optim.init_state(trained, optimizer, o.ema, extra_state),
+    optim.init_state(trained, optimizer, config.optimizer.ema, extra_state),
     frozen,
     reference,
     meshes.make_mesh(),
     Log(config),
     optimizer,
-    schedule,
+    schedule_of(config),
     # Without shardings nothing is donated: tests look at old states.
   )
 

@@ -1,7 +1,11 @@
 import jax
 import jax.numpy as jnp
 
-from jaxalign.plan.flops import BF16, EXACT, F32, count
+from jaxalign.plan.flops import BF16, EXACT, F32, count_jaxpr
+
+
+def count(function, *args, trips):
+  return count_jaxpr(jax.make_jaxpr(function)(*args).jaxpr, trips)
 
 
 def shape(*sizes, dtype=jnp.float32):
