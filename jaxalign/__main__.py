@@ -18,12 +18,8 @@ COMMANDS = {
 }
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns the exit status: 2 is a mistake in the input."""
-  return cli.exit_status(show, argv)
-
-
-def show(argv: Sequence[str]) -> None:
+@cli.command
+def main(argv: Sequence[str]) -> None:
   """Prints the lists."""
   cli.Parser("jaxalign", __doc__).parse(argv)
   print(f"jaxalign {cli.version()}\n\ncommands, each with a --help:")

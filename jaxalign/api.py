@@ -519,7 +519,7 @@ class TrainResult:
 
 
 def train(
-  # A mapping is Any because a user wrote it: `read_config` checks it.
+  # A user wrote a mapping: `read_config` checks it.
   config: str | os.PathLike | TrainingConfig | Mapping[str, Any] | Any,
   workdir: str | os.PathLike | None = None,
   *,

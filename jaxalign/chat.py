@@ -40,12 +40,8 @@ HELP = f"""{RESET}  forgets the dialogue; the system text stays
 Ctrl-C  ends an answer"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns the exit status: 2 is a mistake in the input."""
-  return cli.exit_status(run, argv)
-
-
-def run(argv: Sequence[str]) -> int:
+@cli.command
+def main(argv: Sequence[str]) -> int:
   """Answers `--prompt`, or one line after another until the end of input.
 
   Returns:

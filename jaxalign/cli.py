@@ -5,6 +5,7 @@ Fields of a config stay text here: `algorithms.read_config` knows their types.
 
 import argparse
 import difflib
+import functools
 import importlib.metadata
 import importlib.util
 import inspect
@@ -16,7 +17,7 @@ import sys
 import traceback
 import types
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from jaxalign.errors import DISK_FULL, UserError
 
@@ -181,41 +182,69 @@ def take_fields(
   return others, fields
 
 
-def exit_status(
-  command: Callable[[Sequence[str]], int | None],
-  argv: Sequence[str] | None = None,
-) -> int:
-  """Runs a command; a `UserError` ends it with one line and status 2.
+@runtime_checkable
+class Command(Protocol):
+  """A command: words in, exit status out."""
 
-  So does a full disk, wherever it is met; Ctrl-C gives `INTERRUPTED`.
+  def __call__(self, argv: Sequence[str] | None = None) -> int:
+    """Runs on the words after the command's name; None = the process's own."""
+    ...
+
+
+def command(run: Callable[[Sequence[str]], int | None]) -> Command:
+  """Makes a function a command: what goes wrong is told to people.
 
   Args:
-    command: takes the words after its name; None is success.
-    argv: these words; None = those that the process was started with, and
-      Ctrl-C then ends the process here.
+    run: takes the words after the command's name; returns the exit status,
+      where None is success.
+
+  Returns:
+    The function with an exit status for mistakes too, see `explain`. Without
+    words it takes those that the process was started with, and Ctrl-C then
+    ends the process there.
   """
-  try:
-    return command(sys.argv[1:] if argv is None else argv) or 0
-  except KeyboardInterrupt:
+
+  @functools.wraps(run)
+  def main(argv: Sequence[str] | None = None) -> int:
+    try:
+      return run(sys.argv[1:] if argv is None else argv) or 0
+    except BaseException as error:
+      status = explain(error)
+      if status is None:
+        raise
+      if argv is None and isinstance(error, KeyboardInterrupt):
+        # JAX compiles in a thread that an interrupt does not end. It would
+        # crash when the interpreter's exit frees the devices.
+        sys.stdout.flush()
+        os._exit(status)
+      return status
+
+  return main
+
+
+def explain(error: BaseException) -> int | None:
+  """Prints what ended a command, if that is no fault of the program.
+
+  A `UserError` is one line and status 2, as is a full disk, wherever it is met;
+  Ctrl-C gives `INTERRUPTED`.
+
+  Returns:
+    The exit status, or None if the error is not for people.
+  """
+  if isinstance(error, KeyboardInterrupt):
     print(file=sys.stderr)  # the terminal shows ^C
-    if argv is None:
-      # JAX compiles in a thread that an interrupt does not end. It would crash
-      # when the interpreter's exit frees the devices.
-      sys.stdout.flush()
-      os._exit(INTERRUPTED)
     return INTERRUPTED
-  except UserError as error:
-    message = str(error)
-  except BrokenPipeError:  # the reader of the output has ended, as `head` does
+  if isinstance(error, BrokenPipeError):  # the output's reader ended, as `head`
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 128 + signal.SIGPIPE
-  except OSError as error:
-    if error.errno not in DISK_FULL:
-      raise
+  message = str(error)
+  if isinstance(error, OSError) and error.errno in DISK_FULL:
     message = (
       f"{error.filename or 'a file'}: the disk (or the quota) is full; free "
       "some space and start the same command again"
     )
+  elif not isinstance(error, UserError):
+    return None
   # One line, although the message may quote several.
   print("error:", " ".join(message.splitlines()), file=sys.stderr)
   return 2

@@ -16,12 +16,8 @@ from jaxalign import cli
 from jaxalign.errors import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns the exit status: 2 is a mistake in the input."""
-  return cli.exit_status(compare, argv)
-
-
-def compare(argv: Sequence[str]) -> None:
+@cli.command
+def main(argv: Sequence[str]) -> None:
   """Reads the runs and writes the page.
 
   Raises:

@@ -30,12 +30,8 @@ Path = str | pathlib.Path
 DTYPES = ("float32", "bfloat16", "float16")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns the exit status: 2 is a mistake in the input."""
-  return cli.exit_status(run, argv)
-
-
-def run(argv: Sequence[str]) -> None:
+@cli.command
+def main(argv: Sequence[str]) -> None:
   """Flags -> `convert` or `save_adapters`, then `check`."""
   parser = cli.Parser("jaxalign.convert", __doc__)
   parser.add_argument("source", help="run folder, model folder or hub id")

@@ -23,12 +23,8 @@ from jaxalign.parallel import cpu
 from jaxalign.parallel.cluster import find_cluster
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns the exit status: 2 is a mistake in the input."""
-  return cli.exit_status(train, argv)
-
-
-def train(argv: Sequence[str]) -> int:
+@cli.command
+def main(argv: Sequence[str]) -> int:
   """Flags -> config -> run.
 
   Raises:

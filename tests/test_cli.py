@@ -9,7 +9,7 @@ import pytest
 
 from jaxalign import __main__ as overview
 from jaxalign import cli
-from jaxalign.cli import Parser, exit_status, load_function
+from jaxalign.cli import Parser, command, load_function
 from jaxalign.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -25,17 +25,17 @@ def test_a_command_ends_with_a_line_and_status_2(capsys):
   def run(argv):
     raise UserError("config.seed must be\nat least 0")
 
-  assert exit_status(run, []) == 2
+  assert command(run)([]) == 2
   assert capsys.readouterr().err == "error: config.seed must be at least 0\n"
-  assert exit_status(lambda argv: None, []) == 0
-  assert exit_status(lambda argv: 130, []) == 130
+  assert command(lambda argv: None)([]) == 0
+  assert command(lambda argv: 130)([]) == 130
 
 
 def test_ctrl_c_is_no_traceback(capsys):
   def run(argv):
     raise KeyboardInterrupt
 
-  assert exit_status(run, []) == 130
+  assert command(run)([]) == 130
   assert not capsys.readouterr().err.strip()
 
 
@@ -43,7 +43,7 @@ def test_a_full_disk_is_a_line_wherever_it_is_met(capsys):
   def run(argv):
     raise OSError(errno.ENOSPC, "No space left on device", "runs/a/.lock")
 
-  assert exit_status(run, []) == 2
+  assert command(run)([]) == 2
   assert capsys.readouterr().err == (
     "error: runs/a/.lock: the disk (or the quota) is full; free some space "
     "and start the same command again\n"
@@ -55,7 +55,7 @@ def test_other_errors_of_the_system_are_ours():
     raise OSError(errno.EIO, "broken")
 
   with pytest.raises(OSError, match="broken"):
-    exit_status(run, [])
+    command(run)([])
 
 
 def make_parser(**options) -> Parser:
@@ -190,7 +190,7 @@ def test_an_interrupted_command_skips_the_interpreters_end():
     "def command(argv):\n"
     "  print('begun')\n"
     "  raise KeyboardInterrupt\n"
-    "cli.exit_status(command)\n"
+    "cli.command(command)()\n"
   )
   done = subprocess.run([sys.executable, "-c", code], capture_output=True)
   assert done.returncode == cli.INTERRUPTED

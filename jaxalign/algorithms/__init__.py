@@ -8,12 +8,12 @@ and `run`; the functions below call them).
 """
 
 import dataclasses
-import functools
 import glob
 import importlib
 import logging
 import os
 import pathlib
+import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,7 @@ from jaxalign.parallel.cluster import Cluster
 if TYPE_CHECKING:
   from jaxalign.parallel.mesh import Devices
   from jaxalign.parallel.program import Program
-  from jaxalign.setup.run import RunSpec
+  from jaxalign.setup.spec import RunSpec
 
 # Module paths, not modules: only the method that runs is imported.
 METHODS = {
@@ -54,7 +54,12 @@ def config_class(method: str) -> type[TrainingConfig]:
   return importlib.import_module(f"{METHODS[method]}.config").CONFIG
 
 
-# mapping is Any because a user wrote it: what it is, is checked here.
+def setup_of(config: TrainingConfig) -> types.ModuleType:
+  """The method's `setup`: jaxalign/algorithms/superhf/setup.py for superhf."""
+  return importlib.import_module(f"{METHODS[config.algorithm]}.setup")
+
+
+# A user wrote `mapping`: what it is, is checked here.
 def read_config(
   mapping: Any, flags: Sequence[tuple[str, object]] = ()
 ) -> TrainingConfig:
@@ -75,8 +80,9 @@ def read_config(
       f"config must be a mapping, got {type(mapping).__name__}; "
       "let get_config() return an ml_collections.ConfigDict"
     )
+  file = dict(mapping.items())
   # The method chooses the dataclass that checks all other fields.
-  name = dict(flags).get("algorithm", dict(mapping.items()).get("algorithm"))
+  name = dict(flags).get("algorithm", file.get("algorithm"))
   if not isinstance(name, str) or name not in METHODS:
     near = nearest(str(name), METHODS)
     raise UserError(
@@ -95,12 +101,11 @@ def read_config(
   by_epochs = issubclass(kind, SupervisedConfig) and "epochs" in typed
   if by_epochs and "steps" not in typed:
     flags = [*flags, ("steps", "0")]
-  return read(kind, mapping, [*flags, *left_out(mapping, flags)])
+  return read(kind, mapping, [*flags, *left_out(file, flags)])
 
 
-# mapping is Any as above.
 def left_out(
-  mapping: Any, flags: Sequence[tuple[str, object]]
+  file: dict[str, object], flags: Sequence[tuple[str, object]]
 ) -> list[tuple[str, object]]:
   """What a config file sets beside a reward or data that the flags replace.
 
@@ -110,7 +115,7 @@ def left_out(
   Returns:
     Flags that turn them off; a line of the log says so.
   """
-  file, typed, found = dict(mapping.items()), dict(flags), []
+  typed, found = dict(flags), []
   for name, held_out in HELD_OUT.items():
     before, value = file.get(name), typed.get(name)
     if held_out in typed or not file.get(held_out):
@@ -193,8 +198,7 @@ def describe(
   Raises:
     UserError: what would keep the run from starting.
   """
-  method = importlib.import_module(f"{METHODS[config.algorithm]}.setup")
-  return method.describe(config, devices)
+  return setup_of(config).describe(config, devices)
 
 
 def programs(spec: "RunSpec[TrainingConfig]") -> "list[Program]":
@@ -202,8 +206,7 @@ def programs(spec: "RunSpec[TrainingConfig]") -> "list[Program]":
 
   `dataclasses.replace(spec, batch_shape=...)` gives those of other rows.
   """
-  method = importlib.import_module(f"{METHODS[spec.config.algorithm]}.setup")
-  return method.programs(spec)
+  return setup_of(spec.config).programs(spec)
 
 
 def run(
@@ -240,11 +243,8 @@ def run(
   if config.compilation_cache:
     cache.enable_compilation_cache()
   hosts.start(cluster)
-  return hosts.together(
-    functools.partial(
-      _run, config, folder, extend=extend, fresh=fresh, quiet=quiet
-    )
-  )
+  with hosts.together():
+    return _run(config, folder, extend=extend, fresh=fresh, quiet=quiet)
 
 
 def _run(
@@ -259,16 +259,10 @@ def _run(
   from jaxalign.parallel import hosts
   from jaxalign.runtime import workdir
   from jaxalign.setup import start
-  from jaxalign.setup.run import (
-    check_folder,
-    check_hosts,
-    digest_of_run,
-    extend_run,
-  )
+  from jaxalign.setup.folder import check_folder, check_hosts, extend_run
+  from jaxalign.setup.spec import digest_of_run
 
-  # "Go to definition" ends here: for superhf this is `describe` and `run` in
-  # jaxalign/algorithms/superhf/setup.py.
-  method = importlib.import_module(f"{METHODS[config.algorithm]}.setup")
+  method = setup_of(config)
   check_hosts(config, folder, extend=extend, fresh=fresh)
 
   # The lead alone looks at the folder and at the other run, because it changes
@@ -332,8 +326,7 @@ def _run(
       f"the policy begins with the weights of {config.init_from}{reference}"
     )
   # All processes go by what the lead finds, because it changes the folder.
-  extended = functools.partial(extend_run, spec, folder)
-  if extend and not hosts.from_lead(extended, False):
+  if extend and not hosts.from_lead(lambda: extend_run(spec, folder), False):
     print(f"{finished}; raise config.steps or config.epochs to extend it")
     return 0
   if hosts.is_lead() and not quiet:
@@ -370,7 +363,7 @@ def dry_run(
   check_sources(config)
   # Imported late, as above.
   from jaxalign.setup import start
-  from jaxalign.setup.run import check_folder, summary
+  from jaxalign.setup.folder import check_folder, summary
 
   check_folder(config, folder, extend=extend, fresh=fresh)
   if config.init_from and not fresh and start.is_copied(config, folder):

@@ -108,7 +108,7 @@ def read(
   return config
 
 
-# Any below: a type that is looked up, and what a user wrote for it.
+# Untyped below: a type that is looked up, and what a user wrote for it.
 def read_value(cls: type, name: str, kind: Any, value: Any, where: str) -> Any:
   """One field's value, of its type and within its range or choices."""
   field = next(f for f in dataclasses.fields(cls) if f.name == name)

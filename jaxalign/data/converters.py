@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxalign.errors import UserError
+from jaxalign.text.templates import Message
 
-Row = dict[str, Any]  # any JSON, as in `sources`
-Message = dict[str, Any]
+Row = dict[str, Any]  # JSON; `fields` checks the values
 
 _SPEAKERS = {
   **dict.fromkeys(("human", "user"), "user"),

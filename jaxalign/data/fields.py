@@ -4,11 +4,10 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from jaxalign.core.types import JsonObject
-from jaxalign.data.sources import Row, Table
+from jaxalign.data.sources import Row
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
 from jaxalign.text import templates
@@ -48,24 +47,6 @@ class Answers(NamedTuple):
 
 class BadRow(UserError):
   """One row cannot be used; the message follows its place."""
-
-
-def collect(
-  table: Table, build: Callable[[Row], list[Made]]
-) -> tuple[list[Made], list[str]]:
-  """Builds every row of a table.
-
-  Returns:
-    What was built, in order, and `file:line what is wrong` of each row that
-    could not be.
-  """
-  made, problems = [], []
-  for row, place in zip(table.rows, table.places, strict=True):
-    try:
-      made.extend(build(row))
-    except UserError as err:  # also a chat template that refuses one dialogue
-      problems.append(f"{place} {err}")
-  return made, problems
 
 
 def check_text(value: str, column: str) -> str:
@@ -123,8 +104,7 @@ def messages_of(
   ]
 
 
-# Any: a user's, whatever it is.
-def _join_parts(turn: Any) -> Any:
+def _join_parts(turn: Any) -> Any:  # a row of the user's
   """A turn whose parts of text are one; other turns as they are."""
   if not isinstance(turn, dict) or not _is_parts(turn.get("content")):
     return turn

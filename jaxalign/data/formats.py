@@ -21,7 +21,6 @@ from jaxalign.data import sources
 from jaxalign.data.columns import lacking_columns
 from jaxalign.data.fields import (
   answers_of,
-  collect,
   group_of,
   instruction_of,
   number_of,
@@ -246,9 +245,13 @@ def _load(
   # Building the rows; each table has its own limit of bad ones.
   for table in tables:
     lacking_columns(table, wanted)
-    made, problems = collect(table, build)
     # Bad rows of this table: those not readable, then those not usable.
-    problems = [*table.bad, *problems]
+    made, problems = [], [*table.bad]
+    for row, place in zip(table.rows, table.places, strict=True):
+      try:
+        made += build(row)
+      except UserError as err:  # also a chat template that refuses a dialogue
+        problems.append(f"{place} {err}")
     reasons = [_useless(row) for row in made]
     dropped.update(filter(None, reasons))
     rows += [r for r, why in zip(made, reasons, strict=True) if not why]

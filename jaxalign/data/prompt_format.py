@@ -14,6 +14,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jaxalign.data.converters import Row
 from jaxalign.text import templates
 from jaxalign.text.templates import ASSISTANT, HUMAN, Message
 
@@ -119,7 +120,7 @@ def _writes_parts(inner: HFTokenizer) -> bool:
   return _QUESTION in text and str(part) not in text and "'text'" not in text
 
 
-def with_system(row: dict[str, Any], system: str) -> dict[str, Any]:
+def with_system(row: Row, system: str) -> Row:
   """A row of a data set with a system text before its prompt.
 
   Args:
@@ -132,7 +133,7 @@ def with_system(row: dict[str, Any], system: str) -> dict[str, Any]:
     isinstance(row["prompt"], str) and isinstance(row.get("chosen"), list)
   ):
     names = ("chosen", "rejected", "messages", "question")
-  new: dict[str, Any] = {}
+  new: Row = {}
   for name in names if system else ():
     value = row.get(name)
     if isinstance(value, str):
@@ -158,7 +159,7 @@ def answer_of(text: str) -> list[Message]:
   return templates.to_messages(f"{ASSISTANT} {text}")
 
 
-def in_turns(row: dict[str, Any], form: PromptFormat) -> dict[str, Any]:
+def in_turns(row: Row, form: PromptFormat) -> Row:
   """A row of a data set with its dialogues as role lists.
 
   Role lists are what a format writes. Strings become role lists where they are

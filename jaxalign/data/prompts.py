@@ -12,7 +12,6 @@ from jaxalign.data import sources
 from jaxalign.data.columns import lacking_columns
 from jaxalign.data.fields import (
   BadRow,
-  collect,
   messages_of,
   render,
   settings_of,
@@ -257,13 +256,15 @@ def _questions(
 ) -> tuple[list[PromptRow], list[str]]:
   lacking_columns(table, COLUMNS)
   name, mark = (known.name, known.answer_mark) if known else ("", "")
-
-  def build(row: sources.Row) -> list[PromptRow]:
+  rows, problems = [], []
+  for row, place in zip(table.rows, table.places, strict=True):
     # A known set has SuperHF's name; other rows may name theirs.
     group = name or str(row.get("prompt_set") or row.get("group") or "")
-    text, messages = question_of(row, tokenizer, mark, system)
-    return [PromptRow(text, group, messages, row if carry else {})]
-
-  rows, problems = collect(table, build)
+    try:
+      text, messages = question_of(row, tokenizer, mark, system)
+    except UserError as err:  # also a chat template that refuses one dialogue
+      problems.append(f"{place} {err}")
+    else:
+      rows.append(PromptRow(text, group, messages, row if carry else {}))
   sources.check_bad(table.name, tuple(problems), len(rows), max_bad_share)
   return rows, problems

@@ -18,9 +18,9 @@ import re
 import sys
 import zlib
 from collections.abc import Iterator
-from typing import Any
 
 from jaxalign.data import converters
+from jaxalign.data.converters import Row
 from jaxalign.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,6 @@ LAB_PROMPTS = pathlib.Path(__file__).parent.parent / "lab" / "prompts.jsonl"
 # called default.
 CONVERTED = "refs/convert/parquet"
 ELSEWHERE = ("scripts are no longer supported", "Unknown split")
-
-Row = dict[str, Any]  # any JSON; `fields` checks the values
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,6 @@ An adapter is two more leaves next to a weight, `lora_a` [.., in, r] and
 is the reference policy.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -117,7 +115,7 @@ def _pick(params: Params, adapters: bool) -> Params:
   return picked
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "leaf"))
+@jax.jit(static_argnames=("scale", "leaf"))
 def merged(
   weight: Float[Array, "*L X Y"],
   a: Float[Array, "*L I R"],

@@ -5,7 +5,6 @@ axis. They are passed along with the `Model`, never stored in it.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -56,7 +55,7 @@ class Model:
 
 
 # One program, so that only the result is ever in memory; compiled once.
-@functools.partial(jax.jit, static_argnums=(0, 1))
+@jax.jit(static_argnums=(0, 1))
 def _init(
   config: ModelConfig, lora: LoraConfig | None, key: jax.Array
 ) -> Params:

@@ -6,6 +6,7 @@ return at once and touch no device. What they say to each other goes through the
 key-value store of `jax.distributed`, so no device waits for it.
 """
 
+import contextlib
 import ctypes
 import dataclasses
 import itertools
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -380,45 +381,39 @@ def barrier(name: str, seconds: int | float) -> None:
 # Ending.
 
 
-def together(command: Callable[[], int]) -> int:
-  """Runs a command; a process that fails ends all others.
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+  """Around a run: a process that fails ends all others.
 
   A failure in one process leaves the others waiting for it. They are told, and
-  end with a message.
-
-  Returns:
-    The command's exit status; a failure of one of several processes ends this
-    process instead.
+  end with a message. So does this process, without leaving the block.
   """
   if count() == 1:
-    return command()
-  finished = False
-
-  def finish(argv: Sequence[str]) -> int:
-    nonlocal finished
-    del argv
-    status = command()
-    barrier("the end", STEP_SECONDS)
-    finished = True
-    return status
-
+    yield
+    return
   try:
-    status = cli.exit_status(finish, ())
-  except HostError as error:
-    print("error:", error, file=sys.stderr)
-    status = 1
-  except Exception as error:
-    # A collective fails at once where another process died, which the watch
-    # finds out a little later and then ends this process.
-    if isinstance(error, jax.errors.JaxRuntimeError) and _watch:
-      _watch.stop.wait(SILENT_SECONDS + 3 * BEAT_SECONDS)
-    traceback.print_exc()
-    status = 1
-  if not finished:
-    _leave(status)
+    yield
+    barrier("the end", STEP_SECONDS)
+  except BaseException as error:
+    _leave(_explain(error))
   if _watch is not None:
     _watch.stop.set()
-  return status
+
+
+def _explain(error: BaseException) -> int:
+  """Prints what ended this process; its exit status."""
+  status = cli.explain(error)
+  if status is not None:
+    return status
+  if isinstance(error, HostError):
+    print("error:", error, file=sys.stderr)
+    return 1
+  # A collective fails at once where another process died, which the watch
+  # finds out a little later and then ends this process.
+  if isinstance(error, jax.errors.JaxRuntimeError) and _watch:
+    _watch.stop.wait(SILENT_SECONDS + 3 * BEAT_SECONDS)
+  traceback.print_exception(error)
+  return 1
 
 
 def _leave(status: int) -> None:

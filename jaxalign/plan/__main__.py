@@ -22,12 +22,8 @@ from jaxalign import cli
 from jaxalign.errors import UserError
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-  """Runs the command; returns the exit status: 2 is a mistake in the input."""
-  return cli.exit_status(show, argv)
-
-
-def show(argv: Sequence[str]) -> int:
+@cli.command
+def main(argv: Sequence[str]) -> int:
   """Flags -> config -> plans.
 
   Raises:

@@ -26,7 +26,7 @@ from jaxalign.parallel.program import Program
 from jaxalign.plan import collectives, hlo, roofline
 from jaxalign.plan import flops as arithmetic
 from jaxalign.plan.targets import GIB, Target
-from jaxalign.setup.run import RunSpec
+from jaxalign.setup.spec import RunSpec
 
 # What stays in memory, in the order it is printed.
 PARAMETERS, OPTIMIZER = "parameters", "optimizer"

@@ -11,7 +11,7 @@ from jaxalign.parallel.program import Program
 from jaxalign.plan import measure
 from jaxalign.plan.measure import RunPlan
 from jaxalign.plan.targets import GIB, Target
-from jaxalign.setup.run import RunSpec
+from jaxalign.setup.spec import RunSpec
 
 MOST = 4096  # rows of a pass that are tried
 _TRIES = 6  # compilations

@@ -11,7 +11,7 @@ from jaxalign.errors import UserError
 from jaxalign.setup.models import locate
 
 
-# Any: the keywords of `formats.load_...`.
+# The keywords of `formats.load_...`.
 def source_of(
   config: SupervisedConfig, tokenizer: Tokenizer, validation: bool, lab: str
 ) -> tuple[str, dict[str, Any]]:

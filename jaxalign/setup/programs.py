@@ -11,7 +11,7 @@ from typing import TypeVar
 from jaxalign.config.sections import TrainingConfig
 from jaxalign.parallel.program import Program
 from jaxalign.setup.models import ModelSpec
-from jaxalign.setup.run import RunSpec
+from jaxalign.setup.spec import RunSpec
 from jaxalign.training.recorder import share_due
 from jaxalign.training.run import Evaluator, Run
 

@@ -14,8 +14,10 @@ from jaxalign.errors import UserError
 from jaxalign.parallel import hosts
 from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.program import Program
+from jaxalign.setup.folder import open_workdir
 from jaxalign.setup.models import Loaded
-from jaxalign.setup.run import RunSpec, open_workdir, reference_of
+from jaxalign.setup.run import reference_of
+from jaxalign.setup.spec import RunSpec
 from jaxalign.training import reference_cache
 from jaxalign.training.reference_cache import ReferenceCache
 from jaxalign.training.run import Run

@@ -47,7 +47,7 @@ def is_prompt(text: str) -> bool:
 def join(prompt: str, completion: str) -> str:
   """Joins prompt and completion to the text that is scored and trained on.
 
-  After a role delimiter come one space and the stripped completion. Any other
+  After a role delimiter come one space and the stripped completion. All other
   prompt (plain text, or a chat template's) is followed by the completion as it
   is: only who wrote them knows what belongs between them.
 

@@ -22,7 +22,7 @@ from jaxalign.models.neox import NeoXConfig
 from jaxalign.parallel import mesh as meshes
 from jaxalign.sampling.generator import Generator
 from jaxalign.scoring.reward_model import RewardModel
-from jaxalign.setup.run import optimizer_of, schedule_of
+from jaxalign.setup.optimizer import optimizer_of, schedule_of
 from jaxalign.training import recorder, rollout
 from jaxalign.training.rollout import RolloutSource
 from jaxalign.training.run import Run

@@ -73,7 +73,7 @@ def test_an_extended_run_is_a_long_one(sft, short, read, tmp_path, capsys):
 def test_the_rates_of_an_extended_run(sft, tmp_path, capsys, monkeypatch):
   from jaxalign.algorithms.sft import setup
   from jaxalign.runtime import workdir
-  from jaxalign.setup.run import open_workdir
+  from jaxalign.setup.folder import open_workdir
 
   def begin(spec, folder):
     open_workdir(spec.config, folder).close()
@@ -82,7 +82,7 @@ def test_the_rates_of_an_extended_run(sft, tmp_path, capsys, monkeypatch):
 
   monkeypatch.setattr(setup, "run", begin)
   # In the place of a checkpoint that a training would have left.
-  inside = "jaxalign.setup.run."
+  inside = "jaxalign.setup.folder."
   monkeypatch.setattr(f"{inside}checkpoint.newest_whole", lambda folder: 2)
   monkeypatch.setattr(f"{inside}manifest.read", lambda place: {"extra": {}})
   argv = sft(tmp_path / "run", optimizer__schedule="linear")

@@ -121,12 +121,10 @@ else:
   time.sleep(1)
 
 # One fails; the other, which waits for it, is told and ends.
-def fail():
+with hosts.together():
   if rank == 1:
     raise UserError("a mistake of one host")
   hosts.barrier("never", 60)
-
-hosts.together(fail)
 """
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from jaxalign.algorithms.reward_model.data import ScoredRows
 from jaxalign.data.encode import Encoded
-from jaxalign.setup.run import digest_of, rounded
+from jaxalign.setup.run import rounded
+from jaxalign.setup.spec import digest_of
 
 TEXT = Encoded((1, 2, 3), 1, (False, True, True), True)
 COLUMNS = ScoredRows(

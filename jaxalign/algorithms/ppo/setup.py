@@ -27,13 +27,8 @@ from jaxalign.setup.models import (
 )
 from jaxalign.setup.programs import rollout_programs
 from jaxalign.setup.rollout import describe_rollout
-from jaxalign.setup.run import (
-  RunSpec,
-  describe_run,
-  finish,
-  open_mesh,
-  open_run,
-)
+from jaxalign.setup.run import describe_run, finish, open_run
+from jaxalign.setup.spec import RunSpec, open_mesh
 
 # Read by two tokenizers, to tell whether they are the same.
 PROBE = (

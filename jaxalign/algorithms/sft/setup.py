@@ -10,13 +10,8 @@ from jaxalign.parallel.mesh import Devices
 from jaxalign.parallel.program import Program
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.programs import evaluation_programs
-from jaxalign.setup.run import (
-  DataSpec,
-  describe_run,
-  finish,
-  open_mesh,
-  open_run,
-)
+from jaxalign.setup.run import describe_run, finish, open_run
+from jaxalign.setup.spec import DataSpec, open_mesh
 from jaxalign.training.run import Evaluator, Run, fit
 
 

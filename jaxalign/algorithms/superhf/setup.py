@@ -10,13 +10,8 @@ from jaxalign.parallel.program import Program
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.programs import rollout_programs
 from jaxalign.setup.rollout import describe_rollout
-from jaxalign.setup.run import (
-  RunSpec,
-  describe_run,
-  finish,
-  open_mesh,
-  open_run,
-)
+from jaxalign.setup.run import describe_run, finish, open_run
+from jaxalign.setup.spec import RunSpec, open_mesh
 
 
 def describe(

@@ -1,6 +1,6 @@
 """The architectures that folders may hold.
 
-To add one: a file like `neox.py` and a line here. `Any` stands for a config
+To add one: a file like `neox.py` and a line here. An untyped `config` is one
 whose `model_type` is the file's.
 """
 

@@ -1,6 +1,5 @@
 """Puts tensors from files onto devices, one layer at a time."""
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -120,7 +119,7 @@ def place(
   return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+@jax.jit(donate_argnums=0)
 def _set_layer(array, piece, index):
   # `array` is donated, so the layer is written in place.
   return jax.lax.dynamic_update_index_in_dim(array, piece, index, 0)

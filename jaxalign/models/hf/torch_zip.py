@@ -99,7 +99,7 @@ class _Storage:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _View:
-  # Any: what the pickle passed, checked in `_tensor`.
+  # What the pickle passed, checked in `_tensor`.
   storage: Any
   offset: Any
   shape: Any

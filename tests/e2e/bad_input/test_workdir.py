@@ -13,7 +13,7 @@ from jaxalign import main
 def other_run(run, superhf, monkeypatch):
   """A run's folder, opened by another learning rate."""
   from jaxalign.algorithms.superhf import setup
-  from jaxalign.setup.run import open_workdir
+  from jaxalign.setup.folder import open_workdir
 
   def begin(spec, folder):
     open_workdir(spec.config, folder).close()

@@ -17,13 +17,8 @@ from jaxalign.scoring.function import digest_of_file
 from jaxalign.setup.models import open_policy
 from jaxalign.setup.programs import rollout_programs
 from jaxalign.setup.rollout import describe_rollout
-from jaxalign.setup.run import (
-  RunSpec,
-  describe_run,
-  finish,
-  open_mesh,
-  open_run,
-)
+from jaxalign.setup.run import describe_run, finish, open_run
+from jaxalign.setup.spec import RunSpec, open_mesh
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

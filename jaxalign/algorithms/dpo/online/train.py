@@ -5,8 +5,6 @@ judge says which completion is better (a reward model, a function, people), and
 the policy learns from that by DPO's loss (`dpo/train.py`).
 """
 
-import functools
-
 import jax
 import numpy as np
 from jaxtyping import Array, Int
@@ -86,7 +84,7 @@ def order_pairs(
   return 2 * prompts + picked, 2 * prompts + 1 - picked
 
 
-@functools.partial(jax.jit, static_argnames="beta")
+@jax.jit(static_argnames="beta")
 def _kl(beta: float, metrics: Metrics) -> Array:
   """Mean log π/π₀ of the policy's own completions: its KL, nats each."""
   rewards = metrics["rewards/chosen"] + metrics["rewards/rejected"]
