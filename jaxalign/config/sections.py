@@ -1,6 +1,7 @@
 """The sections that training configs share, and the fields all of them have."""
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Iterator
 
@@ -80,28 +81,42 @@ class MeshConfig(Section):
   tensor: int = field(
     1, "parts that heads and features are split into; -1 as for replica"
   )
+  sequence: int = field(
+    1,
+    "parts that parameters and the tokens of a row are split into, for few and "
+    "long rows; -1 as for replica",
+    also=("context_parallel_size", "cp_size"),
+  )
 
   @property
-  def sizes(self) -> tuple[int, int, int]:
-    """Devices of replica, fsdp and tensor; at most one is -1."""
+  def sizes(self) -> dict[str, int]:
+    """Devices of each axis; at most one is -1."""
     # The default of fsdp stands back behind an axis that was asked for.
-    taken = -1 in (self.replica, self.tensor)
-    return self.replica, 1 if taken else self.fsdp, self.tensor
+    taken = -1 in (self.replica, self.tensor, self.sequence)
+    return {
+      "replica": self.replica,
+      "fsdp": 1 if taken else self.fsdp,
+      "tensor": self.tensor,
+      "sequence": self.sequence,
+    }
 
   def rules(self) -> Iterator[Rule]:
     """Sizes are positive; one axis may take what is left."""
-    for name in ("replica", "fsdp", "tensor"):
+    for name in ("replica", "fsdp", "tensor", "sequence"):
       size = getattr(self, name)
       yield Rule(
         size >= 1 or size == -1,
         f"{name} must be >= 1, or -1 for the devices that are left",
         "1 is one device",
       )
-    yield Rule(
-      self.replica != -1 or self.tensor != -1,
-      "replica must be >= 1 while tensor is -1",
-      "only one axis can take what is left",
-    )
+    for name, other in itertools.combinations(
+      ("replica", "sequence", "tensor"), 2
+    ):
+      yield Rule(
+        getattr(self, name) != -1 or getattr(self, other) != -1,
+        f"{name} must be >= 1 while {other} is -1",
+        "only one axis can take what is left",
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

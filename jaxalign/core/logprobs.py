@@ -5,12 +5,13 @@ positions that count, so a loss on completions does not pay for the prompts.
 """
 
 import functools
+import math
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Shaped
 
 Unembed = Callable[[Array], Array]  # hidden [..., D] -> float32 logits [..., V]
 
@@ -34,15 +35,15 @@ def over_counted(
     The pytree of `[B, T]` values, in place. Differentiable; a chunk's
     intermediates are recomputed in the backward pass.
   """
-  # One part per device, so that no chunk mixes the rows of two devices.
-  parts = _row_parts(mask.shape[0])
-  flat = [x.reshape(parts, -1, *x.shape[2:]) for x in (mask, *arrays)]
+  # One part per device, so that no chunk mixes the positions of two devices.
+  parts = _parts(mask.shape[0])
+  flat = [_split(x, parts) for x in (mask, *arrays)]
   size = min(tokens_a_chunk, flat[0].shape[1])
   apply, closed = _hoist(fn, size, flat[1:])
   # A custom gradient, because autodiff of a loop of unknown length is not
   # possible, and it would keep every chunk's logits.
   out = _counted(apply, size, closed, *flat)
-  return jax.tree.map(lambda x: x.reshape(mask.shape), out)
+  return jax.tree.map(lambda x: _join(x, parts, mask.shape), out)
 
 
 def _hoist(fn, size, arrays):
@@ -131,14 +132,14 @@ def weighted_nll(
     look at: it has no gradient.
   """
   # As in `over_counted`: one part per device.
-  shape, parts = weights.shape, _row_parts(weights.shape[0])
+  shape, parts = weights.shape, _parts(weights.shape[0])
   hidden, targets, weights = (
-    x.reshape(parts, -1, *x.shape[2:]) for x in (hidden, targets, weights)
+    _split(x, parts) for x in (hidden, targets, weights)
   )
   size = min(tokens_a_chunk, weights.shape[1])
   apply, matrix = _hoist(unembed, size, [hidden])
   total, logps = _weighted_nll(apply, size, matrix, hidden, targets, weights)
-  return total, logps.reshape(shape)
+  return total, _join(logps, parts, shape)
 
 
 def _tail(size: int) -> int:
@@ -258,36 +259,90 @@ def _over_chunks(body, size, weights, arrays, carry, placed):
   return state
 
 
-def _row_parts(rows: int) -> int:
-  """How many devices the rows are sharded over; 1 without a mesh in force."""
-  # The row axes of `parallel.mesh`, a layer above this one.
+def _parts(rows: int) -> tuple[int, int]:
+  """The devices that rows, and the tokens of a row, are sharded over.
+
+  1 and 1 without a mesh in force, or where the rows do not divide.
+  """
+  # The axes of `parallel.mesh`, a layer above this one.
   shape = jax.sharding.get_abstract_mesh().shape
   parts = shape.get("replica", 1) * shape.get("fsdp", 1)
-  return parts if rows % parts == 0 else 1
+  return (1, 1) if rows % parts else (parts, shape.get("sequence", 1))
+
+
+def _split(
+  x: Shaped[Array, "B T *rest"], parts: tuple[int, int]
+) -> Shaped[Array, "parts N *rest"]:
+  """Each device's positions, in a row of their own."""
+  rows, tokens = parts
+  if tokens == 1:
+    return x.reshape(rows, -1, *x.shape[2:])
+  # Filler behind the last token, which is False or of weight 0.
+  x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % tokens), *[(0, 0)] * (x.ndim - 2)])
+  cut = x.reshape(rows, x.shape[0] // rows, tokens, -1, *x.shape[2:])
+  return jnp.swapaxes(cut, 1, 2).reshape(rows * tokens, -1, *x.shape[2:])
+
+
+def _join(
+  x: Shaped[Array, "parts N"], parts: tuple[int, int], shape: tuple[int, ...]
+) -> Shaped[Array, "B T"]:
+  """The `[B, T]` of which `_split` made `x`."""
+  rows, tokens = parts
+  if tokens == 1:
+    return x.reshape(shape)
+  cut = x.reshape(rows, tokens, shape[0] // rows, -1)
+  return jnp.swapaxes(cut, 1, 2).reshape(shape[0], -1)[:, : shape[1]]
 
 
 def _sum_parts(gradient: Float[Array, "parts ..."]) -> Float[Array, "..."]:
   """Adds up the devices' gradients, of which each keeps its share."""
   shape = jax.sharding.get_abstract_mesh().shape
-  fsdp, tensor = shape.get("fsdp", 1), shape.get("tensor", 1)
+  copies, axes = (
+    tuple(name for name in names if shape.get(name, 1) > 1)
+    for names in (("replica",), ("sequence", "fsdp"))
+  )
+  parts = math.prod(shape[name] for name in axes)
+  tensor = shape.get("tensor", 1)
   _, *sizes = gradient.shape
-  if len(gradient) == 1 or fsdp == 1 or sizes[-1] % fsdp:
+  if len(gradient) == 1 or parts == 1 or sizes[-1] % parts:
     return gradient.sum(0)
   # The vocabulary, or whatever comes first.
   lead = ["tensor" if n % tensor == 0 else None for n in sizes[:1]]
   others = [*lead, *[None] * len(sizes)][: len(sizes) - 1]
 
-  # Written out, because XLA adds up the whole on every device.
+  # Written out, because XLA adds up the whole on every device. So does a TPU's
+  # compiler where one step scatters over all of a slice, see `_steps`.
   @jax.shard_map(
-    in_specs=P(("replica", "fsdp"), *others), out_specs=P(*others, "fsdp")
+    in_specs=P((*copies, *axes), *others), out_specs=P(*others, axes)
   )
   def scatter(own):
-    own = jax.lax.psum(own[0], "replica")
-    return jax.lax.psum_scatter(
-      own, "fsdp", scatter_dimension=own.ndim - 1, tiled=True
-    )
+    own = own[0]
+    for name in axes:
+      for groups in _steps(shape[name]):
+        own = jax.lax.psum_scatter(
+          own,
+          name,
+          scatter_dimension=own.ndim - 1,
+          axis_index_groups=groups,
+          tiled=True,
+        )
+    return jax.lax.psum(own, copies)
 
   return scatter(gradient)
+
+
+def _steps(size: int) -> list[list[list[int]] | None]:
+  """Groups of an axis that scatter among themselves, in one step or two.
+
+  Device a n + b of a x n gets part a from those of equal b, and of that part b
+  from its neighbours. Together two steps move what one moves.
+  """
+  near = next(n for n in range(math.isqrt(size), 0, -1) if size % n == 0)
+  if near == 1:
+    return [None]  # all of them
+  columns = [list(range(b, size, near)) for b in range(near)]
+  neighbours = [list(range(a, a + near)) for a in range(0, size, near)]
+  return [columns, neighbours]
 
 
 def target_logprobs(

@@ -20,6 +20,7 @@ text takes its part of the run in which it and the prompt are one segment.
 import dataclasses
 import functools
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -31,7 +32,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.models.cache import attend
 from jaxalign.models.config import CausalConfig
-from jaxalign.parallel.mesh import ROWS, row_count
+from jaxalign.parallel.mesh import ROWS, AnyMesh, row_count
 
 KINDS = ("dense", "cudnn", "triton", "splash")
 # What `auto` tries on each platform, in this order; then dense.
@@ -40,6 +41,10 @@ SHORTEST = 128  # tokens of the shortest texts that a kernel is called for
 WIDEST = 256  # features of the widest heads that kernels were compiled for
 AMPERE = (8, 0)  # compute capability from which kernels on GPUs run
 HOPPER = (9, 0)  # compute capability from which cuDNN takes heads above 128
+HEADS = (
+  ("tensor", "sequence"),
+  ("tensor",),
+)  # axes that split a kernel's heads
 INTERPRET = False  # tests set it: the kernels then run on any platform
 
 _log = logging.getLogger(__name__)
@@ -163,6 +168,12 @@ def kind_of_call(config: CausalConfig, mask: Mask) -> str:
   if kind == "dense" or mask.past or mask.length < SHORTEST:
     return "dense"
   reason = refusal(kind, config.dtype, config.head_dim, mask)
+  # A kernel would compute on every device of `sequence` what one can.
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.shape.get("sequence", 1) > 1 and not reason:
+    parts = _size(mesh, HEADS[0])
+    if config.kv_heads % parts:
+      reason = f"sequence x tensor = {parts} does not divide their heads"
   if reason:
     _say_once(f"attention: some texts are read by the dense form, as {reason}")
   return "dense" if reason else kind
@@ -263,7 +274,11 @@ def _on_mesh(
   if mesh.empty or mesh.size == 1:
     return kernel(q, k, v, per_row)
   rows = ROWS if q.shape[0] % row_count(mesh) == 0 else None
-  heads = "tensor" if k.shape[1] % mesh.shape["tensor"] == 0 else None
+  # A kernel reads whole texts. Where tokens are split, heads are split instead
+  # (DeepSpeed-Ulysses, Jacobs 2023): each device gets all tokens of its heads.
+  heads = next(
+    (axes for axes in HEADS if k.shape[1] % _size(mesh, axes) == 0), None
+  )
   queries = PartitionSpec(rows, None, heads)
   keys = PartitionSpec(rows, heads)
   run = jax.shard_map(
@@ -274,6 +289,10 @@ def _on_mesh(
     check_vma=False,  # kernels do not say over which axes their results vary
   )
   return run(q, k, v, per_row)
+
+
+def _size(mesh: AnyMesh, axes: tuple[str, ...]) -> int:
+  return math.prod(mesh.shape[name] for name in axes)
 
 
 def _splash(

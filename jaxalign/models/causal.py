@@ -31,10 +31,14 @@ from jaxalign.models.layers import (
 )
 from jaxalign.parallel.mesh import (
   ROWS,
+  SHORT_ROWS,
+  Axes,
   constrain,
   constrain_rows,
+  constrain_tokens,
+  gather_tokens,
   gathered,
-  scatter_rows,
+  scatter_tokens,
 )
 
 C = TypeVar("C", bound=CausalConfig)
@@ -113,7 +117,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       `Output`), and the `KV` if `keep`.
     """
     # What each token attends to is the same in every layer but for the window.
-    near = positions[:, :, None] - positions[:, None, :]
+    near = constrain_tokens(positions[:, :, None] - positions[:, None, :])
     mask = _attended(segment_ids, prompt_segment_ids)
     # Of texts that share a prompt the longest counts, as the prompt is theirs.
     texts = segment_ids if prompt_segment_ids is None else prompt_segment_ids
@@ -156,7 +160,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
             window=window,
             windows=windows,
           )
-        own = (k, v, own_mask)
+        own = (gather_tokens(k), gather_tokens(v), own_mask)
         shared = _past_parts(past, past_kv, positions, window)
         read = functools.partial(attend, scale=scale, cap=cap)
         return remat.of_attention(read, policy)(q, [*shared, own])
@@ -166,7 +170,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       x = remat.block_input(x)
       x = block(x, attention, self.layer_rope(rope, window), key)
       # XLA would otherwise move whole batches rather than parameters.
-      return constrain_rows(x), _constrain_heads(kept) if keep else []
+      return constrain_tokens(x), _constrain_heads(kept) if keep else []
 
     # Scanning the stacked blocks: one is compiled, whatever the depth.
     graph, params = layer_params(self.blocks)
@@ -179,7 +183,7 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     # All with a leading layer axis; None has no leaves and stays None.
     xs = (params, self._windows(), [(p.k, p.v) for p in past], keys)
     body = remat.of_block(layer, policy)
-    x = scatter_rows(self.embed(tokens, positions))
+    x = scatter_tokens(self.embed(tokens, positions))
     x, kept = jax.lax.scan(body, x, xs)
     hidden = self._states(x, head_key)
     if not keep:
@@ -224,18 +228,18 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     def read(x, params, window, past_kv, write):
       def attention(q, k, v, scale, cap=0.0):
         k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
-        k, v = write(*_constrain_heads((k, v)))
+        k, v = write(*_constrain_heads((k, v), SHORT_ROWS))
         shared = _past_parts(past, past_kv, positions, window)
         mine = (k, v, own_mask[:, None, :] & _within(near, window))
         return attend(q, [*shared, mine], scale=scale, cap=cap)
 
       block = nnx.merge(graph, params)
       x = block(x, attention, self.layer_rope(rope, window), None)
-      return constrain_rows(x)
+      return constrain(x, SHORT_ROWS)
 
     # The cache is written in place, as it is a loop's carry, or donated.
     put = jax.lax.dynamic_update_slice
-    x = constrain_rows(self.embed(tokens[:, None], positions))
+    x = constrain(self.embed(tokens[:, None], positions), SHORT_ROWS)
     layers = self.unstack() if layers is None else layers
     if isinstance(layers, list):
       cache = []  # filled layer by layer
@@ -338,9 +342,9 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
     return None if windows is None else jnp.asarray(windows)
 
 
-def _constrain_heads(kv):
+def _constrain_heads(kv, rows: Axes = ROWS):
   """Keys and values `[B, K, T, H]`: rows and heads split over the mesh."""
-  return jax.tree.map(lambda x: constrain(x, ROWS, "tensor"), kv)
+  return jax.tree.map(lambda x: constrain(x, rows, "tensor"), kv)
 
 
 def _attended(
@@ -352,7 +356,7 @@ def _attended(
   mask = segment_ids[:, :, None] == segment_ids[:, None, :]
   if prompt_segment_ids is not None:
     mask |= prompt_segment_ids[:, :, None] == segment_ids[:, None, :]
-  return mask & jnp.tril(jnp.ones((length, length), bool))
+  return constrain_tokens(mask & jnp.tril(jnp.ones((length, length), bool)))
 
 
 def _within(near: Int[Array, "B T C"], window) -> Bool[Array, "B T C"] | bool:

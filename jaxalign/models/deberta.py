@@ -31,7 +31,7 @@ from jaxalign.models.layers import (
   layer_params,
   stack,
 )
-from jaxalign.parallel.mesh import constrain_rows, scatter_rows
+from jaxalign.parallel.mesh import SHORT_ROWS, constrain, scatter_tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -377,8 +377,9 @@ class Deberta(Scored, nnx.Module):
     start = jnp.argmax(mask, axis=1, keepdims=True)
     # What stands before the text wraps around to the end of the row.
     columns = (jnp.arange(length) + start) % length
-    tokens, mask = constrain_rows(
-      [jnp.take_along_axis(a, columns, axis=1) for a in (tokens, mask)]
+    tokens, mask = (
+      constrain(jnp.take_along_axis(a, columns, axis=1), SHORT_ROWS)
+      for a in (tokens, mask)
     )
     if types is not None:
       types = jnp.take_along_axis(types, columns, axis=1)
@@ -389,8 +390,8 @@ class Deberta(Scored, nnx.Module):
       # For the embeddings, the blocks, and the projection's adapter.
       dropout_key, layers_key, proj_key = jax.random.split(dropout_key, 3)
       keys = jax.random.split(layers_key, config.layers)
-    embedded = constrain_rows(
-      self._embed(tokens, mask, types, dropout_key, proj_key)
+    embedded = constrain(
+      self._embed(tokens, mask, types, dropout_key, proj_key), SHORT_ROWS
     )
     relative = self._relative()
     graph, params = layer_params(self.blocks)
@@ -401,7 +402,7 @@ class Deberta(Scored, nnx.Module):
         params, key = one
         block = nnx.merge(graph, cast_small(params, config.dtype))
         x = block(remat.block_input(x), mask, relative, queries, key)
-        return constrain_rows(x)
+        return constrain(x, SHORT_ROWS)
 
       return remat.of_block(run, config.remat, scanned=scanned)
 
@@ -427,7 +428,7 @@ class Deberta(Scored, nnx.Module):
     return x, mask
 
   def _embed(self, tokens, mask, types, key, proj_key) -> Float[Array, "B T D"]:
-    x = scatter_rows(self.embedding(tokens))
+    x = scatter_tokens(self.embedding(tokens), SHORT_ROWS)
     if self.config.position_biased_input:
       x = x + self.position_embeddings(jnp.arange(tokens.shape[1]))
     if self.config.type_vocab_size:

@@ -1,14 +1,15 @@
 """The named mesh, and how every array is sharded over it.
 
-Three axes: `replica` (copies of the parameters), `fsdp` (parameters and rows
-are split) and `tensor` (heads and features are split). Rows of a batch are
-split over replica and fsdp together. One device is a 1 x 1 x 1 mesh, so a
-laptop and a pod run the same program.
+Four axes: `replica` (copies of the parameters), `fsdp` (parameters and rows
+are split), `sequence` (parameters and the tokens of a row are split) and
+`tensor` (heads and features are split). Rows of a batch are split over replica
+and fsdp together. One device is a 1 x 1 x 1 x 1 mesh, so a laptop and a pod run
+the same program.
 """
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,11 +21,17 @@ from jaxtyping import Array, PyTree
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
 
-AXES = ("replica", "fsdp", "tensor")
+# By what they move: the devices of the last axis are the nearest neighbours.
+AXES = ("replica", "fsdp", "sequence", "tensor")
 Devices = Sequence[jax.Device] | None  # None = all of this run
 AnyMesh = Mesh | AbstractMesh  # an abstract one has no devices
 Axes = str | tuple[str, ...] | None  # what one dimension is split over
 ROWS = ("replica", "fsdp")  # the axes over which a batch's rows are split
+# Rows whose tokens are not split: of one token, in decoding, or an encoder's.
+SHORT_ROWS = (*ROWS, "sequence")
+# The axes over which parameters are split; what the devices of `fsdp` have
+# stands together, see `scatter_tokens`.
+PARTS = ("sequence", "fsdp")
 
 # Layers by the axis of their kernel [in, out] that holds heads or features. A
 # block then computes on its own heads and adds up once, after the second kernel
@@ -44,16 +51,19 @@ def make_mesh(
   replica: int = 1,
   fsdp: int = 1,
   tensor: int = 1,
+  sequence: int = 1,
   *,
   rows: int = 0,
   devices: Devices = None,
 ) -> Mesh:
-  """A mesh over the first `replica * fsdp * tensor` devices.
+  """A mesh over the first `replica * fsdp * sequence * tensor` devices.
 
   Args:
     replica: copies of the parameters, >= 1, or -1 = all remaining devices.
     fsdp: parts that parameters and rows are split into, in the same way.
     tensor: parts that heads and features are split into, in the same way.
+    sequence: parts that parameters and the tokens of a row are split into, in
+      the same way.
     rows: of a batch; an axis of -1 takes fewer devices where these would not
       split evenly over all that remain. 0 = any number.
     devices: to choose from; those of `jax.experimental.topologies`, which need
@@ -64,7 +74,7 @@ def make_mesh(
   """
   devices = jax.devices() if devices is None else devices
   processes = {device.process_index for device in devices}
-  sizes = [replica, fsdp, tensor]
+  sizes = [replica, fsdp, sequence, tensor]
   # One size may be left open; integer division leaves surplus devices idle.
   if sizes.count(-1) == 1:
     rest = int(np.prod([s for s in sizes if s != -1]))
@@ -72,20 +82,21 @@ def make_mesh(
     most = sizes[axis] = max(1, len(devices) // rest)
     # Several processes have no fewer: each has to have its devices in the mesh.
     if AXES[axis] in ROWS and len(processes) == 1:
-      parts = rest // tensor
+      parts = rest // (sequence * tensor)
       fitting = (n for n in range(most, 0, -1) if rows % (n * parts) == 0)
       sizes[axis] = next(fitting, most)
   count = int(np.prod(sizes))
+  wanted = (
+    f"{' x '.join(AXES)} = {' x '.join(map(str, sizes))} = {count} devices"
+  )
   if min(sizes) < 1 or count > len(devices):
     raise UserError(
-      f"config.mesh: replica x fsdp x tensor = {' x '.join(map(str, sizes))} "
-      f"= {count} devices, but {len(devices)} are there; lower one of them, "
-      "or set one to -1 to take what is left"
+      f"config.mesh: {wanted}, but {len(devices)} are there; lower one of "
+      "them, or set one to -1 to take what is left"
     )
   if len(processes) > 1 and count < len(devices):
     raise UserError(
-      f"config.mesh: replica x fsdp x tensor = {' x '.join(map(str, sizes))} "
-      f"= {count} devices, but a run on {len(processes)} hosts needs all "
+      f"config.mesh: {wanted}, but a run on {len(processes)} hosts needs all "
       f"{len(devices)} of theirs; set one of them to -1 to take what is left"
     )
   return Mesh(_arrange(devices[:count], sizes), AXES)
@@ -98,14 +109,14 @@ def _arrange(devices, sizes: list[int]) -> np.ndarray:
   where `replica` is too small parts of `fsdp`.
   """
   slices = len({getattr(device, "slice_index", 0) for device in devices})
-  across = [1, 1, 1]
+  across = [1] * len(sizes)
   for axis in (0, 1):
     across[axis] = math.gcd(sizes[axis], slices // math.prod(across))
   if math.prod(across) != slices:
     raise UserError(
       f"config.mesh: replica x fsdp = {sizes[0]} x {sizes[1]} cannot be split "
       f"over {slices} slices; make replica {slices}, as the network between "
-      "slices is too slow for tensor"
+      "slices is too slow for the others"
     )
   within = [size // n for size, n in zip(sizes, across, strict=True)]
   try:
@@ -198,6 +209,11 @@ def _on_one_device() -> bool:
   return mesh.empty or mesh.size == 1
 
 
+def splits_tokens() -> bool:
+  """Whether the mesh in force splits the tokens of a row."""
+  return jax.sharding.get_abstract_mesh().shape.get("sequence", 1) > 1
+
+
 def constrain(x: Array, *spec: Axes) -> Array:
   """Shards an array over the mesh in force, inside a program.
 
@@ -206,21 +222,29 @@ def constrain(x: Array, *spec: Axes) -> Array:
   Args:
     x: any array.
     *spec: the mesh axes of its leading dimensions, as in a `PartitionSpec`;
-      those that a dimension does not divide evenly over, first to last, are
-      left out.
+      those that a dimension does not divide evenly over are left out,
+      `sequence` before the others, first to last.
   """
   if _on_one_device():
     return x
   sizes = jax.sharding.get_abstract_mesh().shape
+  fits = [
+    _fitting(axes, n, sizes) for axes, n in zip(spec, x.shape, strict=False)
+  ]
+  return jax.lax.with_sharding_constraint(x, PartitionSpec(*fits))
 
-  def fits(axes: Axes, dimension: int) -> Axes:
-    names = (axes,) if isinstance(axes, str) else axes or ()
-    while dimension % math.prod(sizes[name] for name in names):
-      names = names[1:]
-    return names or None
 
-  wanted = [fits(axes, n) for axes, n in zip(spec, x.shape, strict=False)]
-  return jax.lax.with_sharding_constraint(x, PartitionSpec(*wanted))
+def _fitting(axes: Axes, dimension: int, sizes: Mapping[str, int]) -> Axes:
+  """Those of the axes that a dimension divides evenly over; see `constrain`."""
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  shorter = tuple(name for name in names if name != "sequence")
+  # Where it has one device it splits nothing, and is not spoken of.
+  parts = math.prod(sizes[name] for name in names)
+  if sizes["sequence"] == 1 or dimension % parts:
+    names = shorter
+  while dimension % math.prod(sizes[name] for name in names):
+    names = names[1:]
+  return names[0] if len(names) == 1 else names or None
 
 
 def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
@@ -234,17 +258,40 @@ def constrain_rows(tree: PyTree, axis: int = 0) -> PyTree:
   return jax.tree.map(lambda x: constrain(x, *spec), tree)
 
 
-def scatter_rows(x: Array) -> Array:
-  """Gives embedded tokens `[B, T, D]` to the devices that hold their rows.
+def constrain_tokens(x: Array) -> Array:
+  """Keeps `[B, T, ...]` split by rows and tokens; see `constrain_rows`."""
+  return constrain(x, ROWS, "sequence")
 
-  Every device has looked up its part of the features. Said in two steps, as XLA
-  would replicate the whole batch on its way from one sharding to the other.
+
+def scatter_tokens(x: Array, rows: Axes = ROWS) -> Array:
+  """Gives embedded tokens `[B, T, D]` to the devices that hold them.
+
+  Every device has looked up its part of the features. Said in steps of one axis
+  each, as XLA would replicate the whole batch on its way from one sharding to
+  the other.
+
+  Args:
+    x: the embedded tokens.
+    rows: the axes that they are split over; with `ROWS`, tokens are split too.
   """
-  return constrain_rows(constrain(x, "replica", None, "fsdp"))
+  x = constrain(x, "replica", None, PARTS)
+  if splits_tokens():
+    x = constrain(x, ROWS, None, "sequence")
+  return constrain_tokens(x) if rows == ROWS else constrain(x, rows)
+
+
+def gather_tokens(x: Array) -> Array:
+  """Gives keys or values `[B, K, T, H]` of all tokens to each device.
+
+  Their gradient is added up and scattered again.
+  """
+  if not splits_tokens():
+    return x
+  return _moved(x, (ROWS, "tensor"), (ROWS, "tensor", "sequence"))
 
 
 def gathered(params: Params) -> Params:
-  """Parameters whole over `fsdp`, inside a program; still split over `tensor`.
+  """Parameters split over `tensor` alone, inside a program.
 
   For a loop that reads all of them again and again, such as decoding: called
   before the loop, it moves them once. Their gradient is scattered again.
@@ -253,28 +300,32 @@ def gathered(params: Params) -> Params:
     return params
 
   def place(path, leaf):
-    return _gathered(leaf, _wanted(path, leaf.ndim))
+    spec = _wanted(path, leaf.ndim)
+    whole = tuple(None if axes == PARTS else axes for axes in spec)
+    return _moved(leaf, whole, spec)
 
   return jax.tree_util.tree_map_with_path(place, params)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _gathered(x: Array, spec: tuple[Axes, ...]) -> Array:
-  return constrain(x, *[None if axes == "fsdp" else axes for axes in spec])
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _moved(x: Array, to: tuple[Axes, ...], back: tuple[Axes, ...]) -> Array:
+  """`x` sharded as `to`, its gradient as `back`."""
+  del back
+  return constrain(x, *to)
 
 
-def _gathered_forward(x, spec):
-  return _gathered(x, spec), None
+def _moved_forward(x, to, back):
+  return _moved(x, to, back), None
 
 
-def _gathered_backward(spec, saved, d):
+def _moved_backward(to, back, saved, d):
   # The transposed constraint would have every device hold the whole sum. This
   # one lets it be reduced and scattered in one pass.
-  del saved
-  return (constrain(d, *spec),)
+  del to, saved
+  return (constrain(d, *back),)
 
 
-_gathered.defvjp(_gathered_forward, _gathered_backward)
+_moved.defvjp(_moved_forward, _moved_backward)
 
 
 def row_count(mesh: AnyMesh) -> int:
@@ -292,6 +343,17 @@ def check_rows(mesh: AnyMesh, count: int, field: str) -> None:
       f"{field} gives {count} rows, which cannot be split evenly over "
       f"replica x fsdp = {parts} devices; make it {nearest}, or lower "
       "config.mesh (-1 takes as many devices as fit)"
+    )
+
+
+def check_tokens(mesh: AnyMesh, tokens: int, field: str) -> None:
+  """Raises a UserError unless a row's tokens split over `sequence`."""
+  parts = mesh.shape["sequence"]
+  if tokens % parts:
+    above = -(-tokens // parts) * parts
+    raise UserError(
+      f"config.mesh.sequence must divide {field}, which is {tokens}, got "
+      f"{parts}; make it {math.gcd(tokens, parts)}, or {field} {above}"
     )
 
 
@@ -317,8 +379,8 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
   def place(path, leaf):
     wanted = _wanted(path, len(leaf.shape))
     fits = [
-      axis if axis and size % mesh.shape[axis] == 0 else None
-      for axis, size in zip(wanted, leaf.shape, strict=False)
+      _fitting(axes, size, mesh.shape)
+      for axes, size in zip(wanted, leaf.shape, strict=False)
     ]
     return NamedSharding(mesh, PartitionSpec(*fits))
 
@@ -346,11 +408,11 @@ def _wanted(path: tuple, ndim: int) -> tuple[Axes, ...]:
   # A leaf is known by its module and its own name: `dense`, `kernel`.
   owner, leaf = ["", "", *names][-2:]
   if leaf == "embedding" or (leaf == "kernel" and owner in SPLIT_INPUTS):
-    wanted = ("tensor", "fsdp")
+    wanted = ("tensor", PARTS)
   elif leaf == "kernel" and owner in SPLIT_OUTPUTS:
-    wanted = ("fsdp", "tensor")
+    wanted = (PARTS, "tensor")
   elif leaf in ("kernel", "lora_a", "lora_b"):
-    wanted = ("fsdp", None)  # other layers, and adapters, whose rank is small
+    wanted = (PARTS, None)  # other layers, and adapters, whose rank is small
   else:
     return ()  # biases and norms: small
   if ndim < 2:

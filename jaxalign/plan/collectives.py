@@ -23,6 +23,7 @@ KINDS = (
 
 
 _CHANNEL = re.compile(r"channel_id=(\d+)")
+_GROUPS = re.compile(r"replica_groups=\S+")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +105,7 @@ def exchanges(
   with arithmetic; they share a channel. The first of them counts: the others
   may stand in a loop, which the exchange runs next to.
   """
-  seen: set[tuple[str, int]] = set()
+  seen: set[tuple[str, str, int]] = set()
   started = {
     channel[1]
     for computation in module.computations.values()
@@ -123,8 +124,14 @@ def exchanges(
       channel = _CHANNEL.search(each.line)
       if channel and channel[1] in started and not begins:
         continue
-      # The same channel in another loop is another exchange.
-      key = (channel[1] if channel else each.name, times)
+      # The same channel in another loop, or of other groups of chips, is
+      # another exchange: those that a program writes out all have channel 1.
+      groups = _GROUPS.search(each.line)
+      key = (
+        channel[1] if channel else each.name,
+        groups[0] if groups else "",
+        times,
+      )
       if key not in seen:
         seen.add(key)
         yield each, times

@@ -286,11 +286,12 @@ def _split_rows(tree, rows: int):
 
   def place(x):
     if x.ndim == 5:  # the caches of all layers, stacked
-      return meshes.constrain(x, None, meshes.ROWS, "tensor")
+      return meshes.constrain(x, None, meshes.SHORT_ROWS, "tensor")
     if x.ndim == 0 or x.shape[0] != rows:
       return x
     # Of a layer's cache the second axis are heads.
-    return meshes.constrain(x, meshes.ROWS, "tensor" if x.ndim == 4 else None)
+    heads = "tensor" if x.ndim == 4 else None
+    return meshes.constrain(x, meshes.SHORT_ROWS, heads)
 
   return jax.tree.map(place, tree)
 

@@ -158,14 +158,15 @@ def open_mesh(
   field = "config.micro_batch" if config.micro_batch else "config.batch_size"
   rows = 0 if fills_rows else config.micro_rows
   sizes = config.mesh.sizes
-  mesh = meshes.make_mesh(*sizes, rows=rows, devices=devices)
+  mesh = meshes.make_mesh(**sizes, rows=rows, devices=devices)
   meshes.check_rows(mesh, rows, field)
+  meshes.check_tokens(mesh, config.max_length, "config.max_length")
   there = jax.device_count() if devices is None else len(devices)
   if there > 1 and hosts.is_lead():
     axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
     share = f"{there}" if mesh.size == there else f"{mesh.size} of {there}"
     # What it would be if the rows had allowed it.
-    whole = meshes.row_count(meshes.make_mesh(*sizes, devices=devices))
+    whole = meshes.row_count(meshes.make_mesh(**sizes, devices=devices))
     why = ""
     if whole > meshes.row_count(mesh):
       why = f"; {field} gives {rows} rows, a multiple of {whole} uses more"

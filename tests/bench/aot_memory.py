@@ -114,6 +114,7 @@ def main():
   parser.add_argument("--replica", type=int, default=1)
   parser.add_argument("--fsdp", type=int, default=0, help="0 = all chips left")
   parser.add_argument("--tensor", type=int, default=1)
+  parser.add_argument("--sequence", type=int, default=1)
   parser.add_argument("--rows", type=int, default=16)
   parser.add_argument("--length", type=int, default=1024)
   parser.add_argument("--samples", type=int, default=16, help="a prompt")
@@ -122,8 +123,9 @@ def main():
   parser.add_argument("--hlo", help="a file to write the program to")
   args = parser.parse_args()
   devices = topologies.get_topology_desc(args.on, "tpu").devices
-  fsdp = args.fsdp or len(devices) // args.replica // args.tensor
-  sizes = (args.replica, fsdp, args.tensor)
+  others = args.replica * args.sequence * args.tensor
+  fsdp = args.fsdp or len(devices) // others
+  sizes = (args.replica, fsdp, args.sequence, args.tensor)
   mesh = Mesh(
     np.array(devices[: int(np.prod(sizes))]).reshape(sizes), meshes.AXES
   )

@@ -1,10 +1,11 @@
 """Does a mesh change what a run computes? Every method on eight CPU devices.
 
-Runs each method for three steps on one device and on three meshes of eight,
+Runs each method for three steps on one device and on four meshes of eight,
 which a process pretends to have, and compares metrics to 1e-4 and the samples
 letter for letter. SuperHF samples greedily; PPO and online DPO have to draw.
 
     python tests/bench/meshes.py [--only=sft,superhf] [--steps=3]
+      [--meshes="1,8,1,1 1,2,1,4"]
 """
 
 import argparse
@@ -38,7 +39,8 @@ METHODS = {
     "--config.sampling.max_new_tokens=8",
   ],
 }
-MESHES = ("1,1,1", "1,8,1", "1,4,2", "2,2,2")
+# Devices of replica, fsdp, tensor and sequence.
+MESHES = ("1,1,1,1", "1,8,1,1", "1,4,2,1", "2,2,2,1", "1,2,1,4")
 LEFT_OUT = ("time/", "throughput/", "memory/", "host/")
 TOLERANCE = 1e-4  # absolute, and relative to the one device's value
 # Eight devices share few cores, so one may be late at a meeting point. XLA ends
@@ -51,7 +53,8 @@ RUN = """
 import sys
 from jaxalign import main
 for sizes in sys.argv.pop(1).split():
-  axes = zip(("replica", "fsdp", "tensor"), sizes.split(","))
+  names = "replica", "fsdp", "tensor", "sequence"
+  axes = zip(names, sizes.split(","))
   status = main.main([
     *sys.argv[2:], f"--workdir={sys.argv[1]}/{sizes}",
     *[f"--config.mesh.{axis}={size}" for axis, size in axes],
@@ -60,12 +63,13 @@ for sizes in sys.argv.pop(1).split():
 """
 
 
-def run(name: str, steps: int, folder: pathlib.Path) -> str:
+def run(name: str, steps: int, others: list[str], folder: pathlib.Path) -> str:
   """ "same", with the largest difference; or what went wrong."""
   config, *flags = METHODS[name]
+  meshes = [MESHES[0], *others]
   done = subprocess.run(
     [
-      *(sys.executable, "-c", RUN, " ".join(MESHES), str(folder)),
+      *(sys.executable, "-c", RUN, " ".join(meshes), str(folder)),
       *("--config", f"configs/{config}", f"--config.steps={steps}", *flags),
       "--config.checkpoint.every_steps=0",
     ],
@@ -80,9 +84,9 @@ def run(name: str, steps: int, folder: pathlib.Path) -> str:
   )
   if done.returncode:
     return "FAILED: " + "\n".join(done.stderr.strip().splitlines()[-3:])
-  one, *others = (read(folder / sizes) for sizes in MESHES)
+  one, *found = (read(folder / sizes) for sizes in meshes)
   worst, where = 0.0, ""
-  for sizes, (rows, samples) in zip(MESHES[1:], others, strict=True):
+  for sizes, (rows, samples) in zip(others, found, strict=True):
     if samples != one[1]:
       return f"DIFFERS: samples on {sizes}"
     for a, b in zip(one[0], rows, strict=True):
@@ -112,11 +116,14 @@ def main() -> int:
   parser = argparse.ArgumentParser(description=__doc__)
   parser.add_argument("--only", default=",".join(METHODS))
   parser.add_argument("--steps", type=int, default=3)
+  parser.add_argument("--meshes", default=" ".join(MESHES[1:]))
   args = parser.parse_args()
   verdicts = {}
   for name in args.only.split(","):
     with tempfile.TemporaryDirectory(prefix="meshes-") as folder:
-      verdicts[name] = run(name, args.steps, pathlib.Path(folder))
+      verdicts[name] = run(
+        name, args.steps, args.meshes.split(), pathlib.Path(folder)
+      )
     print(f"{name}: {verdicts[name]}", flush=True)
   return int(any(not v.startswith("same") for v in verdicts.values()))
 

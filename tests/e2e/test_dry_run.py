@@ -36,7 +36,7 @@ def test_a_run_that_samples(dry, superhf, tmp_path, lab):
   assert f"reward_model: {lab.reward}, " in out
   assert "prompts: 24 of at most " in out
   assert "update: one pass of 2 texts of at most 64 tokens\n" in out
-  assert "devices: 1 x cpu (replica 1, fsdp 1, tensor 1)\n" in out
+  assert "devices: 1 x cpu (replica 1, fsdp 1, sequence 1, tensor 1)\n" in out
 
 
 def test_what_is_there_is_said(dry, supervised, tmp_path, lab, capfd):

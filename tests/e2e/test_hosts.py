@@ -122,7 +122,7 @@ def test_two_processes_equal_one(sft, tmp_path, read):
   assert main.main(in_folder(command, tmp_path / "one")) == 0
   lead, other = end(two)
   assert (lead[0], other[0]) == (0, 0), lead[2] + other[2]
-  assert "mesh: 4 devices (replica 1, fsdp 4, tensor 1)" in lead[1]
+  assert "mesh: 4 devices (replica 1, fsdp 4, sequence 1, tensor 1)" in lead[1]
   assert other[1] == "" or "Gloo" in other[1]
   assert_equal_runs(tmp_path / "one", tmp_path / "two", read, 1e-4)
   # One process of one device goes on from what two wrote.

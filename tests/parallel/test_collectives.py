@@ -13,6 +13,7 @@ from jaxalign.plan import collectives, hlo
 
 # Sizes that tell the arrays apart by their shapes alone.
 ROWS, TOKENS, VOCAB, WIDTH, INNER, LAYERS = 48, 28, 160, 32, 96, 3
+HEADS = 4
 PARAMETERS = 4 * WIDTH * WIDTH + 2 * WIDTH * INNER  # of a layer's matrices
 
 PROGRAMS = f"""
@@ -30,7 +31,7 @@ from jaxalign.sampling.sampler import Sampler
 from jaxalign.training.forward import completion_logps
 
 model = Model.build(NeoXConfig(
-  vocab_size={VOCAB}, hidden_size={WIDTH}, layers={LAYERS}, heads=4,
+  vocab_size={VOCAB}, hidden_size={WIDTH}, layers={LAYERS}, heads={HEADS},
   intermediate_size={INNER},
 ))
 params = jax.tree.map(lambda x: 6 * x, model.init(jax.random.key(0)))
@@ -53,7 +54,7 @@ def off(a, b):
   return abs(a - np.asarray(b)).max() / abs(a).max()
 
 # The two ways through the output matrix.
-for sizes, loss in (((1, 8, 1), nll), ((2, 2, 2), logps)):
+for sizes, loss in (((1, 8, 1), nll), ((2, 2, 2), logps), ((1, 2, 1, 4), nll)):
   step = jax.value_and_grad(loss)
   mesh = meshes.make_mesh(*sizes)
   placed = meshes.put(params, mesh)
@@ -118,7 +119,8 @@ def programs():
   return {str(one["sizes"]): one for one in found}
 
 
-MESHES = {"[1, 8, 1]": 8, "[2, 2, 2]": 4}  # and the parts of a batch's rows
+# And the parts of a batch's rows.
+MESHES = {"[1, 8, 1]": 8, "[2, 2, 2]": 4, "[1, 2, 1, 4]": 2}
 
 
 @pytest.mark.parametrize("sizes", MESHES)
@@ -132,13 +134,35 @@ def test_no_logits_and_no_activations_are_gathered(programs, sizes):
   rows = ROWS // MESHES[sizes]  # of one device
   for one in exchanges(programs[sizes]["update"]):
     for shape in one.shapes:
-      # Of the output matrix a gradient may meet so.
+      # Copies of a gradient's share may meet so.
       logits = {VOCAB, VOCAB // 2} & set(shape)
-      logits = logits and not {WIDTH, WIDTH // 2} & set(shape)
+      logits = logits and WIDTH // 2 not in shape
       assert not (one.kind == "all-reduce" and logits), one
       texts = {TOKENS, TOKENS - 1} & set(shape) and shape[-1] > 1
       of_many = {2 * rows, 4 * rows, 8 * rows} & set(shape)
       assert not (one.kind == "all-gather" and texts and of_many), one
+
+
+def test_the_output_matrix_gradient_is_scattered(programs):
+  """In two steps: the shares of four and of two devices."""
+  shapes = [
+    shape
+    for one in exchanges(programs["[1, 8, 1]"]["update"])
+    for shape in one.shapes
+    if one.kind == "reduce-scatter"
+  ]
+  assert shapes == [(VOCAB, WIDTH // 4), (VOCAB, WIDTH // 8)]
+
+
+def test_of_tokens_that_are_split_keys_and_values_move(programs):
+  found = exchanges(programs["[1, 2, 1, 4]"]["update"])
+  for one in found:
+    for shape in one.shapes:
+      whole = {TOKENS, TOKENS - 1} & set(shape) and shape[-1] > 1
+      assert not whole or shape[2:] == (HEADS, WIDTH // HEADS), one
+  # Keys and values of a layer forward, and their gradients back.
+  kept = (ROWS // 2, TOKENS, HEADS, WIDTH // HEADS)
+  assert sum(one.shapes.count(kept) for one in found) == 2
 
 
 def test_a_layer_moves_its_parameters_and_gradients_alone(programs):

@@ -23,9 +23,9 @@ SIZES = {
 }
 
 
-def abstract(replica=1, fsdp=1, tensor=1):
+def abstract(replica=1, fsdp=1, tensor=1, sequence=1):
   """A mesh's shape without its devices."""
-  return AbstractMesh((replica, fsdp, tensor), meshes.AXES)
+  return AbstractMesh((replica, fsdp, sequence, tensor), meshes.AXES)
 
 
 def shape(*sizes):
@@ -36,9 +36,10 @@ def specs(tree, mesh):
   return jax.tree.map(lambda s: s.spec, meshes.shardings(tree, mesh))
 
 
-def test_one_device_is_a_mesh_of_three_axes():
+def test_one_device_is_a_mesh_of_four_axes():
   mesh = meshes.make_mesh()
-  assert dict(mesh.shape) == {"replica": 1, "fsdp": 1, "tensor": 1}
+  sizes = {"replica": 1, "fsdp": 1, "sequence": 1, "tensor": 1}
+  assert dict(mesh.shape) == sizes
 
 
 def test_an_axis_takes_what_is_left():
@@ -53,7 +54,8 @@ def test_an_open_axis_takes_what_splits_the_rows(monkeypatch):
   monkeypatch.setattr(jax, "devices", lambda: devices)
 
   def sizes(**given):
-    return tuple(meshes.make_mesh(**given).shape.values())
+    found = meshes.make_mesh(**given).shape
+    return tuple(found[axis] for axis in ("replica", "fsdp", "tensor"))
 
   assert sizes(fsdp=-1, rows=16) == (1, 8, 1)
   assert sizes(fsdp=-1, rows=6) == (1, 6, 1)
@@ -68,16 +70,18 @@ def test_an_open_axis_takes_what_splits_the_rows(monkeypatch):
 @pytest.mark.parametrize(
   ("sizes", "shown"),
   [
-    ((1, 4096, 1), "1 x 4096 x 1 = 4096 devices"),
-    ((2, 2, 2048), "2 x 2 x 2048 = 8192 devices"),
-    ((0, 1, 1), "0 x 1 x 1 = 0 devices"),
+    ((1, 4096, 1), "1 x 4096 x 1 x 1 = 4096 devices"),
+    ((2, 2, 2048), "2 x 2 x 1 x 2048 = 8192 devices"),
+    ((0, 1, 1), "0 x 1 x 1 x 1 = 0 devices"),
   ],
 )
 def test_sizes_that_do_not_fit(sizes, shown):
   with pytest.raises(UserError) as caught:
     meshes.make_mesh(*sizes)
   message = str(caught.value)
-  assert message.startswith("config.mesh: replica x fsdp x tensor = " + shown)
+  assert message.startswith(
+    "config.mesh: replica x fsdp x sequence x tensor = " + shown
+  )
   assert f"but {len(jax.devices())} are there" in message
   assert "lower one of them" in message
 
@@ -96,6 +100,24 @@ def test_rows_are_split_over_replica_and_fsdp():
     "replica x fsdp = 8 devices; make it 8 or 16, or lower config.mesh (-1 "
     "takes as many devices as fit)"
   )
+
+
+def test_tokens_are_split_over_sequence():
+  meshes.check_tokens(abstract(sequence=8), 64, "config.max_length")
+  with pytest.raises(UserError) as caught:
+    meshes.check_tokens(abstract(sequence=8), 100, "config.max_length")
+  assert str(caught.value) == (
+    "config.mesh.sequence must divide config.max_length, which is 100, got 8; "
+    "make it 4, or config.max_length 104"
+  )
+
+
+def test_parameters_are_split_over_fsdp_and_sequence():
+  """Over fsdp alone where both do not divide them."""
+  tree = {"dense": {"kernel": shape(8, 16)}, "other": {"kernel": shape(6, 8)}}
+  found = specs(tree, abstract(fsdp=2, sequence=4))
+  assert found["dense"]["kernel"] == P("tensor", ("sequence", "fsdp"))
+  assert found["other"]["kernel"] == P("fsdp", None)
 
 
 def test_heads_are_split_over_tensor():
