@@ -75,7 +75,7 @@ from jaxalign.algorithms import read_config
     (
       {"mesh": 8},
       "config.mesh must be a section of fields, got 8; set one of "
-      "config.mesh.{replica, fsdp, tensor, sequence}",
+      "config.mesh.{replica, fsdp, tensor, sequence, gather_for_generation}",
     ),
     (
       {"mesh": {"fsdp": 0}},

@@ -87,6 +87,13 @@ class MeshConfig(Section):
     "long rows; -1 as for replica",
     also=("context_parallel_size", "cp_size"),
   )
+  gather_for_generation: bool = field(
+    True,
+    "gather all parameters before completions are sampled; false = keep them "
+    "split and gather each layer at each token: slower, for policies that do "
+    "not fit on one device",
+    also=("ds3_gather_for_generation",),
+  )
 
   @property
   def sizes(self) -> dict[str, int]:

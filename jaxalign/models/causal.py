@@ -266,7 +266,8 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
           cache[:] = put(cache[0], k[None], at), put(cache[1], v[None], at)
           return cache[0][layer], cache[1][layer]
 
-        x = read(x, params, window, past_kv, write)
+        # Here, and not before, where all layers together have not been.
+        x = read(x, gathered(params), window, past_kv, write)
         return (x, *cache), None
 
       past_kv = [(p.k, p.v) for p in past]
@@ -275,17 +276,18 @@ class CausalLM(heads.Scored, nnx.Module, Generic[C]):
       (x, k, v), _ = jax.lax.scan(body, (x, own.k, own.v), xs)
     return self._states(x)[:, 0], KV(k, v, own_positions, own_mask)
 
-  def unstack(self) -> list[Params] | Params:
+  def unstack(self, stacked: bool = False) -> list[Params] | Params:
     """The layers' parameters in the compute dtype, for `step`.
 
-    One tree per layer, or beyond `UNROLLED` layers one tree of stacked ones.
+    One tree per layer; beyond `UNROLLED` layers, or if `stacked`, one tree of
+    stacked ones.
     """
     dtype = self.config.dtype
     params = jax.tree.map(
       lambda p: p.astype(dtype), layer_params(self.blocks)[1]
     )
     count = self.config.layers
-    if count > UNROLLED:
+    if stacked or count > UNROLLED:
       return params
     take = operator.itemgetter
     return [jax.tree.map(take(i), params) for i in range(count)]

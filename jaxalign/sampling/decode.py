@@ -46,10 +46,11 @@ def begin(
   *,
   samples_per_prompt: int,
   capacity: int,
+  gather: bool = True,
 ) -> tuple[Fixed, State]:
   """Reads the prompts and draws each row's first token; see `sample`."""
   # Prefill: the prefix, then each prompt once, whatever S is.
-  module = model.bind(_cast(params, model.config.dtype))
+  module = model.bind(_cast(params, model.config.dtype, gather))
   tokens, mask = _align_right(tokens, mask)
   past, offset, context = _read_prefix(module, tokens, mask, prefix)
   # Positions count real tokens; those of padding are masked.
@@ -71,13 +72,18 @@ def begin(
   limit = jnp.minimum(jnp.minimum(settings.max_new_tokens, capacity), room)
   sample_ids = jnp.arange(samples_per_prompt) + first_sample
   fixed = Fixed(
-    past=tuple(kv.unstack() for kv in (*past, kept)),
+    past=tuple(kv.unstack() if gather else kv for kv in (*past, kept)),
     start=repeat(start),
     limit=repeat(limit),
     keys=row_keys(key, prompt_numbers, sample_ids),
   )
   state = first_state(
-    model.config, repeat(context), repeat(~mask.any(axis=1)), settings, capacity
+    model.config,
+    repeat(context),
+    repeat(~mask.any(axis=1)),
+    settings,
+    capacity,
+    stacked=not gather,
   )
   fixed, state = _split_rows((fixed, state), len(fixed.start))
   return fixed, _emit(module, fixed, state, repeat(hidden[:, -1]), settings)
@@ -138,6 +144,7 @@ def sample(
   *,
   samples_per_prompt: int,
   capacity: int,
+  gather: bool = True,
 ) -> Samples:
   """Draws S completions of each prompt.
 
@@ -157,12 +164,13 @@ def sample(
       `first_sample=S` draws S more.
     samples_per_prompt: S.
     capacity: N, new tokens at most; `settings.max_new_tokens` may be lower.
+    gather: see `Sampler`.
 
   Returns:
     P·S rows; row p S + s is sample s of prompt p.
   """
   # The first token of every row, then a loop until all rows have ended.
-  module = model.bind(_cast(params, model.config.dtype))
+  module = model.bind(_cast(params, model.config.dtype, gather))
   fixed, state = begin(
     model,
     params,
@@ -175,9 +183,11 @@ def sample(
     first_sample,
     samples_per_prompt=samples_per_prompt,
     capacity=capacity,
+    gather=gather,
   )
-  # Taking the stacked layers apart once, not at every token.
-  layers = module.unstack()
+  # Taking the stacked layers apart once, not at every token. Layers that are
+  # gathered one by one stay stacked: a scan's are not gathered before the loop.
+  layers = module.unstack(stacked=not gather)
   state = jax.lax.while_loop(
     lambda s: ~s.done.all() & (s.drawn < capacity),
     lambda s: _advance(module, layers, fixed, s, settings),
@@ -296,17 +306,17 @@ def _split_rows(tree, rows: int):
   return jax.tree.map(place, tree)
 
 
-def _cast(params: Params, dtype: str) -> Params:
+def _cast(params: Params, dtype: str, gather: bool = True) -> Params:
   """Casts once what the loop would cast at every step; norms stay exact.
 
-  On a mesh the parameters are also gathered over `fsdp` here, and not at every
-  token.
+  On a mesh the parameters are also gathered here, and not at every token; with
+  `gather` off, all but the layers'.
   """
-  return meshes.gathered(
-    {
-      name: part
-      if name == "final_norm"
-      else jax.tree.map(lambda x: x.astype(dtype), part)
-      for name, part in params.items()
-    }
-  )
+  cast = {
+    name: part
+    if name == "final_norm"
+    else jax.tree.map(lambda x: x.astype(dtype), part)
+    for name, part in params.items()
+  }
+  layers = {} if gather else {"blocks": cast.pop("blocks")}
+  return meshes.gathered(cast) | layers

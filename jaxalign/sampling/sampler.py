@@ -40,6 +40,9 @@ class Sampler:
       where completions differ in length, for a few more programs to compile.
       The same random numbers draw the tokens; log-probabilities may differ in
       their last bits, as the matrix products have other shapes. For one device.
+    gather: on a mesh, each device holds all layers while it draws, split over
+      `tensor` alone. Else they stay split and are gathered one by one at every
+      token: slower, and for what does not fit otherwise.
   """
 
   model: Model
@@ -47,6 +50,7 @@ class Sampler:
   new_token_buckets: tuple[int, ...] = BUCKETS
   mesh: Mesh | None = None
   compact: bool = False
+  gather: bool = True
 
   def __call__(
     self,
@@ -279,19 +283,20 @@ class Sampler:
 
   @functools.cached_property
   def _jitted(self) -> "_Programs":
-    return _Programs(self.model, self.mesh)
+    return _Programs(self.model, self.mesh, self.gather)
 
 
 class _Programs:
   """The compiled functions of one model; the only place that jits them."""
 
-  def __init__(self, model: Model, mesh: Mesh | None):
+  def __init__(self, model: Model, mesh: Mesh | None, gather: bool):
     def sample(*args, samples_per_prompt: int, capacity: int):
       return decode.sample(
         model,
         *args,
         samples_per_prompt=samples_per_prompt,
         capacity=capacity,
+        gather=gather,
       )
 
     def begin(*args, samples_per_prompt: int, capacity: int):

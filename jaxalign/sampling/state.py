@@ -48,6 +48,7 @@ def first_state(
   done: Bool[Array, " B"],
   settings: SamplingParams,
   capacity: int,
+  stacked: bool = False,
 ) -> State:
   """The state before the first draw.
 
@@ -58,6 +59,7 @@ def first_state(
     settings: for the width of its stop sequences, and whether it has a
       repetition penalty.
     capacity: N, new tokens at most.
+    stacked: whether the caches of all layers are one array.
   """
   rows, before = context.shape
   # A stop sequence may look back this far from the first new token.
@@ -78,14 +80,14 @@ def first_state(
     zeros,
     jnp.zeros((rows, capacity), jnp.int32),
     jnp.zeros((rows, capacity), bool),
-  ).unstack()
+  )
   logps = jnp.zeros((rows, capacity), jnp.float32)
   # For both `lengths` and `finish`, where 0 is LENGTH.
   count = jnp.zeros(rows, jnp.int32)
   return State(
     jnp.zeros((), jnp.int32),
     history,
-    own,
+    own if stacked else own.unstack(),
     seen,
     done,
     count,

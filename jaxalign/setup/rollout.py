@@ -103,6 +103,7 @@ class RolloutSpec:
       new_token_buckets=(sampling.max_new_tokens,),
       mesh=mesh,
       compact=sampling.compact and mesh is None,
+      gather=config.mesh.gather_for_generation,
     )
     heldout = None
     if self.heldout_reward_models:

@@ -42,6 +42,7 @@ SHAPES = {
   "pythia-70m": (512, 6, 8, 2048),
   "pythia-1b": (2048, 16, 8, 8192),
   "pythia-6.9b": (4096, 32, 32, 16384),
+  "65b": (8192, 80, 64, 32768),
 }
 GIB = 2**30
 UNKNOWN = 1_000_003  # a prime, to be found again in products
@@ -95,7 +96,7 @@ def update_of(args, model, mesh):
 
 
 def sample_of(args, model, mesh):
-  sampler = Sampler(model, mesh=mesh)
+  sampler = Sampler(model, mesh=mesh, gather=not args.split)
   prompts = args.rows // args.samples
   drawn = settings.make(max_new_tokens=args.new, top_p=0.9, eos_ids=(1,))
   params = meshes.with_shardings(model.shapes, mesh)
@@ -119,6 +120,9 @@ def main():
   parser.add_argument("--length", type=int, default=1024)
   parser.add_argument("--samples", type=int, default=16, help="a prompt")
   parser.add_argument("--new", type=int, default=64, help="tokens to sample")
+  parser.add_argument(
+    "--split", action="store_true", help="layers are gathered token by token"
+  )
   parser.add_argument("--remat", default="none")
   parser.add_argument("--hlo", help="a file to write the program to")
   args = parser.parse_args()

@@ -28,10 +28,14 @@ CODE = """
     return sampler(params, prompts, drawn, key, samples_per_prompt=samples)
 
   one, four = Sampler(model), Sampler(model, mesh=mesh)
+  split = Sampler(model, mesh=mesh, gather=False)
   spread = meshes.put(params, mesh)
-  for prompts, samples in (([[5, 6, 7]], 8), ([[5], [6, 7], [8], [9]], 1)):
+  for sampler, prompts, samples in (
+    (four, [[5, 6, 7]], 8),
+    (split, [[5], [6, 7], [8], [9]], 1),
+  ):
     a = draw(one, params, prompts, samples)
-    b = draw(four, spread, prompts, samples)
+    b = draw(sampler, spread, prompts, samples)
     np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_allclose(a.model_logps, b.model_logps, atol=1e-5)
 """
