@@ -206,22 +206,67 @@ def plan(
     trained=round(updates * micros * rows * tokens),
     rows=rows,
     estimate=estimate,
-    notes=notes + _filler(spec),
+    notes=notes + _filler(spec) + _generation(spec, measured),
   )
 
 
 def _filler(spec: RunSpec[TrainingConfig]) -> tuple[str, ...]:
   """A warning where an update has rows that count for nothing."""
-  micros, rows, _ = spec.batch_shape
   kept = getattr(getattr(spec.config, "superbatch", None), "kept_rows", 0)
   wanted = min(spec.config.batch_size, kept or spec.config.batch_size)
+  note = filler_note(dict(spec.mesh.shape), spec.batch_shape, wanted)
+  return (note,) if note else ()
+
+
+def filler_note(
+  mesh: dict[str, int], shape: tuple[int, int, int], wanted: int
+) -> str:
+  """How many rows of an update are filler, and the remedy; "" = none.
+
+  Args:
+    mesh: axis -> size.
+    shape: M, B, T of the update.
+    wanted: rows that count.
+  """
+  micros, rows, tokens = shape
   share = 1 - wanted / (micros * rows)
   if share <= 0:
-    return ()
+    return ""
+  # As many parts of rows as there are rows, and their chips to the tokens.
+  fsdp = math.gcd(mesh["fsdp"], max(wanted // micros, 1))
+  sequence = mesh["sequence"] * mesh["fsdp"] // fsdp
+  others = "give chips to mesh.tensor"
+  if sequence > mesh["sequence"] and tokens % sequence == 0:
+    others = (
+      f"split their tokens by --config.mesh.fsdp={fsdp} "
+      f"--config.mesh.sequence={sequence}"
+    )
   return (
     f"{share:.0%} of an update's rows are filler: {wanted} of "
     f"{micros * rows} rows count; raise config.batch_size and "
-    "superbatch.prompts, or give chips to mesh.tensor",
+    f"superbatch.prompts, or {others}"
+  )
+
+
+def _generation(
+  spec: RunSpec[TrainingConfig], measured: Sequence[ProgramPlan]
+) -> tuple[str, ...]:
+  """Where the parameters are while a policy samples on several chips."""
+  sizes = spec.mesh.shape
+  parts = sizes["fsdp"] * sizes["sequence"]
+  if not spec.rollout or parts == 1:
+    return ()
+  if not spec.config.mesh.gather_for_generation:
+    return (
+      f"while it samples, layers stay split over {parts} chips, and each is "
+      "gathered at each token (mesh.gather_for_generation)",
+    )
+  most = max(measured, key=lambda program: program.peak)
+  if not most.name.startswith("sample"):
+    return ()
+  return (
+    "sampling takes most memory, as each chip then has all layers; "
+    "--config.mesh.gather_for_generation=false leaves them split",
   )
 
 
@@ -385,5 +430,5 @@ def cache_bytes(program: Program, spec: RunSpec[TrainingConfig]) -> int:
   tokens = prompts * width + rows * program.keywords["capacity"]
   each = 2 * config.layers * config.kv_heads * config.head_dim
   size = tokens * each * jax.numpy.dtype(config.dtype).itemsize
-  parts = meshes.row_count(spec.mesh)
+  parts = meshes.row_count(spec.mesh) * spec.mesh.shape["sequence"]
   return size // parts if rows % parts == 0 else size

@@ -155,6 +155,21 @@ def test_the_smallest_slice_is_not_below_what_its_state_needs(planned):
   assert (tried, found.target.chips) == ([4, 8], 8)
 
 
+def test_filler_rows_get_a_mesh_without_any_as_a_remedy():
+  """Two rows that count, on eight chips."""
+
+  def note(fsdp, rows, tokens):
+    mesh = {"replica": 1, "fsdp": fsdp, "sequence": 1, "tensor": 1}
+    return measure.filler_note(mesh, (1, rows, tokens), 2)
+
+  assert note(2, 2, 256) == ""
+  found = note(8, 8, 256)
+  assert "75% of an update's rows are filler: 2 of 8 rows count" in found
+  assert found.endswith("--config.mesh.fsdp=2 --config.mesh.sequence=4")
+  # An odd number of tokens is not split.
+  assert note(8, 8, 255).endswith("or give chips to mesh.tensor")
+
+
 def test_what_a_compiler_refuses_says_how_much_it_needs():
   first = (
     "RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in "
