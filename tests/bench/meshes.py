@@ -31,7 +31,12 @@ METHODS = {
     "--config.superbatch.samples_per_prompt=2",
     *GREEDY,
   ],
-  "online_dpo": ["dpo.py:online", "--config.sampling.max_new_tokens=8"],
+  "online_dpo": [
+    "dpo.py:online",
+    "--config.batch_size=8",
+    "--config.validation_interval=0",
+    "--config.sampling.max_new_tokens=8",
+  ],
   "ppo": [
     "ppo.py",
     "--config.rollout.prompts=16",

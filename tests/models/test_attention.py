@@ -180,7 +180,6 @@ MESH = """
 
   attention.INTERPRET = True
   rng = np.random.default_rng(0)
-  mesh = meshes.make_mesh(fsdp=2, tensor=2)
   segments = np.ones((4, 128), int)
   causal = jnp.asarray(np.tril(np.ones((4, 128, 128), bool)))
 
@@ -190,8 +189,12 @@ MESH = """
       return (out ** 2).sum()
     return jax.jit(jax.grad(run, (0, 1, 2)))
 
-  # A key head for each of two devices, then one that both compute.
-  for kind, heads in (("splash", 2), ("triton", 1)):
+  # A key head for each of two devices, one that both compute, and two devices
+  # that have half of the tokens each.
+  for kind, heads, axis in (
+    ("splash", 2, "tensor"), ("triton", 1, "tensor"), ("triton", 2, "sequence")
+  ):
+    mesh = meshes.make_mesh(fsdp=2, **{axis: 2})
     q, k, v = (
       rng.normal(size=shape).astype(np.float32)
       for shape in ((4, 128, 2, 8), *[(4, heads, 128, 8)] * 2)
@@ -199,6 +202,9 @@ MESH = """
     expected = loss("dense")(q, k, v, segments)
     rows = meshes.rows(mesh)
     placed = [jax.device_put(x, rows) for x in (q, k, v, segments)]
+    if axis == "sequence":
+      split = NamedSharding(mesh, P(meshes.ROWS, "sequence"))
+      placed[0] = jax.device_put(q, split)
     program = loss(kind).lower(*placed).compile()
     assert "all-gather" not in program.as_text(), kind
     for a, b in zip(program(*placed), expected, strict=True):
