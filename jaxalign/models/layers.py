@@ -116,9 +116,10 @@ def _turned(x: Float[Array, "R D"]) -> Float[Array, "D R"]:
 
 
 def _rows(x: Float[Array, "... D"]) -> Float[Array, "... D"]:
-  """One axis of rows; several where a mesh splits two of them.
+  """Rows flattened, unless a mesh splits two of their axes.
 
-  No sharding says what a device has of their product.
+  A device's part of both would not be one run of the flattened rows, so XLA
+  would gather them first.
   """
   return x if splits_tokens() else x.reshape(-1, x.shape[-1])
 
