@@ -81,13 +81,14 @@ def first_state(
     jnp.zeros((rows, capacity), jnp.int32),
     jnp.zeros((rows, capacity), bool),
   )
+  own = own if stacked else own.unstack()
   logps = jnp.zeros((rows, capacity), jnp.float32)
   # For both `lengths` and `finish`, where 0 is LENGTH.
   count = jnp.zeros(rows, jnp.int32)
   return State(
     jnp.zeros((), jnp.int32),
     history,
-    own if stacked else own.unstack(),
+    own,
     seen,
     done,
     count,
