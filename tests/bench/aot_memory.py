@@ -165,6 +165,8 @@ def main():
         "length": args.length,
         "state_gib": round(memory.argument_size_in_bytes / GIB, 3),
         "temp_gib": round(memory.temp_size_in_bytes / GIB, 3),
+        # Of one chip; a loop's body counts once.
+        "gflop": round(compiled.cost_analysis()["flops"] / 1e9, 1),
         "mb": {k: round(v / 1e6, 1) for k, v in found.items()},
         "compile_s": round(time.monotonic() - start, 1),
       }
