@@ -18,12 +18,13 @@ import jax
 from jaxalign import main
 assert len(jax.devices()) == 8
 for sizes in sys.argv.pop(1).split():
-  replica, fsdp, tensor = sizes.split(",")
+  replica, fsdp, sequence, tensor = sizes.split(",")
   status = main.main([
     *sys.argv[2:],
     f"--workdir={sys.argv[1]}/{sizes}",
     f"--config.mesh.replica={replica}",
     f"--config.mesh.fsdp={fsdp}",
+    f"--config.mesh.sequence={sequence}",
     f"--config.mesh.tensor={tensor}",
   ])
   assert status == 0, (sizes, status)
@@ -38,7 +39,7 @@ PATIENCE = (
 
 
 def on_meshes(sizes, folder, command):
-  """Runs a command on meshes `replica,fsdp,tensor`, a folder for each."""
+  """Runs a command on each mesh `replica,fsdp,sequence,tensor`."""
   command = [word for word in command if not word.startswith("--workdir")]
   flags = os.environ.get("XLA_FLAGS", "")
   env = os.environ | {
@@ -68,13 +69,13 @@ def runs(superhf, tmp_path_factory):
     optimizer__warmup_steps=0,
     checkpoint__every_steps=0,
   )
-  return on_meshes("1,1,1 1,8,1 2,2,2", folder, command)
+  return on_meshes("1,1,1,1 1,8,1,1 1,2,2,2", folder, command)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", ["1,8,1", "2,2,2"])
+@pytest.mark.parametrize("sizes", ["1,8,1,1", "1,2,2,2"])
 def test_metrics_do_not_depend_on_the_mesh(runs, sizes, read):
-  one, many = (read(runs / s / "metrics.jsonl") for s in ("1,1,1", sizes))
+  one, many = (read(runs / s / "metrics.jsonl") for s in ("1,1,1,1", sizes))
   assert len(one) == len(many) == 2
   for a, b in zip(one, many, strict=True):
     assert a.keys() == b.keys()
@@ -84,7 +85,7 @@ def test_metrics_do_not_depend_on_the_mesh(runs, sizes, read):
   # Neither do the samples: their noise is keyed by prompt, not by device.
   texts = [
     [r["completion"] for r in read(runs / s / "samples.jsonl")]
-    for s in ("1,1,1", sizes)
+    for s in ("1,1,1,1", sizes)
   ]
   assert texts[0] == texts[1]
 
@@ -107,8 +108,8 @@ def test_kto_and_its_stored_reference_on_a_mesh(
     beta=0.5,
     reference="stored",
   )
-  on_meshes("1,1,1 2,2,2", tmp_path, command)
-  one, many = (tmp_path / sizes for sizes in ("1,1,1", "2,2,2"))
+  on_meshes("1,1,1,1 2,2,1,2", tmp_path, command)
+  one, many = (tmp_path / sizes for sizes in ("1,1,1,1", "2,2,1,2"))
   for a, b in zip(
     read(one / "metrics.jsonl"), read(many / "metrics.jsonl"), strict=True
   ):
