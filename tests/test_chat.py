@@ -113,10 +113,10 @@ def test_a_function_chooses_the_best(capsys):
 
 
 def test_interrupts_end_without_a_traceback(monkeypatch, capsys):
-  def interrupted(argv):
+  def interrupted(args, interrupts):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(chat, "run", interrupted)
+  monkeypatch.setattr(chat, "talk", interrupted)
   assert chat.main(["lab"]) == 130
   assert "Traceback" not in capsys.readouterr().err
 

@@ -112,7 +112,7 @@ def test_an_unknown_field_inside_a_section(fail):
 
 
 def test_an_unknown_field_like_no_other_lists_its_section(fail):
-  assert fail({"mesh": {"zzz": 1}}) == (
+  assert fail({"mesh": {"zzz": 1}}).startswith(
     "config.mesh.zzz is not a field; the fields of config.mesh are replica, "
     "fsdp, tensor"
   )

@@ -14,7 +14,10 @@ import pytest
       {"lora__rank": 2, "lora__targets": "q_proj"},
       ("lora.targets", "q_proj", "query_key_value"),
     ),
-    ({"mesh__fsdp": 3}, ("config.mesh", "1 x 3 x 1 = 3 devices", "lower one")),
+    (
+      {"mesh__fsdp": 3},
+      ("config.mesh", "1 x 3 x 1 x 1 = 3 devices", "lower one"),
+    ),
     ({"metrics__wandb": "true"}, ("config.metrics.wandb", "not installed")),
     ({"sampling__max_new_tokens": 128}, ("below the policy's context of 128",)),
     (
