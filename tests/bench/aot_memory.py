@@ -58,6 +58,7 @@ def model_of(args):
     intermediate_size=inner,
     dtype="bfloat16",
     remat=args.remat,
+    attention=args.attention,
   )
   return Model.build(config)
 
@@ -124,6 +125,7 @@ def main():
     "--split", action="store_true", help="layers are gathered token by token"
   )
   parser.add_argument("--remat", default="none")
+  parser.add_argument("--attention", default="dense", help="or splash")
   parser.add_argument("--hlo", help="a file to write the program to")
   args = parser.parse_args()
   devices = topologies.get_topology_desc(args.on, "tpu").devices
