@@ -206,7 +206,7 @@ def plan(
     trained=round(updates * micros * rows * tokens),
     rows=rows,
     estimate=estimate,
-    notes=notes + _filler(spec) + _generation(spec, measured),
+    notes=notes + _filler(spec) + _generation(spec, measured, target.memory),
   )
 
 
@@ -249,9 +249,9 @@ def filler_note(
 
 
 def _generation(
-  spec: RunSpec[TrainingConfig], measured: Sequence[ProgramPlan]
+  spec: RunSpec[TrainingConfig], measured: Sequence[ProgramPlan], memory: int
 ) -> tuple[str, ...]:
-  """Where the parameters are while a policy samples on several chips."""
+  """Where layers are that stay split while a policy samples, or should."""
   sizes = spec.mesh.shape
   parts = sizes["fsdp"] * sizes["sequence"]
   if not spec.rollout or parts == 1:
@@ -262,10 +262,10 @@ def _generation(
       "gathered at each token (mesh.gather_for_generation)",
     )
   most = max(measured, key=lambda program: program.peak)
-  if not most.name.startswith("sample"):
+  if most.peak <= memory or not most.name.startswith("sample"):
     return ()
   return (
-    "sampling takes most memory, as each chip then has all layers; "
+    "sampling needs most memory, as each chip then has all layers; "
     "--config.mesh.gather_for_generation=false leaves them split",
   )
 
