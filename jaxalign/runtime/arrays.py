@@ -4,6 +4,7 @@ A state is stored as a flat dict {dotted path: array}: a reader of `params`
 needs to know neither the rest of the state nor the optimizer's classes.
 """
 
+import contextlib
 import functools
 import logging
 import pathlib
@@ -12,12 +13,21 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from jaxtyping import PyTree
 
 from jaxalign.core.types import AnyArray
 from jaxalign.errors import UserError
+from jaxalign.parallel import hosts
+
+# The most bytes of a stored piece of an array. Pieces are read whole, so a
+# device whose shard is smaller than the writer's would else read all of that.
+CHUNK_BYTES = 32 * 2**20
+
+_log = logging.getLogger(__name__)
 
 ArraySpec = list[list[int] | str]  # [shape, dtype name], as JSON has it
 
@@ -56,6 +66,49 @@ def named(tree: PyTree) -> dict[str, AnyArray]:
   return named
 
 
+def sums(named: Mapping[str, AnyArray]) -> dict[str, int]:
+  """The sum of each array's bits as numbers of its width, modulo 2³².
+
+  It finds every single flipped bit and, but for one in four thousand million,
+  whatever else changes an array's values. It does not depend on how the array
+  is sharded. Every process that holds a part of it takes part.
+  """
+  with jax.transfer_guard("allow"):
+    # On accelerators all are started before one is waited for.
+    parts = jax.device_get({n: _partial_sums(x) for n, x in named.items()})
+  mine = np.array([sum(map(int, p)) % 2**32 for p in parts.values()], np.int64)
+  shared = any(
+    isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+    for leaf in named.values()
+  )
+  total = hosts.gather(mine).sum(0) if shared else mine
+  return dict(zip(parts, (total % 2**32).tolist(), strict=True))
+
+
+def _partial_sums(leaf: AnyArray) -> list[np.uint32 | jax.Array]:
+  """The sums of this process's shards, each shard counted once."""
+  if not isinstance(leaf, jax.Array):
+    return [_host_sum(np.asarray(leaf))]
+  shards = [s.data for s in leaf.addressable_shards if s.replica_id == 0]
+  # A CPU's arrays are the host's, and numpy is ten times as fast as XLA there.
+  on_cpu = next(iter(leaf.devices())).platform == "cpu"
+  return [_host_sum(np.asarray(x)) if on_cpu else device_sum(x) for x in shards]
+
+
+def _host_sum(x: np.ndarray) -> np.uint32:
+  words = np.ravel(x).view(f"u{min(x.dtype.itemsize, 4)}")
+  return np.sum(words, dtype=np.uint32)
+
+
+@jax.jit
+def device_sum(x: jax.Array) -> jax.Array:
+  """As numpy's sum on the host."""
+  if x.dtype == bool:
+    x = x.astype(jnp.uint8)
+  words = jax.lax.bitcast_convert_type(x, f"uint{8 * min(x.dtype.itemsize, 4)}")
+  return jnp.sum(words, dtype=jnp.uint32)
+
+
 def spec(leaf: AnyArray) -> ArraySpec:
   """[shape, dtype name], as JSON has it."""
   return [list(np.shape(leaf)), str(jax.numpy.result_type(leaf))]
@@ -90,6 +143,46 @@ def _words(spec: ArraySpec | None) -> str:
   return "absent" if spec is None else f"{spec[1]}{spec[0]}"
 
 
+def save_args(stored: Mapping[str, AnyArray]) -> ocp.args.PyTreeSave:
+  """What Orbax is to write, in pieces of at most `CHUNK_BYTES`."""
+  pieces = ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES)
+  return ocp.args.PyTreeSave(stored, save_args=dict.fromkeys(stored, pieces))
+
+
+def read_whole(
+  place: pathlib.Path,
+  wanted: Mapping[str, jax.ShapeDtypeStruct],
+  saved: Mapping[str, int],
+  *,
+  alone: bool = False,
+) -> dict[str, AnyArray] | None:
+  """Arrays by name as they were saved, or None if they are damaged.
+
+  Args:
+    place: a checkpoint's folder.
+    wanted: see `read`.
+    saved: the sums that they had, by name; {} = not known.
+    alone: whether other processes do not read; else all of them call this.
+  """
+  found, trouble = {}, ""
+  try:
+    found = read(place / "arrays", wanted)
+  except (ValueError, LookupError, OSError) as error:
+    trouble = (str(error).splitlines() or [type(error).__name__])[0]
+  # What one process cannot read, none of them takes.
+  failed = bool(trouble) if alone else hosts.agree(bool(trouble))
+  if not failed and saved:
+    other = [n for n, total in sums(found).items() if total != saved[n]]
+    failed = bool(other)
+    trouble = f"{', '.join(other[:3])} changed since they were saved"
+  if failed:
+    _log.warning(
+      "%s is passed over: %s", place, trouble or "another host cannot read it"
+    )
+    return None
+  return found
+
+
 def read(
   place: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, AnyArray]:
@@ -104,8 +197,10 @@ def read(
         restore_args=ocp.checkpoint_utils.construct_restore_args(stored),
         partial_restore=True,
       )
-      with ocp.Checkpointer(handler()) as orbax:
-        found = orbax.restore(place, args=args)
+      # Without Orbax's `Checkpointer`, in which all processes would wait for
+      # one that meets a damaged file.
+      with contextlib.closing(handler()) as orbax:
+        found = orbax.restore(epath.Path(place), args=args)
     # Orbax does not store arrays without elements.
     for name in wanted.keys() - stored.keys():
       spec = wanted[name]

@@ -1,7 +1,8 @@
-"""The seal of a checkpoint: size and SHA-256 of every file of its arrays.
+"""The seal of a checkpoint: the size, or also the SHA-256, of all its files.
 
 Kept next to Orbax's own commit because Orbax checks no contents: a chunk that
-is missing from its array format reads as zeros.
+is missing from its array format reads as zeros. What is in the files is
+compared by the sums of the arrays, which the manifest carries along.
 """
 
 import hashlib
@@ -18,14 +19,17 @@ NAME = "manifest.json"
 _THREADS = 4  # hashing lets go of the GIL
 
 
-def seal(place: pathlib.Path, content: Mapping[str, object]) -> None:
+def seal(
+  place: pathlib.Path, content: Mapping[str, object], sha256: bool = False
+) -> None:
   """Forces all files of `place` to disk, then writes the manifest.
 
   Args:
     place: a checkpoint's folder, to whose arrays nobody writes any more.
     content: JSON object to carry along.
+    sha256: whether to read all files again for their digests.
   """
-  body = {**content, "files": _digests(place, sync=True)}
+  body = {**content, "files": _digests(place, sha256=sha256, sync=True)}
   files.write_json(place / NAME, {"sha256": _digest(body), "body": body})
 
 
@@ -41,30 +45,42 @@ def read(place: pathlib.Path) -> JsonObject | None:
 
 
 def trouble(place: pathlib.Path) -> str | None:
-  """Reads every file of `place`; what is wrong in words, or None."""
+  """Looks at every file of `place`; what is wrong in words, or None.
+
+  Files are read only where the manifest has their digests.
+  """
   body = read(place)
   if body is None:
     return f"{NAME} is missing or damaged"
-  found = _digests(place, sync=False)
-  for name, digest in body["files"].items():
+  wanted = body["files"]
+  hashed = any(len(digest) > 1 for digest in wanted.values())
+  found = _digests(place, sha256=hashed, sync=False)
+  for name, digest in wanted.items():
     if found.get(name) != digest:
       state = "not what was written" if name in found else "missing"
       return f"{name} is {state}"
   return None
 
 
-def _digests(place: pathlib.Path, *, sync: bool) -> dict[str, list[int | str]]:
-  """{relative path: [bytes, SHA-256]} of all that is in folders of `place`.
+def _digests(
+  place: pathlib.Path, *, sha256: bool, sync: bool
+) -> dict[str, list[int | str]]:
+  """{relative path: [bytes] or [bytes, SHA-256]} of all in folders of `place`.
 
   The files next to the manifest are Orbax's notes, which nothing here reads.
   """
 
   def digest(path: pathlib.Path) -> list[int | str]:
+    if not (sha256 or sync):
+      return [path.stat().st_size]
     with open(path, "rb") as file:
       if sync:
         os.fsync(file.fileno())
-      found = hashlib.file_digest(file, "sha256").hexdigest()
-      return [file.tell(), found]
+      size = file.seek(0, os.SEEK_END)
+      if not sha256:
+        return [size]
+      file.seek(0)
+      return [size, hashlib.file_digest(file, "sha256").hexdigest()]
 
   paths = sorted(p for p in place.glob("*/**/*") if p.is_file())
   names = [str(p.relative_to(place)) for p in paths]

@@ -151,6 +151,7 @@ def open_run(
         every_minutes=config.checkpoint.every_minutes,
         keep=config.checkpoint.keep,
         keep_best=bool(config.checkpoint.keep_best),
+        sha256=config.checkpoint.sha256,
       )
     ) as saver,
   ):

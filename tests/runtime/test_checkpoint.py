@@ -187,9 +187,11 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("sha256", [False, True])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_damaged_checkpoint_is_passed_over(saver, caplog, damage):
+def test_damaged_checkpoint_is_passed_over(saver, caplog, damage, sha256):
   """The one before is used, the run goes on, the damaged one is replaced."""
+  saver._sha256 = sha256
   older, newer = make_state(1), make_state(2)
   saver.save(1, older, {"n": 1})
   saver.save(2, newer, {"n": 2})
@@ -203,6 +205,34 @@ def test_damaged_checkpoint_is_passed_over(saver, caplog, damage):
   saver.save(2, newer, {"n": 2})
   found = saver.restore_latest(abstract(older))
   assert_equal_bits(found.state, newer)
+
+
+def test_every_flipped_bit_is_found(saver):
+  """By the sums of the arrays, or by Orbax in its own notes; `load` as well."""
+  for step in (1, 2):
+    saver.save(step, {"params": {"x": jnp.arange(1000.0)}}, {})
+  saver.wait()
+  path = biggest_file(saver.folder / "00000002")
+  whole = path.read_bytes()
+  for place in range(0, len(whole), len(whole) // 7):
+    data = bytearray(whole)
+    data[place] ^= 1 << place % 8
+    path.write_bytes(data)
+    assert checkpoint.load(saver.folder)[2] == 1, place
+    part = {"params": abstract({"x": jnp.zeros(1000)})}
+    assert checkpoint.read_part(saver.folder, 2, part, "") is None
+  path.write_bytes(whole)
+  assert checkpoint.load(saver.folder)[2] == 2
+
+
+def test_sums_are_alike_on_host_and_device():
+  """Worked: 1.0 is 0x3F800000, twice that is 0x7F000000; bfloat16 0x3F80."""
+  ones = {"a": np.ones(2, np.float32), "b": jnp.ones(3, jnp.bfloat16)}
+  assert arrays.sums(ones) == {"a": 0x7F000000, "b": 3 * 0x3F80}
+  named = arrays.named(make_state())
+  found = arrays.sums(named)
+  assert found == {n: int(arrays.device_sum(x)) for n, x in named.items()}
+  assert found == arrays.sums({n: np.asarray(x) for n, x in named.items()})
 
 
 def test_all_damaged_restores_nothing(saver):
