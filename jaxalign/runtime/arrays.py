@@ -44,12 +44,13 @@ def quiet() -> None:
   logging.getLogger("absl").addFilter(
     lambda record: "/orbax/checkpoint/" not in record.pathname
   )
-  # A failed save closes Orbax's event loop while TensorStore still answers;
-  # Python would print a traceback for each array under way.
+  # A failed save or restore closes Orbax's event loop while TensorStore still
+  # answers; Python would print a traceback for each array under way.
   before = sys.unraisablehook
+  known = ("Event loop is closed", "Encountered error while reading array")
 
   def hook(unraisable: Any) -> None:  # typeshed's name is no class at run time
-    if str(unraisable.exc_value) != "Event loop is closed":
+    if not str(unraisable.exc_value).startswith(known):
       before(unraisable)
 
   sys.unraisablehook = hook
@@ -167,7 +168,9 @@ def read_whole(
   found, trouble = {}, ""
   try:
     found = read(place / "arrays", wanted)
-  except (ValueError, LookupError, OSError) as error:
+  except (jax.errors.JaxRuntimeError, MemoryError):
+    raise  # no room is no damage
+  except Exception as error:  # a damaged file may fail in any way
     trouble = (str(error).splitlines() or [type(error).__name__])[0]
   # What one process cannot read, none of them takes.
   failed = bool(trouble) if alone else hosts.agree(bool(trouble))
