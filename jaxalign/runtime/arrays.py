@@ -25,7 +25,7 @@ from jaxalign.parallel import hosts
 
 # The most bytes of a stored piece of an array. Pieces are read whole, so a
 # device whose shard is smaller than the writer's would else read all of that.
-CHUNK_BYTES = 32 * 2**20
+CHUNK_BYTES = 8 * 2**20
 
 _log = logging.getLogger(__name__)
 

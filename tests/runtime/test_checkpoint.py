@@ -515,7 +515,7 @@ def test_manifest_lists_every_file(saver):
 
 TWO_PROCESSES = """
   import pathlib, sys
-  import jax, jax.numpy as jnp, numpy as np
+  import jax, jax.numpy as jnp, numpy as np, tensorstore
   from jax.sharding import NamedSharding, PartitionSpec
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   rank = int(sys.argv[3])
@@ -542,12 +542,29 @@ TWO_PROCESSES = """
     assert np.array_equal(shard.data, rows[shard.index])
   saver.save(3, state, {"n": 3})
   saver.close()
+
+  # What one device has written: each process reads its half and no more.
+  def bytes_read():
+    name = "/tensorstore/kvstore/file/bytes_read"
+    (found,) = tensorstore.experimental_collect_matching_metrics(name)
+    return sum(value["value"] for value in found["values"])
+
+  large = {"w": jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=split)}
+  saver = Checkpointer(sys.argv[1] + "-one")
+  before = bytes_read()
+  found = saver.restore_latest(large)
+  assert all(np.all(s.data == 5) for s in found.state["w"].addressable_shards)
+  assert bytes_read() - before < 0.51 * found.state["w"].nbytes
+  saver.close()
 """
 
 
 @pytest.mark.slow
 def test_two_processes_share_a_checkpoint(saver):
   """Each writes and reads its half; the lead decides which one is whole."""
+  one = Checkpointer(f"{saver.folder}-one")
+  one.save(1, {"w": jnp.full((4096, 1024), 5.0)}, {})
+  one.close()
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"
