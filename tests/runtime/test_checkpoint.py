@@ -162,6 +162,7 @@ def test_due_by_steps_and_by_minutes(tmp_path, monkeypatch):
 
 
 def biggest_file(place):
+  """That of the arrays' values, which are not few enough to be in the index."""
   found = (place / "arrays").rglob("d/*")
   return max(found, key=lambda p: p.stat().st_size)
 
@@ -248,11 +249,11 @@ def test_all_damaged_restores_nothing(saver):
 def test_damaged_ones_do_not_count_as_kept(saver):
   """Keep 2: the good step 1 outlives the damaged steps 2 and 3."""
   for step in (1, 2):
-    saver.save(step, {"x": jnp.zeros(8)}, {})
+    saver.save(step, {"x": jnp.zeros(512)}, {})
   saver.wait()
   flip_a_byte(biggest_file(saver.folder / "00000002"))
-  saver.restore_latest(abstract({"x": jnp.zeros(8)}))
-  saver.save(3, {"x": jnp.zeros(8)}, {})
+  saver.restore_latest(abstract({"x": jnp.zeros(512)}))
+  saver.save(3, {"x": jnp.zeros(512)}, {})
   saver.wait()
   assert names(saver) == ["00000001", "00000003"]
 
@@ -260,12 +261,12 @@ def test_damaged_ones_do_not_count_as_kept(saver):
 def test_a_course_given_up_is_dropped(saver):
   """Back at step 4 after 9 was damaged: the new 5 is the newest."""
   for step in (4, 9):
-    saver.save(step, {"x": jnp.zeros(8)}, {})
+    saver.save(step, {"x": jnp.zeros(512)}, {})
   saver.wait()
   flip_a_byte(biggest_file(saver.folder / "00000009"))
-  saver.restore_latest(abstract({"x": jnp.zeros(8)}))
-  saver.save(5, {"x": jnp.ones(8)}, {})
-  assert saver.restore_latest(abstract({"x": jnp.zeros(8)})).step == 5
+  saver.restore_latest(abstract({"x": jnp.zeros(512)}))
+  saver.save(5, {"x": jnp.ones(512)}, {})
+  assert saver.restore_latest(abstract({"x": jnp.zeros(512)})).step == 5
   assert names(saver) == ["00000004", "00000005"]
 
 
