@@ -13,8 +13,10 @@ from jaxalign.models.hf.weights import FileTensor, SafeTensor
 # Above this many bytes of this host's shards a leaf is filled on the devices,
 # so that the host never holds all of it.
 STAGE_BYTES = 256 * 2**20
-# The most bytes of a file that are looked at together.
+# The most bytes of a file that are looked at together; the second number is for
+# files on object stores, where every request takes its time.
 BLOCK_BYTES = 8 * 2**20
+REMOTE_BLOCK_BYTES = 64 * 2**20
 # Below this size it does not matter how much of a leaf each host reads.
 SMALL_BYTES = 2**20
 
@@ -165,7 +167,8 @@ def _rows_at_once(tensor: FileTensor) -> int:
   if not isinstance(tensor, SafeTensor):
     return max(tensor.shape[0], 1)
   row = max(tensor.nbytes // max(tensor.shape[0], 1), 1)
-  return max(BLOCK_BYTES // row, 1)
+  most = BLOCK_BYTES if tensor.is_local else REMOTE_BLOCK_BYTES
+  return max(most // row, 1)
 
 
 def _overlap(

@@ -7,12 +7,12 @@ safetensors file only those of the part that is asked for.
 import dataclasses
 import json
 import math
-import os
 import pathlib
 import zipfile
 
 import numpy as np
 
+from jaxalign import paths
 from jaxalign.errors import UserError
 from jaxalign.models.hf import torch_zip
 from jaxalign.models.hf.config_json import read_json
@@ -39,8 +39,13 @@ class SafeTensor:
   name: str
   shape: tuple[int, ...]
   dtype: str
-  path: pathlib.Path
+  path: paths.Folder
   offset: int
+
+  @property
+  def is_local(self) -> bool:
+    """Whether the file is on this machine's file system."""
+    return isinstance(self.path, pathlib.Path)
 
   @property
   def nbytes(self) -> int:
@@ -52,7 +57,8 @@ class SafeTensor:
 
     Returns:
       A view of the file, whose bytes are read when they are looked at; what
-      lies between them is not read.
+      lies between them is not read. From an object store the part's rows are
+      read whole.
     """
     dtype = DTYPES[self.dtype]
     shape, skipped = self.shape, 0
@@ -62,11 +68,16 @@ class SafeTensor:
       start, stop, _ = index[0].indices(shape[0])
       shape = (max(stop - start, 0), *shape[1:])
       skipped = start * math.prod(shape[1:]) * dtype.itemsize
-    if math.prod(shape):
-      offset = self.offset + skipped
-      rows = np.memmap(self.path, dtype, "r", offset, shape).view(np.ndarray)
-    else:  # no file can be mapped
+    offset, count = self.offset + skipped, math.prod(shape)
+    if not count:  # nothing can be mapped
       rows = np.zeros(shape, dtype)
+    elif self.is_local:
+      rows = np.memmap(self.path, dtype, "r", offset, shape).view(np.ndarray)
+    else:
+      with self.path.open("rb") as file:
+        file.seek(offset)
+        raw = file.read(count * dtype.itemsize)
+      rows = np.frombuffer(raw, dtype).reshape(shape)
     return rows[:, *index[1:]] if index else rows
 
 
@@ -85,21 +96,27 @@ def open_tensors(
   Raises:
     UserError: no weights, or a file is missing or damaged.
   """
+  place = paths.location(folder)
   for name in names:
     index = folder / f"{name}.index.json"
     # One file, or an index that names several.
-    if (folder / name).is_file():
-      paths = [folder / name]
+    if (place / name).is_file():
+      files = [place / name]
     elif index.is_file():
-      paths = _indexed_files(index)
+      files = _indexed_files(index)
     else:
       continue  # the next format
     # Names are unique over the files of a folder.
     tensors: dict[str, FileTensor] = {}
-    for path in paths:
+    for path in files:
       try:
-        if name.endswith(".bin"):
+        if name.endswith(".bin") and isinstance(path, pathlib.Path):
           tensors |= torch_zip.open_file(path)
+        elif name.endswith(".bin"):
+          raise UserError(
+            f"{path}: from an object store only safetensors are read; convert "
+            "a copy of the model with python -m jaxalign.convert"
+          )
         else:
           tensors |= _open_safetensors(path)
       except (OSError, zipfile.BadZipFile) as error:
@@ -113,30 +130,30 @@ def open_tensors(
   )
 
 
-def _indexed_files(index: pathlib.Path) -> list[pathlib.Path]:
+def _indexed_files(index: pathlib.Path) -> list[paths.Folder]:
   """The files that a `*.index.json` names, all of them present."""
+  folder = paths.location(index.parent)
   files = read_json(index).get("weight_map")
   if not isinstance(files, dict) or not files:
     raise UserError(f"{index} has no weight_map; download it again")
-  paths = [index.parent / str(file) for file in sorted(set(files.values()))]
-  for path in paths:
+  found = [folder / str(file) for file in sorted(set(files.values()))]
+  for path in found:
     # A name must not lead out of the folder.
-    if path.parent != index.parent or not path.is_file():
+    if path.parent != folder or not path.is_file():
       raise UserError(
         f"{path} is missing, though {index.name} names it; download it again"
       )
-  return paths
+  return found
 
 
-def _open_safetensors(path: pathlib.Path) -> dict[str, FileTensor]:
+def _open_safetensors(path: paths.Folder) -> dict[str, FileTensor]:
   """The tensors of one file by name; reads only the header.
 
   A length, a JSON object and raw bytes. The safetensors library does not say
   where a tensor lies, and reads files of this machine alone.
   """
+  size = paths.size(path)
   with path.open("rb") as file:
-    size = file.seek(0, os.SEEK_END)
-    file.seek(0)
     length = int.from_bytes(file.read(8), "little")
     text = file.read(length) if length <= min(size, _MAX_HEADER) else b""
   start = 8 + length
