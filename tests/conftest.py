@@ -86,3 +86,26 @@ def fail():
     return message
 
   return message_of
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """`gs://bucket`, in memory: what the package of Google's store would give."""
+  from etils import epath
+  from etils.epath import backend
+  from fsspec.implementations.memory import MemoryFileSystem
+
+  class Store(MemoryFileSystem):
+    protocol = ("gcs", "gs")
+    store, pseudo_dirs = {}, [""]
+
+    @classmethod
+    def _strip_protocol(cls, path):
+      return "/" + str(path).removeprefix("gs://").strip("/")
+
+  def get(name):
+    assert name == "gcs"
+    return Store()
+
+  monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", get)
+  return epath.Path("gs://bucket")
