@@ -89,23 +89,37 @@ def fail():
 
 
 @pytest.fixture
-def bucket(monkeypatch):
-  """`gs://bucket`, in memory: what the package of Google's store would give."""
+def bucket(monkeypatch, tmp_path):
+  """`gs://bucket`, kept in a folder.
+
+  In place of the packages that talk to Google's store: what `epath` and what
+  Orbax's arrays go through.
+  """
   from etils import epath
   from etils.epath import backend
-  from fsspec.implementations.memory import MemoryFileSystem
+  from fsspec.implementations.dirfs import DirFileSystem
+  from fsspec.implementations.local import LocalFileSystem
+  from orbax.checkpoint._src.path import gcs_utils
 
-  class Store(MemoryFileSystem):
-    protocol = ("gcs", "gs")
-    store, pseudo_dirs = {}, [""]
+  root = tmp_path / "stores"
+  (root / "bucket").mkdir(parents=True)
 
-    @classmethod
-    def _strip_protocol(cls, path):
-      return "/" + str(path).removeprefix("gs://").strip("/")
+  class Store(DirFileSystem):
+    def _join(self, path):
+      if isinstance(path, str):
+        path = path.removeprefix("gs://")
+      return super()._join(path)
 
   def get(name):
     assert name == "gcs"
-    return Store()
+    return Store(str(root), LocalFileSystem(auto_mkdir=True))
+
+  def driver(path):
+    return {"driver": "file", "path": f"{root}/{path.removeprefix('gs://')}"}
 
   monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", get)
+  monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", driver)
+  monkeypatch.setattr(
+    gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False
+  )
   return epath.Path("gs://bucket")

@@ -7,7 +7,6 @@ needs to know neither the rest of the state nor the optimizer's classes.
 import contextlib
 import functools
 import logging
-import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -19,6 +18,7 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jaxtyping import PyTree
 
+from jaxalign import paths
 from jaxalign.core.types import AnyArray
 from jaxalign.errors import UserError
 from jaxalign.parallel import hosts
@@ -116,7 +116,7 @@ def spec(leaf: AnyArray) -> ArraySpec:
 
 
 def check(
-  place: pathlib.Path,
+  place: paths.Folder,
   saved: Mapping[str, ArraySpec],
   wanted: Mapping[str, AnyArray],
   remedy: str = "give another --workdir, or the config it was saved with",
@@ -151,7 +151,7 @@ def save_args(stored: Mapping[str, AnyArray]) -> ocp.args.PyTreeSave:
 
 
 def read_whole(
-  place: pathlib.Path,
+  place: paths.Folder,
   wanted: Mapping[str, jax.ShapeDtypeStruct],
   saved: Mapping[str, int],
   *,
@@ -187,7 +187,7 @@ def read_whole(
 
 
 def read(
-  place: pathlib.Path, wanted: Mapping[str, jax.ShapeDtypeStruct]
+  place: paths.Folder, wanted: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, AnyArray]:
   """Arrays by name; where a spec has a sharding, on it, else as numpy."""
   found: dict[str, AnyArray] = {}

@@ -25,9 +25,10 @@ from flax import traverse_util
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from jaxalign import paths
 from jaxalign.core.types import JsonObject, Params
 from jaxalign.parallel import hosts
-from jaxalign.runtime import arrays, files, manifest
+from jaxalign.runtime import arrays, files, manifest, mirror
 
 _log = logging.getLogger(__name__)
 
@@ -101,7 +102,8 @@ class Checkpointer:
     """
     arrays.quiet()
     self._sha256 = sha256
-    self.folder = pathlib.Path(folder).absolute()
+    self._local = pathlib.Path(folder).absolute()
+    self.folder = _home(folder)
     self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
     # Drafts of a killed save are named here and deleted by Orbax below.
     if hosts.is_lead():
@@ -205,7 +207,7 @@ class Checkpointer:
     while True:
       # The lead looks at all files of a checkpoint; the others take its word.
       lead = hosts.is_lead()
-      step = newest_whole(self.folder, below=below) if lead else -1
+      step = newest_whole(self._local, below=below) if lead else -1
       step = hosts.broadcast(step)
       # Later checkpoints are deleted by the next save, not before.
       self._given_up = {s for s in self._manager.all_steps() if s > step}
@@ -262,6 +264,8 @@ class Checkpointer:
   def _seal(self) -> None:
     """Orbax calls it, on the lead, when all is written, before the commit."""
     assert self._body is not None
+    # The logs are on the store before a checkpoint says how long they were.
+    mirror.push(self._local.parent)
     # The folder still has a temporary name, which begins with the step.
     (place,) = self.folder.glob(f"{self._body['step']:08d}*")
     manifest.seal(place, self._body, self._sha256)
@@ -271,7 +275,10 @@ class Checkpointer:
     self._body, self._told = None, True
     if hosts.is_lead():
       for draft in self.folder.glob(f"{step:08d}.*"):
-        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(draft, pathlib.Path):
+          shutil.rmtree(draft, ignore_errors=True)
+        else:
+          draft.rmtree(missing_ok=True)
     if not files.is_disk_full(error):
       return RuntimeError(f"saving step {step} to {self.folder} failed")
     kept = "there is no earlier checkpoint"
@@ -297,8 +304,8 @@ def load(
     (tree below prefix, extra, step), or None if there is no whole checkpoint.
   """
   below = None
-  while (found := newest_whole(pathlib.Path(folder), step, below)) >= 0:
-    place = pathlib.Path(folder).absolute() / f"{found:08d}"
+  while (found := newest_whole(folder, step, below)) >= 0:
+    place = _home(folder) / f"{found:08d}"
     body = _body_of(place)
     # The manifest says what there is, so no model is needed.
     dot = f"{prefix}." if prefix else ""
@@ -338,9 +345,9 @@ def read_part(
   Raises:
     UserError: it has other names, shapes or dtypes there.
   """
-  if newest_whole(pathlib.Path(folder), step) < 0:
+  if newest_whole(folder, step) < 0:
     return None
-  place = pathlib.Path(folder).absolute() / f"{step:08d}"
+  place = _home(folder) / f"{step:08d}"
   body = _body_of(place)
   wanted = arrays.named(part)
   tops = tuple(f"{name}." for name in part)
@@ -354,22 +361,27 @@ def read_part(
   )
 
 
-def last_step(folder: pathlib.Path) -> int:
+def last_step(folder: str | os.PathLike) -> int:
   """The step of the newest checkpoint by its name, unread; 0 = none."""
-  return max((int(place.name) for place in _places(folder)), default=0)
+  return max((int(place.name) for place in _places(_home(folder))), default=0)
+
+
+def read_extra(folder: str | os.PathLike, step: int) -> JsonObject:
+  """What a checkpoint that was found whole carries, see `Checkpointer.save`."""
+  return _body_of(_home(folder) / f"{step:08d}")["extra"]
 
 
 def newest_whole(
-  folder: pathlib.Path, step: int | None = None, below: int | None = None
+  folder: str | os.PathLike, step: int | None = None, below: int | None = None
 ) -> int:
   """The step of the newest checkpoint whose files are all there, or -1.
 
   Args:
-    folder: of the checkpoints.
+    folder: of a run's checkpoints.
     step: the only one to look at; None = all.
     below: only earlier ones than this; None = all.
   """
-  for place in reversed(_places(folder)):
+  for place in reversed(_places(_home(folder))):
     found = int(place.name)
     if step in (None, found) and (below is None or found < below):
       trouble = manifest.trouble(place)
@@ -379,14 +391,22 @@ def newest_whole(
   return -1
 
 
-def _body_of(place: pathlib.Path) -> JsonObject:
+def _home(folder: str | os.PathLike) -> paths.Folder:
+  """Where a run's checkpoints are: in its folder, or on an object store."""
+  folder = pathlib.Path(folder).absolute()
+  return paths.location(folder.parent) / folder.name
+
+
+def _body_of(place: paths.Folder) -> JsonObject:
   """The manifest of a checkpoint that was found whole."""
   body = manifest.read(place)
   assert body is not None, f"{place} was whole and no longer is"
   return body
 
 
-def _places(folder: pathlib.Path) -> list[pathlib.Path]:
+def _places(folder: paths.Folder) -> list[paths.Folder]:
   """The folders of committed checkpoints, by rising step."""
+  if not folder.is_dir():
+    return []
   found = (place for place in folder.glob("*") if place.name.isdigit())
   return sorted(found, key=lambda place: int(place.name))

@@ -9,9 +9,10 @@ import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 
+from jaxalign import paths
 from jaxalign.core.types import JsonObject
 from jaxalign.runtime import files
 
@@ -20,7 +21,7 @@ _THREADS = 4  # hashing lets go of the GIL
 
 
 def seal(
-  place: pathlib.Path, content: Mapping[str, object], sha256: bool = False
+  place: paths.Folder, content: Mapping[str, object], sha256: bool = False
 ) -> None:
   """Forces all files of `place` to disk, then writes the manifest.
 
@@ -33,7 +34,7 @@ def seal(
   files.write_json(place / NAME, {"sha256": _digest(body), "body": body})
 
 
-def read(place: pathlib.Path) -> JsonObject | None:
+def read(place: paths.Folder) -> JsonObject | None:
   """What was sealed, or None if the manifest is missing or damaged."""
   try:
     found = json.loads((place / NAME).read_bytes())
@@ -44,7 +45,7 @@ def read(place: pathlib.Path) -> JsonObject | None:
     return None
 
 
-def trouble(place: pathlib.Path) -> str | None:
+def trouble(place: paths.Folder) -> str | None:
   """Looks at every file of `place`; what is wrong in words, or None.
 
   Files are read only where the manifest has their digests.
@@ -63,29 +64,44 @@ def trouble(place: pathlib.Path) -> str | None:
 
 
 def _digests(
-  place: pathlib.Path, *, sha256: bool, sync: bool
+  place: paths.Folder, *, sha256: bool, sync: bool
 ) -> dict[str, list[int | str]]:
   """{relative path: [bytes] or [bytes, SHA-256]} of all in folders of `place`.
 
   The files next to the manifest are Orbax's notes, which nothing here reads.
   """
 
-  def digest(path: pathlib.Path) -> list[int | str]:
-    if not (sha256 or sync):
-      return [path.stat().st_size]
-    with open(path, "rb") as file:
-      if sync:
+  def digest(path: paths.Folder) -> list[int | str]:
+    size = paths.size(path)
+    # An object is on its store once it can be seen.
+    if sync and isinstance(path, pathlib.Path):
+      with path.open("rb") as file:
         os.fsync(file.fileno())
-      size = file.seek(0, os.SEEK_END)
-      if not sha256:
-        return [size]
-      file.seek(0)
-      return [size, hashlib.file_digest(file, "sha256").hexdigest()]
+    if not sha256:
+      return [size]
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+      while block := file.read(2**22):
+        total.update(block)
+    return [size, total.hexdigest()]
 
-  paths = sorted(p for p in place.glob("*/**/*") if p.is_file())
-  names = [str(p.relative_to(place)) for p in paths]
+  found = sorted(
+    path
+    for folder in place.iterdir()
+    if folder.is_dir()
+    for path in _files(folder)
+  )
+  names = [str(path.relative_to(place)) for path in found]
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    return dict(zip(names, pool.map(digest, paths), strict=True))
+    return dict(zip(names, pool.map(digest, found), strict=True))
+
+
+def _files(folder: paths.Folder) -> Iterator[paths.Folder]:
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _files(path)
+    else:
+      yield path
 
 
 def _digest(body: Mapping[str, object]) -> str:

@@ -16,7 +16,6 @@ from jaxalign.errors import UserError
 from jaxalign.parallel import hosts
 from jaxalign.runtime import (
   checkpoint,
-  manifest,
   metrics,
   workdir,
 )
@@ -246,9 +245,8 @@ def check_extension(spec: RunSpec[C], folder: pathlib.Path) -> int:
       f"from; begin another run with --init_from={folder}"
     )
   if newest >= 0:
-    body = manifest.read(saves / f"{newest:08d}")
-    assert body is not None, newest
-    check_unchanged(spec, digest_of_run(spec), body["extra"], folder)
+    extra = checkpoint.read_extra(saves, newest)
+    check_unchanged(spec, digest_of_run(spec), extra, folder)
   return before
 
 

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxalign.errors import UserError
-from jaxalign.runtime import arrays, checkpoint, manifest
+from jaxalign.runtime import arrays, checkpoint, manifest, mirror
 from jaxalign.runtime.checkpoint import Checkpointer
 
 
@@ -328,6 +328,33 @@ def test_full_disk_in_the_background(saver, monkeypatch):
   assert names(saver) == ["00000001"]
   saver.save(3, state, {})
   assert saver.restore_latest(abstract(state)).step == 3
+
+
+def test_checkpoints_on_an_object_store(bucket):
+  """Whole ones only, and none of a save that did not finish."""
+  with mirror.opened("gs://bucket/run") as folder:
+    saver = Checkpointer(folder / "checkpoints")
+    state = make_state()
+    for step in (1, 2, 3):
+      (folder / "metrics.jsonl").write_text(f"{step}")
+      saver.save(step, state, {"n": step})
+    saver.close()
+  place = bucket / "run" / "checkpoints"
+  assert sorted(p.name for p in place.iterdir()) == ["00000002", "00000003"]
+  assert (bucket / "run" / "metrics.jsonl").read_text() == "3"
+  # Another machine; the newest save has not finished.
+  (place / "00000003" / "manifest.json").unlink()
+  with mirror.opened("gs:/bucket/run") as folder:
+    assert (folder / "metrics.jsonl").read_text() == "3"
+    assert not (folder / "checkpoints").exists()
+    saver = Checkpointer(folder / "checkpoints")
+    found = saver.restore_latest(abstract(state))
+    assert (found.step, found.extra) == (2, {"n": 2})
+    assert_equal_bits(found.state, state)
+    assert checkpoint.load(folder / "checkpoints")[2] == 2
+    saver.save(3, state, {"n": 3})
+    assert saver.restore_latest(abstract(state)).step == 3
+    saver.close()
 
 
 def test_a_save_that_fails_twice_is_told_once(saver, monkeypatch):
