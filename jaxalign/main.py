@@ -74,6 +74,8 @@ def main(argv: Sequence[str]) -> int:
       from jaxalign.runtime import mirror
 
       folder = stack.enter_context(mirror.opened(name))
+      if cluster is None or cluster.process_id == 0:
+        print(f"{name}: kept in {folder} between saves", flush=True)
     if args.dry_run:
       return dry_run(config, folder, extend=args.extend, fresh=args.fresh)
     cpu.keep_freed_memory()

@@ -45,8 +45,6 @@ def opened(name: str) -> Iterator[pathlib.Path]:
         if path.name not in _NOT_FETCHED:
           _copy(path, folder / path.name)
     (folder / _NOTE).write_text(json.dumps(_state(folder)))
-    if hosts.is_lead():
-      print(f"{place}: kept in {folder} between saves", flush=True)
     try:
       yield folder
     finally:

@@ -123,8 +123,10 @@ def _fill(
       block = [(layer, layer + 1), *box[1:]]
       block[rows] = (top, min(top + step, box[rows][1]))
       parts = {ends: _overlap(ends, block) for ends in held}
-      if not any(parts.values()):
+      needed = [part[rows] for part in parts.values() if part]
+      if not needed:
         continue
+      block[rows] = (min(a for a, _ in needed), max(b for _, b in needed))
       index = tuple(slice(*block[1 + i]) for i in np.argsort(order))
       values = tensors[layer].read(index).transpose(order)[None]
       # Each shard's numbers, and their place in it.
