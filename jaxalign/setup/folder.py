@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from jaxalign import cli
+from jaxalign import cli, paths
 from jaxalign.config import to_mapping
 from jaxalign.config.changes import LENGTH, MAY_CHANGE
 from jaxalign.config.sections import TrainingConfig
@@ -53,7 +53,7 @@ def check_hosts(
   hosts.check_same(
     values
     | {
-      "--workdir": str(folder.absolute()),
+      "--workdir": str(paths.location(folder.absolute())),
       "the number of processes": hosts.count(),
       "the number of its devices": jax.local_device_count(),
       "the kind of its devices": jax.local_devices()[0].device_kind,
