@@ -230,9 +230,9 @@ def test_every_flipped_bit_is_found(saver):
 
 
 def test_sums_are_alike_on_host_and_device():
-  """Worked: 1.0 is 0x3F800000, twice that is 0x7F000000; bfloat16 0x3F80."""
-  ones = {"a": np.ones(2, np.float32), "b": jnp.ones(3, jnp.bfloat16)}
-  assert arrays.sums(ones) == {"a": 0x7F000000, "b": 3 * 0x3F80}
+  """Worked: the bits of 1.0 are 0x3F800000, in bfloat16 0x3F80."""
+  ones = {"a": np.ones(2**20, np.float32), "b": jnp.ones(3, jnp.bfloat16)}
+  assert arrays.sums(ones) == {"a": 2**20 * 0x3F800000, "b": 3 * 0x3F80}
   named = arrays.named(make_state())
   found = arrays.sums(named)
   assert found == {n: int(arrays.device_sum(x)) for n, x in named.items()}
