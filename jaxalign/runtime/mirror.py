@@ -65,7 +65,8 @@ def push(folder: pathlib.Path) -> None:
   known, now = json.loads((folder / _NOTE).read_text()), _state(folder)
   for name, state in now.items():
     if known.get(name) != state:
-      _copy(folder / name, place / name)
+      with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+        _copy(folder / name, place / name)
   for name in known.keys() - now.keys():
     (place / name).unlink(missing_ok=True)
   (folder / _NOTE).write_text(json.dumps(now))
