@@ -53,16 +53,34 @@ def place(
   order = axes or tuple(range(len(tensors[0].shape)))
   rows = order.index(0) + stacked
   if isinstance(sharding, NamedSharding) and not sharding.is_fully_addressable:
-    devices = sharding.mesh.size
-    if (
-      shape[rows] % devices == 0
-      and math.prod(shape) * dtype.itemsize > SMALL_BYTES
-    ):
-      spec = PartitionSpec(*[None] * rows, sharding.mesh.axis_names)
-      by_rows = NamedSharding(sharding.mesh, spec)
+    divides = shape[rows] % sharding.mesh.size == 0
+    if divides and math.prod(shape) * dtype.itemsize > SMALL_BYTES:
+      by_rows, gathered = _by_rows(sharding, rows)
       array = _fill(tensors, order, shape, dtype, by_rows, stage_bytes)
-      return jax.device_put(array, sharding)
+      # In two moves, as XLA would replicate the whole array for both at once.
+      return jax.device_put(jax.device_put(array, gathered), sharding)
   return _fill(tensors, order, shape, dtype, sharding, stage_bytes)
+
+
+def _by_rows(
+  sharding: NamedSharding, rows: int
+) -> tuple[NamedSharding, NamedSharding]:
+  """Axis `rows` split over all devices, and over those that hold one copy.
+
+  The mesh axes are ordered so that the first becomes the second by a gathering,
+  and the second becomes `sharding` when one axis moves to another dimension.
+  """
+  mesh = sharding.mesh
+  spec = [((a,) if isinstance(a, str) else a or ()) for a in sharding.spec]
+  spec += [()] * (rows + 1 - len(spec))
+  own = spec[rows]
+  moved = [name for axes in spec for name in axes if name not in own]
+  copies = [name for name in mesh.axis_names if name not in (*own, *moved)]
+  front = [None] * rows
+  return (
+    NamedSharding(mesh, PartitionSpec(*front, (*own, *moved, *copies))),
+    NamedSharding(mesh, PartitionSpec(*front, (*own, *moved) or None)),
+  )
 
 
 def _fill(
