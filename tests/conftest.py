@@ -86,3 +86,40 @@ def fail():
     return message
 
   return message_of
+
+
+@pytest.fixture
+def bucket(monkeypatch, tmp_path):
+  """`gs://bucket`, kept in a folder.
+
+  In place of the packages that talk to Google's store: what `epath` and what
+  Orbax's arrays go through.
+  """
+  from etils import epath
+  from etils.epath import backend
+  from fsspec.implementations.dirfs import DirFileSystem
+  from fsspec.implementations.local import LocalFileSystem
+  from orbax.checkpoint._src.path import gcs_utils
+
+  root = tmp_path / "stores"
+  (root / "bucket").mkdir(parents=True)
+
+  class Store(DirFileSystem):
+    def _join(self, path):
+      if isinstance(path, str):
+        path = path.removeprefix("gs://")
+      return super()._join(path)
+
+  def get(name):
+    assert name == "gcs"
+    return Store(str(root), LocalFileSystem(auto_mkdir=True))
+
+  def driver(path):
+    return {"driver": "file", "path": f"{root}/{path.removeprefix('gs://')}"}
+
+  monkeypatch.setattr(backend.fsspec_backend, "_get_filesystem", get)
+  monkeypatch.setattr(gcs_utils, "get_kvstore_for_gcs", driver)
+  monkeypatch.setattr(
+    gcs_utils, "is_hierarchical_namespace_enabled", lambda path: False
+  )
+  return epath.Path("gs://bucket")

@@ -147,6 +147,11 @@ class CheckpointConfig(Section):
     "test_reward_model; empty = off",
     also=("metric_for_best_model",),
   )
+  sha256: bool = field(
+    False,
+    "also write the SHA-256 of every file of a checkpoint, and compare them "
+    "when it is read; sizes and a sum of every array are always compared",
+  )
   allow_other_data: bool = field(
     False, "continue a run although its data or prompts have changed"
   )

@@ -1,11 +1,11 @@
 """Checkpoints of a run: Orbax's manager, and what exact resume needs on top.
 
 A checkpoint of step 40 is the folder `00000040/` with the arrays and
-`manifest.json`: the step, what the caller added, and the checksums of all
-files. Orbax writes in the background, commits by a rename and deletes old
-checkpoints. The manifest is written just before the commit, so nothing depends
-on how far a killed process came; a checkpoint that no longer matches its
-manifest is passed over with a warning, and the one before is used.
+`manifest.json`: the step, what the caller added, the sizes of all files and a
+sum of every array. Orbax writes in the background, commits by a rename and
+deletes old checkpoints. The manifest is written just before the commit, so
+nothing depends on how far a killed process came; a checkpoint that no longer
+matches its manifest is passed over with a warning, and the one before is used.
 """
 
 import dataclasses
@@ -25,9 +25,10 @@ from flax import traverse_util
 from jaxtyping import PyTree
 from orbax.checkpoint import checkpoint_managers
 
+from jaxalign import paths
 from jaxalign.core.types import JsonObject, Params
 from jaxalign.parallel import hosts
-from jaxalign.runtime import arrays, files, manifest
+from jaxalign.runtime import arrays, files, manifest, mirror
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Checkpointer:
     every_minutes: int | float = 0,
     keep: int = 2,
     keep_best: bool = False,
+    sha256: bool = False,
   ):
     """Opens, and makes, the folder of checkpoints.
 
@@ -95,9 +97,13 @@ class Checkpointer:
       every_minutes: `due` after as many minutes; 0 = not by time.
       keep: how many of the newest stay; >= 1.
       keep_best: also keep the one with the highest `score`.
+      sha256: also write the SHA-256 of every file, which `restore_latest` then
+        compares.
     """
     arrays.quiet()
-    self.folder = pathlib.Path(folder).absolute()
+    self._sha256 = sha256
+    self._local = pathlib.Path(folder).absolute()
+    self.folder = _home(folder)
     self._every_steps, self._every_seconds = every_steps, 60 * every_minutes
     # Drafts of a killed save are named here and deleted by Orbax below.
     if hosts.is_lead():
@@ -162,6 +168,7 @@ class Checkpointer:
       "extra": json.loads(json.dumps(extra)),  # as of now: a run counts on
       "score": score,
       "arrays": {name: arrays.spec(leaf) for name, leaf in named.items()},
+      "sums": arrays.sums(named),
     }
     # Orbax refuses to write arrays without elements.
     stored = {name: leaf for name, leaf in named.items() if np.size(leaf)}
@@ -176,7 +183,7 @@ class Checkpointer:
       self._body, self._scores[step] = body, score
       # The guard of the training step is about transfers nobody asked for.
       with jax.transfer_guard("allow"):
-        args = ocp.args.Composite(arrays=ocp.args.PyTreeSave(stored))
+        args = ocp.args.Composite(arrays=arrays.save_args(stored))
         self._manager.save(step, args=args, force=True)
     except Exception as error:
       raise self._failed(step, error) from error
@@ -196,19 +203,24 @@ class Checkpointer:
       UserError: the checkpoint is of a state of other names, shapes or dtypes.
     """
     self.wait()
-    # The lead reads all files of a checkpoint; the others take its word.
-    step = hosts.broadcast(newest_whole(self.folder) if hosts.is_lead() else -1)
-    # Later checkpoints are deleted by the next save, not before.
-    self._given_up = {old for old in self._manager.all_steps() if old > step}
-    if step < 0:
-      return None
-    place = self.folder / f"{step:08d}"
-    body = manifest.read(place)
-    assert body is not None, f"{place} was whole and no longer is"
-    # Names, shapes and dtypes are compared before an array is read.
-    wanted = arrays.named(abstract_state)
-    arrays.check(place, body["arrays"], wanted)
-    found = arrays.read(place / "arrays", wanted)
+    wanted, below = arrays.named(abstract_state), None
+    while True:
+      # The lead looks at all files of a checkpoint; the others take its word.
+      lead = hosts.is_lead()
+      step = newest_whole(self._local, below=below) if lead else -1
+      step = hosts.broadcast(step)
+      # Later checkpoints are deleted by the next save, not before.
+      self._given_up = {s for s in self._manager.all_steps() if s > step}
+      if step < 0:
+        return None
+      place = self.folder / f"{step:08d}"
+      body = _body_of(place)
+      # Names, shapes and dtypes are compared before an array is read.
+      arrays.check(place, body["arrays"], wanted)
+      found = arrays.read_whole(place, wanted, body.get("sums", {}))
+      if found is not None:
+        break
+      below = step
     # `wanted` is in the order of the tree's leaves.
     treedef = jax.tree.structure(abstract_state)
     state = jax.tree.unflatten(treedef, [found[name] for name in wanted])
@@ -252,16 +264,21 @@ class Checkpointer:
   def _seal(self) -> None:
     """Orbax calls it, on the lead, when all is written, before the commit."""
     assert self._body is not None
+    # The logs are on the store before a checkpoint says how long they were.
+    mirror.push(self._local.parent)
     # The folder still has a temporary name, which begins with the step.
     (place,) = self.folder.glob(f"{self._body['step']:08d}*")
-    manifest.seal(place, self._body)
+    manifest.seal(place, self._body, self._sha256)
 
   def _failed(self, step: int, error: Exception) -> Exception:
     """Removes what a failed save wrote; the error to raise."""
     self._body, self._told = None, True
     if hosts.is_lead():
       for draft in self.folder.glob(f"{step:08d}.*"):
-        shutil.rmtree(draft, ignore_errors=True)
+        if isinstance(draft, pathlib.Path):
+          shutil.rmtree(draft, ignore_errors=True)
+        else:
+          draft.rmtree(missing_ok=True)
     if not files.is_disk_full(error):
       return RuntimeError(f"saving step {step} to {self.folder} failed")
     kept = "there is no earlier checkpoint"
@@ -286,26 +303,28 @@ def load(
   Returns:
     (tree below prefix, extra, step), or None if there is no whole checkpoint.
   """
-  found = newest_whole(pathlib.Path(folder), step)
-  if found < 0:
-    return None
-  place = pathlib.Path(folder).absolute() / f"{found:08d}"
-  body = manifest.read(place)
-  assert body is not None, f"{place} was whole and no longer is"
-  # The manifest says what there is, so no model is needed.
-  dot = f"{prefix}." if prefix else ""
-  wanted = {
-    name: jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype))
-    for name, (shape, dtype) in body["arrays"].items()
-    if name.startswith(dot)
-  }
-  tree = traverse_util.unflatten_dict(
-    {
-      tuple(name.removeprefix(dot).split(".")): np.asarray(array)
-      for name, array in arrays.read(place / "arrays", wanted).items()
+  below = None
+  while (found := newest_whole(folder, step, below)) >= 0:
+    place = _home(folder) / f"{found:08d}"
+    body = _body_of(place)
+    # The manifest says what there is, so no model is needed.
+    dot = f"{prefix}." if prefix else ""
+    wanted = {
+      name: jax.ShapeDtypeStruct(tuple(shape), jax.numpy.dtype(dtype))
+      for name, (shape, dtype) in body["arrays"].items()
+      if name.startswith(dot)
     }
-  )
-  return tree, body["extra"], body["step"]
+    read = arrays.read_whole(place, wanted, body.get("sums", {}), alone=True)
+    if read is not None:
+      tree = traverse_util.unflatten_dict(
+        {
+          tuple(name.removeprefix(dot).split(".")): np.asarray(array)
+          for name, array in read.items()
+        }
+      )
+      return tree, body["extra"], body["step"]
+    below = found
+  return None
 
 
 def read_part(
@@ -321,40 +340,50 @@ def read_part(
     remedy: what to do where they do not fit, for the message.
 
   Returns:
-    The same tree with arrays, or None if there is no such checkpoint.
+    The same tree with arrays, or None if there is no such whole checkpoint.
 
   Raises:
     UserError: it has other names, shapes or dtypes there.
   """
-  if newest_whole(pathlib.Path(folder), step) < 0:
+  if newest_whole(folder, step) < 0:
     return None
-  place = pathlib.Path(folder).absolute() / f"{step:08d}"
-  body = manifest.read(place)
-  assert body is not None, f"{place} was whole and no longer is"
+  place = _home(folder) / f"{step:08d}"
+  body = _body_of(place)
   wanted = arrays.named(part)
   tops = tuple(f"{name}." for name in part)
   saved = {n: s for n, s in body["arrays"].items() if n.startswith(tops)}
   arrays.check(place, saved, wanted, remedy)
-  found = arrays.read(place / "arrays", wanted)
+  found = arrays.read_whole(place, wanted, body.get("sums", {}))
+  if found is None:
+    return None
   return jax.tree.unflatten(
     jax.tree.structure(part), [found[name] for name in wanted]
   )
 
 
-def last_step(folder: pathlib.Path) -> int:
+def last_step(folder: str | os.PathLike) -> int:
   """The step of the newest checkpoint by its name, unread; 0 = none."""
-  return max((int(place.name) for place in _places(folder)), default=0)
+  return max((int(place.name) for place in _places(_home(folder))), default=0)
 
 
-def newest_whole(folder: pathlib.Path, step: int | None = None) -> int:
-  """The step of the newest checkpoint that is as it was written, or -1.
+def read_extra(folder: str | os.PathLike, step: int) -> JsonObject:
+  """What a checkpoint that was found whole carries, see `Checkpointer.save`."""
+  return _body_of(_home(folder) / f"{step:08d}")["extra"]
+
+
+def newest_whole(
+  folder: str | os.PathLike, step: int | None = None, below: int | None = None
+) -> int:
+  """The step of the newest checkpoint whose files are all there, or -1.
 
   Args:
-    folder: of the checkpoints.
+    folder: of a run's checkpoints.
     step: the only one to look at; None = all.
+    below: only earlier ones than this; None = all.
   """
-  for place in reversed(_places(folder)):
-    if step is None or int(place.name) == step:
+  for place in reversed(_places(_home(folder))):
+    found = int(place.name)
+    if step in (None, found) and (below is None or found < below):
       trouble = manifest.trouble(place)
       if trouble is None:
         return int(place.name)
@@ -362,7 +391,22 @@ def newest_whole(folder: pathlib.Path, step: int | None = None) -> int:
   return -1
 
 
-def _places(folder: pathlib.Path) -> list[pathlib.Path]:
+def _home(folder: str | os.PathLike) -> paths.Folder:
+  """Where a run's checkpoints are: in its folder, or on an object store."""
+  folder = pathlib.Path(folder).absolute()
+  return paths.location(folder.parent) / folder.name
+
+
+def _body_of(place: paths.Folder) -> JsonObject:
+  """The manifest of a checkpoint that was found whole."""
+  body = manifest.read(place)
+  assert body is not None, f"{place} was whole and no longer is"
+  return body
+
+
+def _places(folder: paths.Folder) -> list[paths.Folder]:
   """The folders of committed checkpoints, by rising step."""
+  if not folder.is_dir():
+    return []
   found = (place for place in folder.glob("*") if place.name.isdigit())
   return sorted(found, key=lambda place: int(place.name))

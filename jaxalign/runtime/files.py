@@ -6,6 +6,7 @@ import os
 import pathlib
 from collections.abc import Mapping
 
+from jaxalign import paths
 from jaxalign.errors import DISK_FULL, UserError
 from jaxalign.parallel import hosts
 
@@ -27,7 +28,7 @@ def is_disk_full(error: BaseException | None) -> bool:
   return False
 
 
-def disk_full(path: pathlib.Path, doing: str, kept: str) -> UserError:
+def disk_full(path: paths.Folder, doing: str, kept: str) -> UserError:
   """The error to raise: where, what was being done, what is left of the run.
 
   Args:
@@ -92,7 +93,7 @@ class Growing:
     self._file.close()
 
 
-def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
+def write_atomic(path: paths.Folder, content: str | bytes) -> None:
   """Writes a file; after a crash it is the old one or the new one, whole.
 
   In a run of several processes only the lead writes.
@@ -101,6 +102,10 @@ def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
     UserError: the disk is full; the old file, if any, is untouched.
   """
   if not hosts.is_lead():
+    return
+  if not isinstance(path, pathlib.Path):
+    # An object is there as a whole or not at all.
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     return
   # On disk under another name first; the renaming is the commit.
   draft = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -117,7 +122,7 @@ def write_atomic(path: pathlib.Path, content: str | bytes) -> None:
     raise
 
 
-def write_json(path: pathlib.Path, value: Mapping[str, object]) -> None:
+def write_json(path: paths.Folder, value: Mapping[str, object]) -> None:
   """`write_atomic` of a JSON object, two-space indent, keys in given order."""
   write_atomic(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 

@@ -1,16 +1,18 @@
-"""The seal of a checkpoint: size and SHA-256 of every file of its arrays.
+"""The seal of a checkpoint: the size, or also the SHA-256, of all its files.
 
 Kept next to Orbax's own commit because Orbax checks no contents: a chunk that
-is missing from its array format reads as zeros.
+is missing from its array format reads as zeros. What is in the files is
+compared by the sums of the arrays, which the manifest carries along.
 """
 
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent import futures
 
+from jaxalign import paths
 from jaxalign.core.types import JsonObject
 from jaxalign.runtime import files
 
@@ -18,18 +20,21 @@ NAME = "manifest.json"
 _THREADS = 4  # hashing lets go of the GIL
 
 
-def seal(place: pathlib.Path, content: Mapping[str, object]) -> None:
+def seal(
+  place: paths.Folder, content: Mapping[str, object], sha256: bool = False
+) -> None:
   """Forces all files of `place` to disk, then writes the manifest.
 
   Args:
     place: a checkpoint's folder, to whose arrays nobody writes any more.
     content: JSON object to carry along.
+    sha256: whether to read all files again for their digests.
   """
-  body = {**content, "files": _digests(place, sync=True)}
+  body = {**content, "files": _digests(place, sha256=sha256, sync=True)}
   files.write_json(place / NAME, {"sha256": _digest(body), "body": body})
 
 
-def read(place: pathlib.Path) -> JsonObject | None:
+def read(place: paths.Folder) -> JsonObject | None:
   """What was sealed, or None if the manifest is missing or damaged."""
   try:
     found = json.loads((place / NAME).read_bytes())
@@ -40,36 +45,63 @@ def read(place: pathlib.Path) -> JsonObject | None:
     return None
 
 
-def trouble(place: pathlib.Path) -> str | None:
-  """Reads every file of `place`; what is wrong in words, or None."""
+def trouble(place: paths.Folder) -> str | None:
+  """Looks at every file of `place`; what is wrong in words, or None.
+
+  Files are read only where the manifest has their digests.
+  """
   body = read(place)
   if body is None:
     return f"{NAME} is missing or damaged"
-  found = _digests(place, sync=False)
-  for name, digest in body["files"].items():
+  wanted = body["files"]
+  hashed = any(len(digest) > 1 for digest in wanted.values())
+  found = _digests(place, sha256=hashed, sync=False)
+  for name, digest in wanted.items():
     if found.get(name) != digest:
       state = "not what was written" if name in found else "missing"
       return f"{name} is {state}"
   return None
 
 
-def _digests(place: pathlib.Path, *, sync: bool) -> dict[str, list[int | str]]:
-  """{relative path: [bytes, SHA-256]} of all that is in folders of `place`.
+def _digests(
+  place: paths.Folder, *, sha256: bool, sync: bool
+) -> dict[str, list[int | str]]:
+  """{relative path: [bytes] or [bytes, SHA-256]} of all in folders of `place`.
 
   The files next to the manifest are Orbax's notes, which nothing here reads.
   """
 
-  def digest(path: pathlib.Path) -> list[int | str]:
-    with open(path, "rb") as file:
-      if sync:
+  def digest(path: paths.Folder) -> list[int | str]:
+    size = paths.size(path)
+    # An object is on its store once it can be seen.
+    if sync and isinstance(path, pathlib.Path):
+      with path.open("rb") as file:
         os.fsync(file.fileno())
-      found = hashlib.file_digest(file, "sha256").hexdigest()
-      return [file.tell(), found]
+    if not sha256:
+      return [size]
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+      while block := file.read(2**22):
+        total.update(block)
+    return [size, total.hexdigest()]
 
-  paths = sorted(p for p in place.glob("*/**/*") if p.is_file())
-  names = [str(p.relative_to(place)) for p in paths]
+  found = sorted(
+    path
+    for folder in place.iterdir()
+    if folder.is_dir()
+    for path in _files(folder)
+  )
+  names = [str(path.relative_to(place)) for path in found]
   with futures.ThreadPoolExecutor(_THREADS) as pool:
-    return dict(zip(names, pool.map(digest, paths), strict=True))
+    return dict(zip(names, pool.map(digest, found), strict=True))
+
+
+def _files(folder: paths.Folder) -> Iterator[paths.Folder]:
+  for path in folder.iterdir():
+    if path.is_dir():
+      yield from _files(path)
+    else:
+      yield path
 
 
 def _digest(body: Mapping[str, object]) -> str:

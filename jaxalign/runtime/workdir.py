@@ -13,6 +13,7 @@ import pathlib
 import platform
 from collections.abc import Iterator, Mapping
 
+from jaxalign import paths
 from jaxalign.config import rename_aliases
 from jaxalign.config.changes import LENGTH, may_change
 from jaxalign.config.rules import Section, describe
@@ -79,6 +80,7 @@ def open_workdir(
       than a run, belongs to another config, or is in use.
   """
   path = pathlib.Path(path)
+  assert not paths.is_remote(path), path  # see `check_workdir`
   if not hosts.is_lead():
     return Workdir(path, lock=None)
   with _refusing(path):
@@ -108,6 +110,8 @@ def check_workdir(
   Args and raises: as `open_workdir`; of another config an `OtherConfigError`.
   None in its place takes a run with any.
   """
+  remedy = "the command jaxalign.main takes --workdir=gs://bucket/run"
+  paths.refuse_remote(path, "a run's folder", remedy)
   path = pathlib.Path(path)
   # The folder, or the nearest one above it in which it would be made.
   there = next(p for p in (path, *path.absolute().parents) if p.exists())

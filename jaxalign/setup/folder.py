@@ -7,7 +7,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
-from jaxalign import cli
+from jaxalign import cli, paths
 from jaxalign.config import to_mapping
 from jaxalign.config.changes import LENGTH, MAY_CHANGE
 from jaxalign.config.sections import TrainingConfig
@@ -16,7 +16,6 @@ from jaxalign.errors import UserError
 from jaxalign.parallel import hosts
 from jaxalign.runtime import (
   checkpoint,
-  manifest,
   metrics,
   workdir,
 )
@@ -54,7 +53,7 @@ def check_hosts(
   hosts.check_same(
     values
     | {
-      "--workdir": str(folder.absolute()),
+      "--workdir": str(paths.location(folder.absolute())),
       "the number of processes": hosts.count(),
       "the number of its devices": jax.local_device_count(),
       "the kind of its devices": jax.local_devices()[0].device_kind,
@@ -246,9 +245,8 @@ def check_extension(spec: RunSpec[C], folder: pathlib.Path) -> int:
       f"from; begin another run with --init_from={folder}"
     )
   if newest >= 0:
-    body = manifest.read(saves / f"{newest:08d}")
-    assert body is not None, newest
-    check_unchanged(spec, digest_of_run(spec), body["extra"], folder)
+    extra = checkpoint.read_extra(saves, newest)
+    check_unchanged(spec, digest_of_run(spec), extra, folder)
   return before
 
 

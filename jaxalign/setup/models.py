@@ -8,6 +8,7 @@ import pathlib
 from collections.abc import Mapping
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from jaxalign.config.names import parse_groups
@@ -29,6 +30,7 @@ from jaxalign.models.hf import hub
 from jaxalign.models.hf.config_json import Fields, read_json
 from jaxalign.models.layers import LoraConfig
 from jaxalign.models.model import Model
+from jaxalign.parallel import hosts
 from jaxalign.parallel import mesh as meshes
 
 LAB = pathlib.Path(__file__).parent.parent / "lab"
@@ -140,14 +142,24 @@ class ModelSpec:
     config = repr(dataclasses.replace(self.model.config, remat="none"))
     found = {"config": config, "parameters": f"seed {self.seed}"}
     if self.pretrained is not None:
-      # Parameters of another type are rounded from the same files.
-      total = hashlib.sha256(self.pretrained.dtype.encode())
-      tensors = self.pretrained.tensors.values()
-      for path in sorted({part.path for leaf in tensors for part in leaf}):
-        with open(path, "rb") as file:
-          total.update(hashlib.file_digest(file, "sha256").digest())
-      found["parameters"] = total.hexdigest()
+      # The lead alone reads the files for it.
+      digest = hosts.from_lead(self._digest, np.zeros(32, np.uint8))
+      found["parameters"] = digest.tobytes().hex()
     return found
+
+  def _digest(self) -> np.ndarray:
+    """SHA-256 of the weight files, as 32 bytes."""
+    assert self.pretrained is not None
+    # Parameters of another type are rounded from the same files.
+    total = hashlib.sha256(self.pretrained.dtype.encode())
+    tensors = self.pretrained.tensors.values()
+    for path in sorted({part.path for leaf in tensors for part in leaf}):
+      one = hashlib.sha256()
+      with path.open("rb") as file:
+        while block := file.read(2**24):
+          one.update(block)
+      total.update(one.digest())
+    return np.frombuffer(total.digest(), np.uint8)
 
 
 def compute_dtype(setting: str, mesh: Mesh) -> str:

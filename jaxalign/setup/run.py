@@ -151,6 +151,7 @@ def open_run(
         every_minutes=config.checkpoint.every_minutes,
         keep=config.checkpoint.keep,
         keep_best=bool(config.checkpoint.keep_best),
+        sha256=config.checkpoint.sha256,
       )
     ) as saver,
   ):
@@ -236,7 +237,12 @@ def open_run(
         every=config.metrics.every_steps,
         best_metric=config.best_metric,
         digest=digest,
-        past=metrics.iterate_jsonl(run.path / metrics.METRICS),
+        # Only the lead's copy of the log was cut back.
+        past=(
+          row
+          for row in metrics.iterate_jsonl(run.path / metrics.METRICS)
+          if row["step"] <= done
+        ),
       )
       yield opened
       # They hold the run, whose reference would stay in memory with them.

@@ -22,6 +22,7 @@ from jaxalign.errors import UserError
 from jaxalign.models import lora
 from jaxalign.models.heads import policy_of
 from jaxalign.models.hf import write
+from jaxalign.parallel import hosts
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.runtime import checkpoint, files, workdir
 from jaxalign.setup import models
@@ -209,12 +210,18 @@ def begin(config: TrainingConfig, folder: pathlib.Path) -> TrainingConfig:
     UserError: they are not what the run began with.
   """
   place = folder / FOLDER
-  note = json.loads((folder / NOTE).read_text())
-  if _digest(place) != note["sha256"]:
-    raise UserError(
-      f"{place} is not what the run began with; restore it, or begin again "
-      "with --fresh"
-    )
+
+  def check() -> bool:
+    note = json.loads((folder / NOTE).read_text())
+    if _digest(place) != note["sha256"]:
+      raise UserError(
+        f"{place} is not what the run began with; restore it, or begin again "
+        "with --fresh"
+      )
+    return True
+
+  # The lead alone reads all of it.
+  hosts.from_lead(check, True)
   return dataclasses.replace(config, policy=str(place))
 
 

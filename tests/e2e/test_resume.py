@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import pathlib
 import random
 import shutil
 import signal
@@ -154,3 +155,49 @@ def test_killed_against_a_stored_reference(supervised, lab, tmp_path, read):
   assert killed >= 2
   finish(command, cache)
   assert result(cut, read) == result(whole, read)
+
+
+def test_a_run_on_an_object_store_goes_on(
+  bucket, supervised, lab, read, tmp_path, capsys, monkeypatch
+):
+  """Model and folder are there; cut back, it ends as it had ended."""
+  monkeypatch.chdir(tmp_path)
+  for file in pathlib.Path(lab.policy).iterdir():
+    (bucket / "policy" / file.name).write_bytes(file.read_bytes())
+  folder = bucket / "runs" / "sft"
+  command = supervised(
+    "sft.py",
+    folder,
+    policy=bucket / "policy",
+    data=lab.rows,
+    steps=2,
+    batch_size=4,
+    checkpoint__every_steps=1,
+    metrics__tensorboard="false",
+  )
+
+  def left():
+    rows = read(folder / "metrics.jsonl")
+    kept = [
+      {k: v for k, v in row.items() if not k.startswith(NOT_COMPARED)}
+      for row in rows
+    ]
+    names = sorted(path.name for path in folder.iterdir())
+    return names, kept, (folder / "model/model.safetensors").read_bytes()
+
+  assert main.main(command) == 0
+  before = left()
+  assert {"config.json", "finished.json", "report.html"} < set(before[0])
+  # As if it had been killed after step 1.
+  (folder / "finished.json").unlink()
+  (folder / "model").rmtree()
+  (folder / "checkpoints" / "00000002" / "manifest.json").unlink()
+  assert main.main(command) == 0
+  assert "goes on after step 1 of 2" in capsys.readouterr().out
+  assert left() == before
+  # What is done is not done again, and nothing of it is left here.
+  assert main.main(command) == 0
+  assert "holds a finished run" in capsys.readouterr().out
+  assert main.main([*command, "--fresh"]) == 2
+  assert "need a folder of this machine" in capsys.readouterr().err
+  assert [path.name for path in tmp_path.iterdir()] == ["stores"]

@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from jaxalign.errors import UserError
-from jaxalign.runtime import arrays, checkpoint, manifest
+from jaxalign.runtime import arrays, checkpoint, manifest, mirror
 from jaxalign.runtime.checkpoint import Checkpointer
 
 
@@ -162,6 +162,7 @@ def test_due_by_steps_and_by_minutes(tmp_path, monkeypatch):
 
 
 def biggest_file(place):
+  """That of the arrays' values, which are not few enough to be in the index."""
   found = (place / "arrays").rglob("d/*")
   return max(found, key=lambda p: p.stat().st_size)
 
@@ -187,9 +188,11 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize("sha256", [False, True])
 @pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES.keys())
-def test_damaged_checkpoint_is_passed_over(saver, caplog, damage):
+def test_damaged_checkpoint_is_passed_over(saver, caplog, damage, sha256):
   """The one before is used, the run goes on, the damaged one is replaced."""
+  saver._sha256 = sha256
   older, newer = make_state(1), make_state(2)
   saver.save(1, older, {"n": 1})
   saver.save(2, newer, {"n": 2})
@@ -205,6 +208,37 @@ def test_damaged_checkpoint_is_passed_over(saver, caplog, damage):
   assert_equal_bits(found.state, newer)
 
 
+def test_every_flipped_bit_is_found(saver):
+  """Orbax reads what was changed in an array; the sums tell, `load` as well."""
+  values = np.arange(1000, dtype=np.float32)
+  for step in (1, 2):
+    saver.save(step, {"params": {"x": jnp.asarray(values)}}, {})
+  saver.wait()
+  files = (saver.folder / "00000002" / "arrays").rglob("d/*")
+  (path,) = (p for p in files if values.tobytes() in p.read_bytes())
+  whole = path.read_bytes()
+  start = whole.index(values.tobytes())
+  part = {"params": abstract({"x": jnp.zeros(1000)})}
+  for place in (0, 1501, 3999):
+    data = bytearray(whole)
+    data[start + place] ^= 1 << place % 8
+    path.write_bytes(data)
+    assert checkpoint.load(saver.folder)[2] == 1, place
+    assert checkpoint.read_part(saver.folder, 2, part, "") is None
+  path.write_bytes(whole)
+  assert checkpoint.load(saver.folder)[2] == 2
+
+
+def test_sums_are_alike_on_host_and_device():
+  """Worked: the bits of 1.0 are 0x3F800000, in bfloat16 0x3F80."""
+  ones = {"a": np.ones(2**20, np.float32), "b": jnp.ones(3, jnp.bfloat16)}
+  assert arrays.sums(ones) == {"a": 2**20 * 0x3F800000, "b": 3 * 0x3F80}
+  named = arrays.named(make_state())
+  found = arrays.sums(named)
+  assert found == {n: int(arrays.device_sum(x)) for n, x in named.items()}
+  assert found == arrays.sums({n: np.asarray(x) for n, x in named.items()})
+
+
 def test_all_damaged_restores_nothing(saver):
   saver.save(1, make_state(), {})
   saver.wait()
@@ -215,11 +249,11 @@ def test_all_damaged_restores_nothing(saver):
 def test_damaged_ones_do_not_count_as_kept(saver):
   """Keep 2: the good step 1 outlives the damaged steps 2 and 3."""
   for step in (1, 2):
-    saver.save(step, {"x": jnp.zeros(8)}, {})
+    saver.save(step, {"x": jnp.zeros(512)}, {})
   saver.wait()
   flip_a_byte(biggest_file(saver.folder / "00000002"))
-  saver.restore_latest(abstract({"x": jnp.zeros(8)}))
-  saver.save(3, {"x": jnp.zeros(8)}, {})
+  saver.restore_latest(abstract({"x": jnp.zeros(512)}))
+  saver.save(3, {"x": jnp.zeros(512)}, {})
   saver.wait()
   assert names(saver) == ["00000001", "00000003"]
 
@@ -227,12 +261,12 @@ def test_damaged_ones_do_not_count_as_kept(saver):
 def test_a_course_given_up_is_dropped(saver):
   """Back at step 4 after 9 was damaged: the new 5 is the newest."""
   for step in (4, 9):
-    saver.save(step, {"x": jnp.zeros(8)}, {})
+    saver.save(step, {"x": jnp.zeros(512)}, {})
   saver.wait()
   flip_a_byte(biggest_file(saver.folder / "00000009"))
-  saver.restore_latest(abstract({"x": jnp.zeros(8)}))
-  saver.save(5, {"x": jnp.ones(8)}, {})
-  assert saver.restore_latest(abstract({"x": jnp.zeros(8)})).step == 5
+  saver.restore_latest(abstract({"x": jnp.zeros(512)}))
+  saver.save(5, {"x": jnp.ones(512)}, {})
+  assert saver.restore_latest(abstract({"x": jnp.zeros(512)})).step == 5
   assert names(saver) == ["00000004", "00000005"]
 
 
@@ -294,6 +328,33 @@ def test_full_disk_in_the_background(saver, monkeypatch):
   assert names(saver) == ["00000001"]
   saver.save(3, state, {})
   assert saver.restore_latest(abstract(state)).step == 3
+
+
+def test_checkpoints_on_an_object_store(bucket):
+  """Whole ones only, and none of a save that did not finish."""
+  with mirror.opened("gs://bucket/run") as folder:
+    saver = Checkpointer(folder / "checkpoints")
+    state = make_state()
+    for step in (1, 2, 3):
+      (folder / "metrics.jsonl").write_text(f"{step}")
+      saver.save(step, state, {"n": step})
+    saver.close()
+  place = bucket / "run" / "checkpoints"
+  assert sorted(p.name for p in place.iterdir()) == ["00000002", "00000003"]
+  assert (bucket / "run" / "metrics.jsonl").read_text() == "3"
+  # Another machine; the newest save has not finished.
+  (place / "00000003" / "manifest.json").unlink()
+  with mirror.opened("gs:/bucket/run") as folder:
+    assert (folder / "metrics.jsonl").read_text() == "3"
+    assert not (folder / "checkpoints").exists()
+    saver = Checkpointer(folder / "checkpoints")
+    found = saver.restore_latest(abstract(state))
+    assert (found.step, found.extra) == (2, {"n": 2})
+    assert_equal_bits(found.state, state)
+    assert checkpoint.load(folder / "checkpoints")[2] == 2
+    saver.save(3, state, {"n": 3})
+    assert saver.restore_latest(abstract(state)).step == 3
+    saver.close()
 
 
 def test_a_save_that_fails_twice_is_told_once(saver, monkeypatch):
@@ -485,7 +546,7 @@ def test_manifest_lists_every_file(saver):
 
 TWO_PROCESSES = """
   import pathlib, sys
-  import jax, jax.numpy as jnp, numpy as np
+  import jax, jax.numpy as jnp, numpy as np, tensorstore
   from jax.sharding import NamedSharding, PartitionSpec
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   rank = int(sys.argv[3])
@@ -512,12 +573,29 @@ TWO_PROCESSES = """
     assert np.array_equal(shard.data, rows[shard.index])
   saver.save(3, state, {"n": 3})
   saver.close()
+
+  # What one device has written: each process reads its half and no more.
+  def bytes_read():
+    name = "/tensorstore/kvstore/file/bytes_read"
+    (found,) = tensorstore.experimental_collect_matching_metrics(name)
+    return sum(value["value"] for value in found["values"])
+
+  large = {"w": jax.ShapeDtypeStruct((4096, 1024), jnp.float32, sharding=split)}
+  saver = Checkpointer(sys.argv[1] + "-one")
+  before = bytes_read()
+  found = saver.restore_latest(large)
+  assert all(np.all(s.data == 5) for s in found.state["w"].addressable_shards)
+  assert bytes_read() - before < 0.51 * found.state["w"].nbytes
+  saver.close()
 """
 
 
 @pytest.mark.slow
 def test_two_processes_share_a_checkpoint(saver):
   """Each writes and reads its half; the lead decides which one is whole."""
+  one = Checkpointer(f"{saver.folder}-one")
+  one.save(1, {"w": jnp.full((4096, 1024), 5.0)}, {})
+  one.close()
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
     address = f"127.0.0.1:{probe.getsockname()[1]}"

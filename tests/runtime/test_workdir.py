@@ -2,6 +2,7 @@
 
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -10,8 +11,10 @@ import time
 import pytest
 
 from jaxalign.errors import UserError
+from jaxalign.models.hf.write import check_target
 from jaxalign.parallel import hosts
 from jaxalign.runtime.workdir import (
+  check_workdir,
   mark_finished,
   move_aside,
   open_workdir,
@@ -169,3 +172,13 @@ def test_a_folder_is_moved_aside(tmp_path):
   assert move_aside(path) == tmp_path / "run.2"
   assert json.loads((tmp_path / "run.1/config.json").read_text())["seed"] == 0
   assert not path.exists()
+
+
+def test_a_store_never_becomes_a_folder(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  for name in ("gs://bucket/run", pathlib.Path("s3://bucket/run")):
+    with pytest.raises(UserError, match="must be on this machine's file"):
+      check_workdir(name, CONFIG)
+    with pytest.raises(UserError, match="write it here and copy it"):
+      check_target(pathlib.Path(name))
+  assert not list(tmp_path.iterdir())

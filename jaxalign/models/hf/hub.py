@@ -1,9 +1,13 @@
 """From what a user names to a folder on disk."""
 
+import fnmatch
+import functools
 import os
 import pathlib
 import re
+import tempfile
 
+from jaxalign import paths
 from jaxalign.errors import UserError
 
 # [owner/]name[@revision].
@@ -18,18 +22,21 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
 
   Args:
     source: an existing folder, a path (it begins with `.`, `/`, `~` or
-      `runs/`), or a hub id such as "EleutherAI/pythia-70m", optionally with
-      "@revision".
+      `runs/`), a folder on an object store ("gs://bucket/model"), or a hub id
+      such as "EleutherAI/pythia-70m", optionally with "@revision".
 
   Returns:
-    The folder. Only an id may need the network; an earlier download is found
-    without it.
+    The folder; for one on an object store a temporary one with its small files,
+    whose weights are read from there. Only an id may need the network; an
+    earlier download is found without it.
 
   Raises:
     UserError: the folder does not exist, or the hub does not give it.
   """
   # A local folder, or what can only be meant as one.
   name = str(source)
+  if paths.is_remote(name):
+    return pathlib.Path(_stand_in(name).name)
   folder = pathlib.Path(name).expanduser()
   # `runs/` is where this package puts its runs, and no owner of the hub.
   local = name.startswith((".", "/", "~", "runs/"))
@@ -72,4 +79,18 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
     folder = pathlib.Path(path)
     if any(folder.glob("*.safetensors")):
       break
+  return folder
+
+
+@functools.cache  # one copy a process, gone at its end
+def _stand_in(name: str) -> tempfile.TemporaryDirectory:
+  """A folder of this machine with the small files of one on an object store."""
+  place = paths.remote(name, "model folder")
+  if not place.is_dir():
+    raise UserError(f"model folder {name} does not exist; check the path")
+  folder = tempfile.TemporaryDirectory(prefix=f"{place.name}-")
+  for file in place.iterdir():
+    if any(fnmatch.fnmatch(file.name, pattern) for pattern in CONFIGS):
+      (pathlib.Path(folder.name) / file.name).write_bytes(file.read_bytes())
+  (pathlib.Path(folder.name) / paths.MARK).write_text(str(place))
   return folder

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxalign import paths
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
 from jaxalign.models.hf import table
@@ -240,6 +241,7 @@ def fetch(leaf: jax.Array | np.ndarray) -> np.ndarray:
 
 def check_target(folder: pathlib.Path) -> None:
   """UserError if `folder` is a file or holds something other than a model."""
+  paths.refuse_remote(folder, "a model's folder", "write it here and copy it")
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} is a file; name a folder to write the model to")
   occupied = folder.is_dir() and any(folder.iterdir())

@@ -1,10 +1,13 @@
 """Names of models: folders, and hub ids without asking the hub."""
 
 import huggingface_hub
+import jax
+import numpy as np
 import pytest
 
 from jaxalign.errors import UserError
-from jaxalign.models.hf import hub
+from jaxalign.models.hf import folder, hub, weights
+from jaxalign.parallel import mesh as meshes
 
 
 @pytest.fixture
@@ -63,3 +66,36 @@ def test_offline_is_one_line(monkeypatch):
   with pytest.raises(UserError, match=r"cannot be fetched .* no network") as e:
     hub.resolve("owner/name")
   assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("shard_bytes", [2**30, 40_000])
+def test_a_model_on_an_object_store(bucket, make, tmp_path, shard_bytes):
+  """The same numbers as from a folder, whatever part is read."""
+  model, params = make("neox")
+  folder.save(model, params, tmp_path / "model", shard_bytes=shard_bytes)
+  place = bucket / f"models/{shard_bytes}"
+  for file in (tmp_path / "model").iterdir():
+    (place / file.name).write_bytes(file.read_bytes())
+  opened = folder.open_pretrained(str(place))
+  assert {t.path.parent for leaf in opened.tensors.values() for t in leaf} == {
+    place
+  }
+  found = opened.read(meshes.shardings(model.shapes, meshes.make_mesh()))
+  jax.tree.map(np.testing.assert_array_equal, found, params)
+  # Rows of a tensor, and a part of each.
+  tensor = opened.tensors["blocks.dense.kernel"][0]
+  np.testing.assert_array_equal(
+    tensor.read(np.s_[3:5, 2:7]), tensor.read()[3:5, 2:7]
+  )
+
+
+def test_an_object_store_that_cannot_be_used(bucket, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  with pytest.raises(UserError, match=r"gs://bucket/none does not exist"):
+    hub.resolve("gs://bucket/none")
+  with pytest.raises(UserError, match=r"ftp://host/x is on no store that is"):
+    hub.resolve("ftp://host/x")
+  (bucket / "old" / "pytorch_model.bin").write_bytes(b"x")
+  with pytest.raises(UserError, match="only safetensors are read"):
+    weights.open_tensors(hub.resolve("gs://bucket/old"))
+  assert [path.name for path in tmp_path.iterdir()] == ["stores"]

@@ -1,0 +1,83 @@
+"""Folders on object stores: `gs://`, `s3://` and what else `etils.epath` knows.
+
+Most code works with a folder of this machine. One that stands for a folder
+elsewhere holds the small files and, in `.remote`, the name of the other one;
+what is large (weights, checkpoints) is read and written there directly.
+"""
+
+import os
+import pathlib
+import re
+
+from etils import epath
+
+from jaxalign.errors import UserError
+
+MARK = ".remote"
+Folder = pathlib.Path | epath.Path
+
+# `pathlib` makes one slash of two. A letter alone is a drive of Windows.
+_REMOTE = re.compile(r"([a-zA-Z][\w+.-]+):/{1,2}(?=[^/])")
+
+
+def is_remote(name: str | os.PathLike) -> bool:
+  """Whether a name means a place on an object store, as `gs://bucket/run`."""
+  return _REMOTE.match(os.fspath(name)) is not None
+
+
+def remote(name: str | os.PathLike, field: str) -> epath.Path:
+  """The place on an object store that a name means.
+
+  Args:
+    name: `is_remote`.
+    field: what the user has set to it, for messages.
+
+  Raises:
+    UserError: an unknown scheme, a package that is not installed, or a store
+      that cannot be reached.
+  """
+  url = _REMOTE.sub(r"\1://", os.fspath(name), count=1)
+  scheme = url.partition(":")[0]
+  try:
+    place = epath.Path(url)
+    place.exists()  # the store's package is imported, and credentials are used
+  except KeyError as error:
+    raise UserError(
+      f"{field}: {url} is on no store that is known; give a folder of this "
+      "machine, or one that begins with gs://, s3:// or az://"
+    ) from error
+  except ImportError as error:
+    raise UserError(
+      f"{field}: {scheme}:// needs a package that is not installed: {error}"
+    ) from error
+  except Exception as error:  # each store has errors of its own
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(
+      f"{field}: {url} cannot be reached: {reason}; check the name, the "
+      "credentials and the network"
+    ) from error
+  return place
+
+
+def refuse_remote(name: str | os.PathLike, field: str, remedy: str) -> None:
+  """UserError if a name means a place on an object store.
+
+  It would become a folder called `gs:`.
+  """
+  if is_remote(name):
+    raise UserError(
+      f"{field} must be on this machine's file system, got {name}; {remedy}"
+    )
+
+
+def location(folder: pathlib.Path) -> Folder:
+  """The folder that `folder` stands for, which is mostly itself."""
+  mark = folder / MARK
+  return epath.Path(mark.read_text()) if mark.is_file() else folder
+
+
+def size(path: Folder) -> int:
+  """Bytes of a file."""
+  if isinstance(path, pathlib.Path):
+    return path.stat().st_size
+  return path.stat().length
