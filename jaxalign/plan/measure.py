@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxalign import algorithms
 from jaxalign.config import TrainingConfig
 from jaxalign.config.online import OnlineConfig
+from jaxalign.core import memory
 from jaxalign.core.types import TrainState
 from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
@@ -328,7 +329,9 @@ def _by_class(found: Residents) -> dict[str, int]:
 
 
 def leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  """Bytes of an array on one chip."""
+  """Bytes of an array on one chip; 0 if it waits in the host's memory."""
+  if memory.is_on_host(leaf):
+    return 0
   shape = leaf.shape
   if leaf.sharding is not None:
     shape = leaf.sharding.shard_shape(shape)

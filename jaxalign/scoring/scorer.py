@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from jaxalign.core import memory
 from jaxalign.core.types import Params
 from jaxalign.data.rows import PromptRow
 from jaxalign.data.tokenizer import Tokenizer
@@ -36,7 +37,8 @@ class Scorer:
   Attributes:
     model: any architecture with a score head; `model.replace(dtype=...)`
       chooses the arithmetic.
-    params: its parameters, on one device or sharded over `mesh`.
+    params: its parameters, on one device or sharded over `mesh`, there or in
+      the host's memory (`core.memory`).
     tokenizer: its own.
     encoding: "concat" or "pair", see `Tokenizer.encode_rewards`.
     name: for messages.
@@ -232,7 +234,7 @@ class _Program:
 
     def score(params, tokens, mask, types):
       self.shapes.append(tokens.shape)  # runs once per compilation
-      return model.bind(params).score(tokens, mask, types)
+      return model.bind(memory.fetch(params)).score(tokens, mask, types)
 
     # Replicated, so that every host can read all scores.
     whole = meshes.replicated(mesh) if mesh else None
