@@ -7,22 +7,22 @@ _HOST = "pinned_host"  # what a device can read from and write to directly
 
 
 def to_host(tree: PyTree) -> PyTree:
-  """Moves arrays to the host's memory, each device's part for itself.
+  """Copies arrays to the host's memory, each device's part for itself.
 
   Args:
-    tree: arrays, which are consumed, or shapes with their shardings. Single
-      numbers stay where they are.
+    tree: arrays, or shapes with their shardings. Single numbers stay where
+      they are.
   """
 
-  def move(x):
+  def copy(x):
     if not x.ndim:
       return x
     where = x.sharding.with_memory_kind(_HOST)
     if isinstance(x, jax.ShapeDtypeStruct):
       return x.update(sharding=where)
-    return jax.device_put(x, where, donate=True)
+    return jax.device_put(x, where)
 
-  return jax.tree.map(move, tree)
+  return jax.tree.map(copy, tree)
 
 
 def is_on_host(leaf: Array | jax.ShapeDtypeStruct) -> bool:
