@@ -199,13 +199,10 @@ def test_a_bad_update_is_left_out_and_counted(loss):
 
 
 def test_moments_may_wait_in_the_hosts_memory():
-  before = start(tree(0))
-  waiting = dataclasses.replace(
-    before, opt_state=memory.to_host(before.opt_state)
-  )
-  wheres = jax.tree.map(operator.attrgetter("sharding"), waiting)
+  found, wanted = start(tree(0)), start(tree(0))
+  found = dataclasses.replace(found, opt_state=memory.to_host(found.opt_state))
+  wheres = jax.tree.map(operator.attrgetter("sharding"), found)
   update = jax.jit(step, donate_argnums=0, out_shardings=(wheres, None))
-  found, wanted = waiting, before
   for seed in (1, 2):
     found, _ = update(found, tree(seed))
     wanted, _ = jax.jit(step)(wanted, tree(seed))
