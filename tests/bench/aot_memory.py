@@ -60,6 +60,7 @@ def model_of(args):
     intermediate_size=inner,
     dtype="bfloat16",
     remat=args.remat,
+    attention=args.attention,
   )
   return Model.build(config)
 
@@ -129,6 +130,7 @@ def main():
     "--split", action="store_true", help="layers are gathered token by token"
   )
   parser.add_argument("--remat", default="none")
+  parser.add_argument("--attention", default="dense")
   parser.add_argument(
     "--offload", action="store_true", help="the optimizer's state, to the host"
   )
@@ -174,6 +176,7 @@ def main():
         "state_gib": round(used.argument_size_in_bytes / GIB, 3),
         "host_gib": round(used.host_argument_size_in_bytes / GIB, 3),
         "temp_gib": round(used.temp_size_in_bytes / GIB, 3),
+        "peak_gib": round(used.peak_memory_in_bytes / GIB, 3),
         # Of one chip; a loop's body counts once.
         "gflop": round(compiled.cost_analysis()["flops"] / 1e9, 1),
         "mb": {k: round(v / 1e6, 1) for k, v in found.items()},
