@@ -107,7 +107,7 @@ def test_what_a_program_does_not_use_stays_beside_it(model, tmp_path):
   assert sizes[measure.REFERENCE] == 4 * SIZE
   assert sizes[measure.OPTIMIZER] == 4  # its counter
   lora = dataclasses.replace(there.config.lora, rank=2)
-  adapted = dataclasses.replace(there.config, lora=lora)
+  adapted = dataclasses.replace(waiting, lora=lora)
   programs = algorithms.programs(algorithms.describe(adapted))
   # The base under the adapters is the reference: it counts once, although it
   # is passed twice.
