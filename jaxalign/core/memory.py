@@ -6,6 +6,14 @@ from jaxtyping import Array, PyTree
 _HOST = "pinned_host"  # what a device can read from and write to directly
 
 
+class HostShape(jax.ShapeDtypeStruct):
+  """The shape of an array that waits in the host's memory.
+
+  Its sharding says so too, but not for a GPU that is not there: JAX knows no
+  memory of it.
+  """
+
+
 def to_host(tree: PyTree) -> PyTree:
   """Copies arrays to the host's memory, each device's part for itself.
 
@@ -19,7 +27,7 @@ def to_host(tree: PyTree) -> PyTree:
       return x
     where = x.sharding.with_memory_kind(_HOST)
     if isinstance(x, jax.ShapeDtypeStruct):
-      return x.update(sharding=where)
+      return HostShape(x.shape, x.dtype, sharding=where)
     return jax.device_put(x, where)
 
   return jax.tree.map(copy, tree)
@@ -27,6 +35,8 @@ def to_host(tree: PyTree) -> PyTree:
 
 def is_on_host(leaf: Array | jax.ShapeDtypeStruct) -> bool:
   """Whether an array, or a shape with its sharding, is one of `to_host`."""
+  if isinstance(leaf, HostShape):
+    return True
   return getattr(leaf.sharding, "memory_kind", None) == _HOST
 
 
