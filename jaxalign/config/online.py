@@ -121,6 +121,11 @@ class ScoringConfig(BucketConfig):
     "number format of reward models; auto = bfloat16 on accelerators",
     choices=("auto", "float32", "bfloat16"),
   )
+  offload: bool = field(
+    False,
+    "keep reward models in the host's memory and copy each to the devices for "
+    "a call; slower, and no saving on a CPU",
+  )
   function_timeout: float = field(
     0.0,
     "seconds that a reward function may take for the completions of a step; "

@@ -61,6 +61,12 @@ class OptimizerConfig(Section):
     "parameter",
     choices=("float32", "bfloat16"),
   )
+  offload: bool = field(
+    False,
+    "keep the state of the update rule in the host's memory between updates; "
+    "slower, and no saving on a CPU",
+    also=("offload_optimizer", "optimizer_offload", "adam_offload"),
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from jaxalign.core import memory
 from jaxalign.core.types import Params, TrainState
 
 
@@ -130,9 +131,9 @@ def apply_gradients(
   norm = optax.tree.norm(gradients)
   # The norm sums over all leaves, so it shows a NaN in any of them.
   good = jnp.isfinite(loss) & jnp.isfinite(norm)
-  updates, opt_state = optimizer.update(
-    gradients, state.opt_state, state.params
-  )
+  # What waits in the host's memory comes when the activations are gone.
+  before = memory.fetch(state.opt_state, after=norm)
+  updates, opt_state = optimizer.update(gradients, before, state.params)
   # bfloat16 leaves stay bfloat16: another dtype would compile a new program.
   params = jax.tree.map(
     lambda p, u: (p - rate * u).astype(p.dtype), state.params, updates
@@ -151,7 +152,7 @@ def apply_gradients(
 
   return TrainState(
     params=pick(params, state.params),
-    opt_state=pick(opt_state, state.opt_state),
+    opt_state=pick(opt_state, before),
     step=state.step,
     skipped=state.skipped + ~good,
     ema=pick(ema, state.ema),

@@ -70,14 +70,59 @@ def attend(
   logits = [_logits(q, k, mask, cap) for k, _, mask in parts]
   # One softmax over all parts, then a sum of values part by part: the keys are
   # never copied into one array.
-  sizes = [x.shape[-1] for x in logits]
-  weights = jax.nn.softmax(jnp.concatenate(logits, axis=-1), axis=-1)
-  weights = weights.astype(q.dtype)
-  out, start = jnp.zeros((), q.dtype), 0
-  for (_, v, _), size in zip(parts, sizes, strict=True):
+  values = [v for _, v, _ in parts]
+  joined = jnp.concatenate(logits, axis=-1)
+  if q.dtype == joined.dtype:
+    out = _weighted_sum(jax.nn.softmax(joined, axis=-1), values)
+  else:
+    out = _rounded_softmax_sum(joined, values)
+  assert out.dtype == q.dtype, (out.dtype, q.dtype)
+  return out.reshape(rows, length, heads, width)
+
+
+def _weighted_sum(
+  weights: Float[Array, "B K R T C"], values: Sequence[Array]
+) -> Float[Array, "B T K R H"]:
+  """Σ weights · value over the values of all parts."""
+  out, start = jnp.zeros((), weights.dtype), 0
+  for v in values:
+    size = v.shape[2]
     out = out + _mix(weights[..., start : start + size], v)
     start += size
-  return out.reshape(rows, length, heads, width)
+  return out
+
+
+@jax.custom_vjp
+def _rounded_softmax_sum(
+  logits: Float[Array, "B K R T C"], values: Sequence[Array]
+) -> Float[Array, "B T K R H"]:
+  """`_weighted_sum` of a float32 softmax that is rounded to the values' type.
+
+  For its gradient it keeps the float32 weights alone. Autodiff would keep the
+  rounded ones as well, which are a third of what attention keeps.
+  """
+  return _rounded_softmax_sum_forward(logits, values)[0]
+
+
+def _rounded_softmax_sum_forward(logits, values):
+  weights = jax.nn.softmax(logits, axis=-1)
+  out = _weighted_sum(weights.astype(values[0].dtype), values)
+  return out, (weights, values)
+
+
+def _rounded_softmax_sum_backward(saved, d):
+  weights, values = saved
+  _, pull = jax.vjp(_weighted_sum, weights.astype(d.dtype), values)
+  d_weights, d_values = pull(d)
+  # Through the softmax, in the order of jax.nn.softmax.
+  scaled = d_weights.astype(weights.dtype) * weights
+  total = scaled.sum(axis=-1, keepdims=True)
+  return scaled - weights * total, d_values
+
+
+_rounded_softmax_sum.defvjp(
+  _rounded_softmax_sum_forward, _rounded_softmax_sum_backward
+)
 
 
 def _logits(

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 from jaxalign import algorithms
 from jaxalign.config import TrainingConfig
 from jaxalign.config.online import OnlineConfig
+from jaxalign.core import memory
 from jaxalign.core.types import TrainState
 from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
@@ -328,7 +329,12 @@ def _by_class(found: Residents) -> dict[str, int]:
 
 
 def leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  """Bytes of an array on one chip."""
+  """Bytes of an array on one chip; 0 if it waits in the host's memory."""
+  return 0 if memory.is_on_host(leaf) else _fetched_bytes(leaf)
+
+
+def _fetched_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+  """Bytes of an array on one chip, once it is there."""
   shape = leaf.shape
   if leaf.sharding is not None:
     shape = leaf.sharding.shard_shape(shape)
@@ -372,10 +378,19 @@ def measure(
     stats, text = compiled.memory_analysis(), compiled.as_text()
     assert stats is not None  # every compiler of a target tells both
     assert text is not None
-    # What a program does not read is no argument to XLA, and in memory too.
-    given = max(stats.argument_size_in_bytes - twice, kept + passed)
+    given = stats.argument_size_in_bytes - twice
     made = stats.output_size_in_bytes - stats.alias_size_in_bytes
     temporary = stats.temp_size_in_bytes
+    waiting = sum(_fetched_bytes(x) for x in leaves if memory.is_on_host(x))
+    # Without its device only a TPU's compiler knows the host's memory. Others
+    # take what waits there for arguments on the chip.
+    if waiting and not stats.host_argument_size_in_bytes:
+      given -= waiting
+      # PPO fetches once, before its epochs.
+      late = state_of(program) if program.name == "update" else None
+      temporary = _with_fetched(temporary, waiting, late)
+    # What a program does not read is no argument to XLA, and in memory too.
+    given = max(given, kept + passed)
     code = stats.generated_code_size_in_bytes
     peak = given + made + temporary + code + beside
     module = hlo.parse(text, trips)
@@ -397,6 +412,23 @@ def measure(
     times=roofline.seconds(flops, moved, exchanged, target),
     compiled_s=time.monotonic() - start,
   )
+
+
+def _with_fetched(
+  temporary: int, waiting: int, state: TrainState | None
+) -> int:
+  """Temporary bytes with what is fetched from the host's memory.
+
+  Args:
+    temporary: without it.
+    waiting: bytes to fetch.
+    state: of an update, which fetches when activations are gone and nothing
+      but the gradients is left; None = of a program that fetches first.
+  """
+  if state is None:
+    return temporary + waiting
+  gradients = sum(map(leaf_bytes, jax.tree.leaves(state.params)))
+  return max(temporary, gradients + waiting)
 
 
 def devices_are_cpu(mesh: Mesh) -> bool:

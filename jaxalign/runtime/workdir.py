@@ -276,6 +276,9 @@ def _checked_config(
     and not may_change(name, old.get(name), new.get(name), rules)
     and (name in old or new[name])
   ]
+  # Another method has other fields; those that both have say enough.
+  if "algorithm" in differing:
+    differing = [name for name in differing if name in old and name in new]
   if differing:
     changes = "; ".join(
       f"{name} was {_show(old, name)}, now {_show(new, name)}"

@@ -11,7 +11,7 @@ from jaxalign.data.rows import PromptRow
 from jaxalign.errors import UserError
 from jaxalign.parallel.program import Program
 from jaxalign.scoring.function import RewardFunction, ask_functions
-from jaxalign.scoring.scorer import Scorer
+from jaxalign.scoring.scorer import Scorer, Started
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,31 +30,51 @@ class RewardModel:
     assert 0 < len(self.scorers) == len(self.weights), self.weights
 
   def __call__(
-    self, prompts: Sequence[PromptRow], completions: Sequence[str]
+    self,
+    prompts: Sequence[PromptRow],
+    completions: Sequence[str],
+    started: Sequence[Started | None] | None = None,
   ) -> Float[np.ndarray, " B"]:
     """The reward of each completion: a float32 logit, higher is better.
 
     NaN or infinite where a scorer's is; see `Scorer`.
 
+    Args:
+      prompts: of each completion.
+      completions: as many.
+      started: from `start` with the same texts, where that was called before.
+
     Raises:
       UserError: a reward function failed, or none says anything of a
         completion.
     """
-    return self.total(self.scores(prompts, completions), prompts)
+    return self.total(self.scores(prompts, completions, started), prompts)
+
+  def start(
+    self, prompts: Sequence[PromptRow], completions: Sequence[str]
+  ) -> list[Started | None]:
+    """Has the devices begin with what the models say; None for a function."""
+    return [
+      None if isinstance(s, RewardFunction) else s.start(prompts, completions)
+      for s in self.scorers
+    ]
 
   def scores(
-    self, prompts: Sequence[PromptRow], completions: Sequence[str]
+    self,
+    prompts: Sequence[PromptRow],
+    completions: Sequence[str],
+    started: Sequence[Started | None] | None = None,
   ) -> Float[np.ndarray, "F B"]:
     """What each of F scorers says of B completions, not weighed."""
+    # Functions are asked while the devices are at the models' scores.
+    if started is None:
+      started = self.start(prompts, completions)
     functions = [s for s in self.scorers if isinstance(s, RewardFunction)]
     said = iter(())
     if functions:
       said = iter(ask_functions(functions, prompts, completions))
     return np.array(
-      [
-        next(said) if isinstance(s, RewardFunction) else s(prompts, completions)
-        for s in self.scorers
-      ],
+      [begun.read() if begun is not None else next(said) for begun in started],
       np.float64,  # large weights of opposite sign may cancel
     )
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Float
 
+from jaxalign.core import memory
 from jaxalign.core.types import Params
 from jaxalign.data.rows import PromptRow
 from jaxalign.data.tokenizer import Tokenizer
@@ -36,7 +37,8 @@ class Scorer:
   Attributes:
     model: any architecture with a score head; `model.replace(dtype=...)`
       chooses the arithmetic.
-    params: its parameters, on one device or sharded over `mesh`.
+    params: its parameters, on one device or sharded over `mesh`, there or in
+      the host's memory (`core.memory`).
     tokenizer: its own.
     encoding: "concat" or "pair", see `Tokenizer.encode_rewards`.
     name: for messages.
@@ -74,9 +76,13 @@ class Scorer:
       Float32 scores. NaN for a text without any token. Scores that are not
       finite are logged with the texts' indices.
     """
-    scores = self.score_ids(self.encode(prompts, completions))
-    self.warn_non_finite(scores)
-    return scores
+    return self.start(prompts, completions).read()
+
+  def start(
+    self, prompts: Sequence[PromptRow], completions: Sequence[str]
+  ) -> "Started":
+    """Has the devices begin; the host may do other work until it reads."""
+    return self._start_ids(self.encode(prompts, completions))
 
   def encode(
     self, prompts: Sequence[PromptRow], completions: Sequence[str]
@@ -140,6 +146,9 @@ class Scorer:
     Raises:
       UserError: ids lie outside the model's vocabulary.
     """
+    return self._start_ids(texts).wait()
+
+  def _start_ids(self, texts: Sequence[Encoded]) -> "Started":
     # Cutting, then sorting into calls of few shapes.
     limit = self.limit
     texts = [(ids[:limit], types[:limit]) for ids, types in texts]
@@ -148,11 +157,7 @@ class Scorer:
     # Every call is dispatched before the first result is read: the device works
     # while the host prepares the next call.
     found = [self._program(self.params, *self._put(call)) for call in calls]
-    # A text without any token is in no call and stays NaN.
-    scores = np.full(len(texts), np.nan, np.float32)
-    for call, values in zip(calls, jax.device_get(found), strict=True):
-      scores[call.indices] = values[: len(call.indices)]
-    return scores
+    return Started(self, calls, found, len(texts))
 
   def programs(self, name: str, texts: int, tokens: int) -> list[Program]:
     """The programs that score texts of one length.
@@ -224,6 +229,39 @@ class Scorer:
     return _Program(self.model, self.mesh)
 
 
+@dataclasses.dataclass(frozen=True)
+class Started:
+  """Scores that the devices may still be computing.
+
+  Attributes:
+    scorer: whose they are.
+    calls: the texts, in calls.
+    found: the scores of each call, filler included.
+    count: of the texts.
+  """
+
+  scorer: Scorer
+  calls: Sequence[Batch]
+  found: Sequence[jax.Array]
+  count: int
+
+  def read(self) -> Float[np.ndarray, " B"]:
+    """Waits for the scores; see `Scorer`."""
+    scores = self.wait()
+    self.scorer.warn_non_finite(scores)
+    return scores
+
+  def wait(self) -> Float[np.ndarray, " B"]:
+    """As `read`, without a word on what is not finite."""
+    # A text without any token is in no call and stays NaN.
+    scores = np.full(self.count, np.nan, np.float32)
+    for call, values in zip(
+      self.calls, jax.device_get(self.found), strict=True
+    ):
+      scores[call.indices] = values[: len(call.indices)]
+    return scores
+
+
 class _Program:
   """The jitted forward pass of one model, and the shapes it was traced for."""
 
@@ -232,7 +270,7 @@ class _Program:
 
     def score(params, tokens, mask, types):
       self.shapes.append(tokens.shape)  # runs once per compilation
-      return model.bind(params).score(tokens, mask, types)
+      return model.bind(memory.fetch(params)).score(tokens, mask, types)
 
     # Replicated, so that every host can read all scores.
     whole = meshes.replicated(mesh) if mesh else None

@@ -7,6 +7,7 @@ from jax.sharding import Mesh
 
 from jaxalign.config.names import is_function
 from jaxalign.config.online import ScoringConfig
+from jaxalign.core import memory
 from jaxalign.core.types import Params
 from jaxalign.data.rows import PromptRow
 from jaxalign.errors import UserError
@@ -119,12 +120,17 @@ def read_rewards(
     mesh: that a call's rows are sharded over; None = one device.
     params_of: `ModelSpec.shapes` describes the reward and reads nothing.
   """
+
+  def params(reward: ModelSpec) -> Params:
+    found = params_of(reward)
+    return memory.to_host(found) if scoring.offload else found
+
   scorers = tuple(
     reward
     if isinstance(reward, RewardFunction)
     else Scorer(
       reward.model,
-      params_of(reward),
+      params(reward),
       reward.tokenizer,
       reward.encoding,
       name,

@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 
 from jaxalign.config import to_mapping
 from jaxalign.config.sections import TrainingConfig
+from jaxalign.core import memory
 from jaxalign.core.types import JsonObject, Params, TrainState
 from jaxalign.models import lora
 from jaxalign.models.heads import policy_of
@@ -99,6 +100,9 @@ def describe_run(
   optimizer = optimizer_of(config)
   init = initializer(config, optimizer, extra_state)
   state = meshes.with_shardings(jax.eval_shape(init, trained), mesh)
+  if config.optimizer.offload:
+    waiting = memory.to_host(state.opt_state)
+    state = dataclasses.replace(state, opt_state=waiting)
   reference = None
   if spec.live_reference:
     reference, parts = reference_of(model, params)

@@ -145,13 +145,16 @@ def collect(
     texts = completions.texts
     prompts = [row for row in asked for _ in range(config.samples_per_prompt)]
     with run.stage("score"):
-      rewards = source.train_reward.scores(prompts, texts)
-      scores = source.train_reward.total(rewards, prompts).astype(np.float64)
-      heldout = None
-      if source.heldout_reward and due(
-        step, config.validation_interval, config.steps
-      ):
-        heldout = np.asarray(source.heldout_reward(prompts, texts))
+      reward, watching, heldout = source.train_reward, None, None
+      if due(step, config.validation_interval, config.steps):
+        watching = source.heldout_reward
+      # The devices begin with one model's texts while the other's are encoded.
+      started = reward.start(prompts, texts)
+      watched = watching.start(prompts, texts) if watching else None
+      rewards = reward.scores(prompts, texts, started)
+      scores = reward.total(rewards, prompts).astype(np.float64)
+      if watching:
+        heldout = np.asarray(watching(prompts, texts, watched))
     # The length penalty, then what must not be trained on.
     chars = np.array([len(text) for text in texts])
     # The released code's help says λ · length, its code takes the logarithm.

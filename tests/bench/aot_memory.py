@@ -11,7 +11,9 @@ the chips send each other, in all and in a layer.
 
 import argparse
 import collections
+import dataclasses
 import json
+import operator
 import os
 import time
 
@@ -28,7 +30,7 @@ from jaxalign.algorithms.sft.config import SFTConfig
 from jaxalign.algorithms.superhf import train as superhf
 from jaxalign.algorithms.superhf.config import SuperHFConfig
 from jaxalign.algorithms.superhf.data import KeptBatch
-from jaxalign.core import optim
+from jaxalign.core import memory, optim
 from jaxalign.core.types import TextBatch
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
@@ -72,6 +74,9 @@ def update_of(args, model, mesh):
   state = meshes.with_shardings(
     jax.eval_shape(lambda p: optim.init_state(p, optimizer), model.shapes), mesh
   )
+  if args.offload:
+    waiting = memory.to_host(state.opt_state)
+    state = dataclasses.replace(state, opt_state=waiting)
   with_kl = args.program == "superhf"
   reference = model, meshes.with_shardings(model.shapes, mesh)
   run = Run(
@@ -84,7 +89,7 @@ def update_of(args, model, mesh):
     recorder=None,
     optimizer=optimizer,
     schedule=schedule,
-    shardings=meshes.shardings(state, mesh),
+    shardings=jax.tree.map(operator.attrgetter("sharding"), state),
   )
   shape = (1, args.rows, args.length)
   ids = np.broadcast_to(np.int32(0), shape)
@@ -126,6 +131,9 @@ def main():
   )
   parser.add_argument("--remat", default="none")
   parser.add_argument("--attention", default="dense", help="or splash")
+  parser.add_argument(
+    "--offload", action="store_true", help="the optimizer's state, to the host"
+  )
   parser.add_argument("--hlo", help="a file to write the program to")
   args = parser.parse_args()
   devices = topologies.get_topology_desc(args.on, "tpu").devices
@@ -143,7 +151,7 @@ def main():
   if args.hlo:
     with open(args.hlo, "w") as file:
       file.write(text)
-  memory = compiled.memory_analysis()
+  used = compiled.memory_analysis()
   # Loops that do not say how often they run are those of tokens or chunks.
   module = hlo.parse(text, trips=UNKNOWN)
   found, arrays = collections.Counter(), collections.Counter()
@@ -165,8 +173,10 @@ def main():
         "layers": model.config.layers,
         "rows": args.rows,
         "length": args.length,
-        "state_gib": round(memory.argument_size_in_bytes / GIB, 3),
-        "temp_gib": round(memory.temp_size_in_bytes / GIB, 3),
+        "state_gib": round(used.argument_size_in_bytes / GIB, 3),
+        "host_gib": round(used.host_argument_size_in_bytes / GIB, 3),
+        "temp_gib": round(used.temp_size_in_bytes / GIB, 3),
+        "peak_gib": round(used.peak_memory_in_bytes / GIB, 3),
         # Of one chip; a loop's body counts once.
         "gflop": round(compiled.cost_analysis()["flops"] / 1e9, 1),
         "mb": {k: round(v / 1e6, 1) for k, v in found.items()},

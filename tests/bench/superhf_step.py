@@ -3,9 +3,9 @@
 By itself: the lab preset with the models that ship, 8 prompts x 16 samples x 48
 tokens. The command is started twice with an empty compilation cache, and the
 seconds from the second start to the end of its first step are taken. Then a
-run in this process, in which the three compiled programs are timed each on
-its own, until their results are there; the rest of a step is what the host has
-the device wait for: prompts, decoding, truncation, encoding, filtering. Medians
+run in this process, in which the three compiled programs are timed until
+their results are there; the rest of a step is what the host has the device wait
+for: prompts, decoding, truncation, encoding, filtering. Medians
 over the steps after the first ones, which compile.
 
     python tests/bench/superhf_step.py [--steps 12]
@@ -34,6 +34,7 @@ import functools
 import io
 import itertools
 import json
+import operator
 import os
 import pathlib
 import random
@@ -113,32 +114,34 @@ def run(folder, steps):
 
     return run
 
-  def timed_jit(self, update):
-    """An update, whose end a thread notes: the host goes on meanwhile."""
-    step = jit(self, update)
+  def noticed(name, fn):
+    """`fn`, whose end a thread notes: the host goes on meanwhile."""
 
+    @functools.wraps(fn)
     def run(*args):
       began = time.perf_counter()
-      state, metrics = step(*args)
+      out = fn(*args)
+      # Not the state, which the next update consumes.
+      last = out[1] if isinstance(out, tuple) else out
 
       def wait():
-        jax.block_until_ready(metrics)
-        spans.append(("update", began, time.perf_counter()))
+        jax.block_until_ready(last)
+        spans.append((name, began, time.perf_counter()))
 
       threading.Thread(target=wait).start()
-      return state, metrics
+      return out
 
     return run
+
+  def timed_jit(self, update):
+    return noticed("update", jit(self, update))
 
   def noted(*args, **kwargs):
     report(*args, **kwargs)
     ends.append(time.perf_counter())
 
-  for owner, name, label in (
-    (sampler.Sampler, "__call__", "sample"),
-    (scorer._Program, "__call__", "score"),
-  ):
-    setattr(owner, name, timed(label, getattr(owner, name)))
+  sampler.Sampler.__call__ = timed("sample", sampler.Sampler.__call__)
+  scorer._Program.__call__ = noticed("score", scorer._Program.__call__)
   Run.jit, Recorder.report = timed_jit, noted
   os.chdir(ROOT)
   words = ["--config", CONFIG, f"--config.steps={steps}"]
@@ -158,13 +161,15 @@ def alone(steps):
   parts = {name: [] for name in (*STAGES, "host")}
   for began, ended in list(itertools.pairwise(ends))[WARM_UP - 1 :]:
     left = ended - began
-    for label in STAGES:
-      spent = sum(
-        b - a for n, a, b in spans if n == label and began <= a < ended
-      )
-      parts[label].append(spent)
-      left -= spent
-    parts["host"].append(left)
+    # Calls wait for each other: of each counts what the one before left.
+    spent, busy = dict.fromkeys(STAGES, 0.0), began
+    for label, a, b in sorted(spans, key=operator.itemgetter(1)):
+      if began <= a < ended:
+        spent[label] += max(b - max(a, busy), 0)
+        busy = max(busy, b)
+    for label, seconds in spent.items():
+      parts[label].append(seconds)
+    parts["host"].append(left - sum(spent.values()))
   seconds = {n: statistics.median(found) for n, found in parts.items()}
   total = sum(seconds.values())
   return {

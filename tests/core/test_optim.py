@@ -1,11 +1,13 @@
+import dataclasses
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxalign.core import optim
+from jaxalign.core import memory, optim
 
 ADAM = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 PLAIN = {"name": "adamw", **ADAM, "weight_decay": 0.0, "clip_norm": 0.0}
@@ -194,6 +196,22 @@ def test_a_bad_update_is_left_out_and_counted(loss):
   wanted, _ = step(state, tree(3), ema_decay=0.5)
   assert int(again.skipped) == 1
   jax.tree.map(np.testing.assert_array_equal, again.params, wanted.params)
+
+
+def test_moments_may_wait_in_the_hosts_memory():
+  found, wanted = start(tree(0)), start(tree(0))
+  found = dataclasses.replace(found, opt_state=memory.to_host(found.opt_state))
+  wheres = jax.tree.map(operator.attrgetter("sharding"), found)
+  update = jax.jit(step, donate_argnums=0, out_shardings=(wheres, None))
+  for seed in (1, 2):
+    found, _ = update(found, tree(seed))
+    wanted, _ = jax.jit(step)(wanted, tree(seed))
+  # Single numbers, here the count of updates, stay on the device.
+  assert {
+    x.ndim: memory.is_on_host(x) for x in jax.tree.leaves(found.opt_state)
+  } == {0: False, 1: True, 2: True}
+  assert not any(map(memory.is_on_host, jax.tree.leaves(found.params)))
+  jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor", "lion"])

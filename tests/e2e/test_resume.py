@@ -60,7 +60,8 @@ def kill_after(command, cache, lines, pause):
 def test_a_run_in_bfloat16_goes_on(superhf, lab, read, tmp_path, capsys):
   """Base in bfloat16, adapters in float32, as the later presets have it.
 
-  On other prompts than it began with it does not, unless it is told to.
+  On other prompts than it began with it does not, unless it is told to. Where
+  moments and reward models wait makes no difference.
   """
   prompts = tmp_path / "prompts.jsonl"
   shutil.copy(lab.prompts, prompts)
@@ -89,7 +90,8 @@ def test_a_run_in_bfloat16_goes_on(superhf, lab, read, tmp_path, capsys):
   shutil.copytree(cut, tmp_path / "other")
   assert main.main(superhf(tmp_path / "other", **other)) == 0
   prompts.write_text(rows)
-  assert main.main(superhf(cut, **fields)) == 0
+  offload = {"optimizer.offload": "true", "scoring.offload": "true"}
+  assert main.main(superhf(cut, **fields | offload)) == 0
   assert result(cut, read) == result(whole, read)
   assert "sampling/logp_diff_max" not in read(whole / "metrics.jsonl")[0]
 

@@ -96,16 +96,18 @@ def test_peak_holds_state_gradients_and_activations(planned):
 
 
 def test_what_a_program_does_not_use_stays_beside_it(model, tmp_path):
-  """A reference in memory, and its log-probabilities computed once."""
+  """A reference in memory, AdamW's averages in the host's."""
   fields = {"algorithm": "dpo", "reference": "auto", "batch_size": 1}
   there = standins.stand_in(config(model, **fields), tmp_path)
-  spec = algorithms.describe(there.config)
-  programs = algorithms.programs(spec)
+  offload = dataclasses.replace(there.config.optimizer, offload=True)
+  waiting = dataclasses.replace(there.config, optimizer=offload)
+  programs = algorithms.programs(algorithms.describe(waiting))
   found = measure.residents(programs)
   sizes = measure._by_class(found)
   assert sizes[measure.REFERENCE] == 4 * SIZE
+  assert sizes[measure.OPTIMIZER] == 4  # its counter
   lora = dataclasses.replace(there.config.lora, rank=2)
-  adapted = dataclasses.replace(there.config, lora=lora)
+  adapted = dataclasses.replace(waiting, lora=lora)
   programs = algorithms.programs(algorithms.describe(adapted))
   # The base under the adapters is the reference: it counts once, although it
   # is passed twice.

@@ -70,6 +70,15 @@ def test_another_config_names_each_field_with_both_values(tmp_path):
   open_and_close(tmp_path, CONFIG)
 
 
+def test_another_method_is_told_by_what_both_have(tmp_path):
+  open_and_close(tmp_path, {"algorithm": "sft", "packing": True, "seed": 1})
+  with pytest.raises(UserError) as caught:
+    open_workdir(tmp_path, {"algorithm": "ppo", "epochs": 4, "seed": 2})
+  assert 'config: algorithm was "sft", now "ppo"; seed was 1, now 2; give' in (
+    str(caught.value)
+  )
+
+
 def test_ignored_fields_may_change_and_are_written(tmp_path):
   open_and_close(tmp_path, CONFIG)
   other = changed(checkpoint__keep=5)

@@ -10,6 +10,7 @@ import pytest
 import tokenizers
 import transformers
 
+from jaxalign.core import memory
 from jaxalign.data.rows import PromptRow
 from jaxalign.data.tokenizer import Notes, wrap_tokenizer
 from jaxalign.errors import UserError
@@ -107,7 +108,9 @@ def test_score_ignores_order_and_company(scorer):
   prompts, completions = letters(13)
   scores = scorer(prompts, completions)
   order = np.random.default_rng(1).permutation(13)
-  again = scorer([prompts[i] for i in order], [completions[i] for i in order])
+  # Nor does it matter where the parameters wait.
+  away = dataclasses.replace(scorer, params=memory.to_host(scorer.params))
+  again = away([prompts[i] for i in order], [completions[i] for i in order])
   np.testing.assert_allclose(again, scores[order], atol=1e-6, rtol=1e-6)
   few = scorer(prompts[5:7], completions[5:7])
   np.testing.assert_allclose(few, scores[5:7], atol=1e-6, rtol=1e-6)

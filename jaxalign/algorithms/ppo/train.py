@@ -37,7 +37,7 @@ from jaxalign.algorithms.ppo.data import (
 )
 from jaxalign.algorithms.ppo.experience import make_experience
 from jaxalign.algorithms.ppo.loss import Loss, make_loss
-from jaxalign.core import gradients, keys
+from jaxalign.core import gradients, keys, memory
 from jaxalign.core.types import Metrics, Params, TrainState
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
@@ -102,6 +102,10 @@ def make_learn(run: Run[PPOConfig], value_model: Model | None) -> Update:
     # This step's coefficient; the state has the next one already.
     coefficient = metrics["objective/kl_coef"]
     loss = make_loss(run, value_model, frozen, reference, coefficient)
+    # Fetched once for all epochs.
+    state = dataclasses.replace(
+      state, opt_state=memory.fetch(state.opt_state, after=coefficient)
+    )
     state, found = ppo_epochs(run, loss, state, experience, key)
     return state, metrics | found
 

@@ -107,15 +107,19 @@ def make_update(run: Run[SuperHFConfig]) -> Update:
 
     def loss(params: Params, micro: KeptBatch, key: Array):
       metrics: Metrics = {}
-      policy = lora.join(params, frozen)
-      p = forward(run.model, policy, micro.text, key)
-      # One pass for the NLL, one more of the reference for the exact KL.
-      if run.reference is None:
+      policy, text, p0 = lora.join(params, frozen), micro.text, None
+      # One pass for the NLL, one more of the reference for the exact KL. That
+      # one is over before the policy's keeps anything for the gradient.
+      if run.reference is not None:
+        p0 = forward(run.reference[0], reference, text)
+        hidden, text = jax.lax.optimization_barrier((p0.hidden, text))
+        p0 = p0._replace(hidden=hidden)
+      p = forward(run.model, policy, text, key)
+      if p0 is None:
         weights = p.mask / tokens
         nll, logp = weighted_nll(p.hidden, p.targets, weights, p.unembed)
         total = nll
       else:
-        p0 = forward(run.reference[0], reference, micro.text)
         logp, kl = logprobs_and_kl(
           p.hidden,
           jax.lax.stop_gradient(p0.hidden),
