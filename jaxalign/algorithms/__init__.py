@@ -186,19 +186,29 @@ def check_one(extend: bool, fresh: bool) -> None:
 
 
 def describe(
-  config: TrainingConfig, devices: "Devices" = None
+  config: TrainingConfig, devices: "Devices" = None, memory: int | None = None
 ) -> "RunSpec[TrainingConfig]":
   """Opens and checks what a run needs; reads no parameter.
+
+  What the config leaves to `auto` is chosen here, see `setup.auto`.
 
   Args:
     config: from `read_config`.
     devices: those of `jax.experimental.topologies` need not be there, and do
       for what is only compiled; None = all of this machine.
+    memory: bytes of each, 0 = unknown; None = as they say themselves.
 
   Raises:
     UserError: what would keep the run from starting.
   """
-  return setup_of(config).describe(config, devices)
+  # Imported late, as jax is.
+  from jaxalign.setup import auto
+
+  method = setup_of(config)
+  memory = auto.memory_of(devices) if memory is None else memory
+  config = auto.with_mesh(config, devices, memory)
+  spec = method.describe(config, devices)
+  return auto.with_remat(spec, memory, method.programs)
 
 
 def programs(spec: "RunSpec[TrainingConfig]") -> "list[Program]":
@@ -276,7 +286,7 @@ def _run(
       if config.init_from:
         start.find_source(config, folder)
       else:
-        method.describe(config)
+        describe(config)
       raise
     new = fresh or not start.is_copied(config, folder)
     return workdir.read_finished(folder) is not None, new
@@ -299,7 +309,7 @@ def _run(
     hosts.barrier("the folder is ready", seconds=600)
     if config.init_from:
       config = start.begin(config, folder)
-    spec = method.describe(config)
+    spec = describe(config)
     if hosts.count() > 1:
       hosts.check_same(
         {"config": to_mapping(spec.config), "data": digest_of_run(spec)},

@@ -6,7 +6,6 @@ memory next to it.
 """
 
 import dataclasses
-import math
 import re
 import sys
 import time
@@ -22,7 +21,7 @@ from jaxalign.core.types import TrainState
 from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
 from jaxalign.parallel import mesh as meshes
-from jaxalign.parallel.program import Program
+from jaxalign.parallel.program import Program, device_bytes
 from jaxalign.plan import collectives, hlo, roofline
 from jaxalign.plan import flops as arithmetic
 from jaxalign.plan.targets import GIB, Target
@@ -183,7 +182,9 @@ def plan(
     UserError: the run cannot start on this machine.
   """
   devices, estimate = devices_of(target)
-  spec = algorithms.describe(for_platform(config, target), devices)
+  spec = algorithms.describe(
+    for_platform(config, target), devices, target.device_memory
+  )
   programs = algorithms.programs(spec)
   resident = residents(programs)
   measured = []
@@ -282,7 +283,7 @@ def residents(programs: Sequence[Program]) -> Residents:
   found: Residents = {}
   for program in sorted(programs, key=lambda p: state_of(p) is None):
     for kind, leaf in _resident_leaves(program):
-      found.setdefault(id(leaf), (kind, leaf_bytes(leaf)))
+      found.setdefault(id(leaf), (kind, device_bytes(leaf)))
   return found
 
 
@@ -327,15 +328,6 @@ def _by_class(found: Residents) -> dict[str, int]:
   return total
 
 
-def leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  """Bytes of an array on one chip."""
-  shape = leaf.shape
-  if leaf.sharding is not None:
-    shape = leaf.sharding.shard_shape(shape)
-  # Random keys have a type without a size of its own; they are small.
-  return math.prod(shape) * getattr(leaf.dtype, "itemsize", 4)
-
-
 def measure(
   program: Program,
   spec: RunSpec[TrainingConfig],
@@ -356,8 +348,10 @@ def measure(
   # reference too; in memory it is once.
   leaves = jax.tree.leaves(program.arguments)
   unique = {id(leaf): leaf for leaf in leaves}
-  passed = sum(leaf_bytes(x) for key, x in unique.items() if key not in own)
-  twice = sum(map(leaf_bytes, leaves)) - sum(map(leaf_bytes, unique.values()))
+  passed = sum(device_bytes(x) for key, x in unique.items() if key not in own)
+  twice = sum(map(device_bytes, leaves)) - sum(
+    map(device_bytes, unique.values())
+  )
   options = None if devices_are_cpu(spec.mesh) else target.compiler_options
   try:
     compiled = traced.lower().compile(compiler_options=options)

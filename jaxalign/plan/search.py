@@ -59,7 +59,9 @@ def largest_rows(config: TrainingConfig, target: Target) -> int:
     target: the machine.
   """
   devices, _ = measure.devices_of(target)
-  spec = algorithms.describe(measure.for_platform(config, target), devices)
+  spec = algorithms.describe(
+    measure.for_platform(config, target), devices, target.device_memory
+  )
   resident = measure.residents(algorithms.programs(spec))
   parts = meshes.row_count(spec.mesh)
   most = MOST // parts * parts

@@ -299,6 +299,11 @@ class Target:
     return int(self.chip.memory * self.share)
 
   @property
+  def device_memory(self) -> int:
+    """What a device of a run says that it has; 0 = nothing, as a CPU."""
+    return 0 if self.chip.kind == "cpu" else self.memory
+
+  @property
   def missing(self) -> str:
     """What to install so that XLA compiles for it; "" if it is there."""
     if self.chip.kind == "cpu":
