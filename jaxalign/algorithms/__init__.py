@@ -7,7 +7,6 @@ jax), `data.py` (its batches), `train.py` (the algorithm) and `setup.py`
 and `run`; the functions below call them).
 """
 
-import dataclasses
 import glob
 import importlib
 import logging
@@ -346,6 +345,24 @@ def _run(
   return method.run(spec, folder)
 
 
+def with_its_model(
+  config: TrainingConfig, folder: pathlib.Path | None = None
+) -> TrainingConfig:
+  """The config with the model of its `init_from`, read from there.
+
+  Args:
+    config: of a run that begins from another one.
+    folder: of the run, if it has one.
+
+  Raises:
+    UserError: see `start.find_source`.
+  """
+  from jaxalign.setup import start  # late, as above
+
+  source = start.find_source(config, folder)
+  return start.with_its_model(config, source, read_config(source.config))
+
+
 def dry_run(
   config: TrainingConfig,
   folder: pathlib.Path,
@@ -379,11 +396,7 @@ def dry_run(
   if config.init_from and not fresh and start.is_copied(config, folder):
     config = start.begin(config, folder)
   elif config.init_from:
-    # The same model, of a run that is not finished without what it has learned.
-    source = start.find_source(config, folder)
-    model = source.folder / "model"
-    policy = str(model) if model.is_dir() else source.config["policy"]
-    config = dataclasses.replace(config, policy=policy, init_from="")
+    config = with_its_model(config, folder)
   spec = describe(config)
   print(spec.example())
   for doubt in spec.doubts():

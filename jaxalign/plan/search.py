@@ -28,7 +28,7 @@ def advise(
     run: plans for another target.
   """
   target = plan.target
-  rows = largest_rows(config, target)
+  rows = largest_rows(config, target, target.memory - plan.process)
   lines = [
     f"largest pass that fits: {rows} rows, of which this run has {plan.rows}"
     if rows
@@ -41,14 +41,14 @@ def advise(
       "remat, or use lora"
     )
   else:
-    peak, given = least.peak.peak / GIB, least.target.memory / GIB
+    peak, given = least.needed / GIB, least.target.memory / GIB
     lines.append(
       f"smallest that fits: {least.target.name} ({peak:.2f} of {given:.2f} GiB)"
     )
   return lines
 
 
-def largest_rows(config: TrainingConfig, target: Target) -> int:
+def largest_rows(config: TrainingConfig, target: Target, memory: int) -> int:
   """Rows of one pass of the update that fit the target; 0 = none do.
 
   Memory grows with the rows nearly along a line, so a line through the two
@@ -57,6 +57,7 @@ def largest_rows(config: TrainingConfig, target: Target) -> int:
   Args:
     config: of the run.
     target: the machine.
+    memory: bytes of a chip that a program can have.
   """
   devices, _ = measure.devices_of(target)
   spec = algorithms.describe(
@@ -71,12 +72,13 @@ def largest_rows(config: TrainingConfig, target: Target) -> int:
   rows = -(-spec.batch_shape[1] // parts) * parts
   for _ in range(_TRIES):
     program = update_of(spec, rows)
-    peak = measure.measure(program, spec, target, resident).peak
-    (fit if peak <= target.memory else not_)[rows] = peak
+    compiled = measure.compile_program(program, spec, target)
+    peak = measure.measure(compiled, spec, target, resident).peak
+    (fit if peak <= memory else not_)[rows] = peak
     low, high = max(fit, default=0), min(not_, default=most + parts)
     if high - low <= max(parts, low // 16):
       break
-    guess = _crossing(fit | not_, low, high, target.memory)
+    guess = _crossing(fit | not_, low, high, memory)
     # Strictly between what is known, and no more than eight times as many.
     guess = min(guess // parts * parts, 8 * max(low, parts), high - parts)
     rows = max(guess, low + parts)

@@ -252,9 +252,6 @@ GPUS = {
   ),
 }
 ESTIMATED = 1024  # chips that CPU devices can stand for
-PROCESS = (
-  950_000_000  # bytes of a run's process besides its arrays (docs/log.md)
-)
 # What a core does in a second: 16 lanes, two operations each, at 2.5 GHz.
 _CORE, _RAM = 80e9, 20e9
 NODE = 8  # cards of a node at most
@@ -292,6 +289,11 @@ class Target:
   def chips(self) -> int:
     """All chips."""
     return self.parts * self.part_chips
+
+  @property
+  def host_chips(self) -> int:
+    """Chips of one host: a node's cards, four of a TPU's slice or fewer."""
+    return min(self.part_chips, 4 if self.chip.kind == "tpu" else NODE)
 
   @property
   def memory(self) -> int:
@@ -466,12 +468,12 @@ def find(name: str, share: float = GPU_SHARE) -> Target:
 
 
 def this_cpu() -> Chip:
-  """This machine's processor, without the memory of a run's libraries.
+  """This machine's processor and its memory.
 
   Its rates are a rough guess.
   """
   cores = os.cpu_count() or 1
-  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - PROCESS
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   rate = cores * _CORE
   return Chip("cpu", "CPU", memory, _RAM, rate, rate, rate, _RAM, _RAM)
 

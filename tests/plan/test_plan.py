@@ -123,13 +123,14 @@ def test_the_largest_pass_fits_and_one_row_more_does_not(planned):
   room = 12 * SIZE + 20 * 2**20
   chip = dataclasses.replace(plan.target.chip, memory=room)
   small = dataclasses.replace(plan.target, chip=chip)
-  rows = search.largest_rows(there.config, small)
+  rows = search.largest_rows(there.config, small, room)
   assert 2 < rows < search.MOST
   spec = algorithms.describe(there.config)
   resident = measure.residents(algorithms.programs(spec))
   for count, fits in ((rows, True), (rows + 1, False)):
     program = search.update_of(spec, count)
-    peak = measure.measure(program, spec, small, resident).peak
+    compiled = measure.compile_program(program, spec, small)
+    peak = measure.measure(compiled, spec, small, resident).peak
     assert (peak <= room) == fits
 
 
