@@ -336,10 +336,10 @@ def weak_scaling(rows):
     "",
     "One row of an update and one prompt a chip, on more and more chips. The",
     "efficiency of a doubling is the time of a step on half the chips over",
-    f"that on all; the aim is {AIM:.0%}. Of plans several doublings apart it is",
-    "the geometric mean. Next to it the same if nothing overlapped: arithmetic,",
-    "memory and exchange one after another. A small slice has no closed rings,",
-    "which is why efficiencies above 100 % occur.",
+    f"that on all; the aim is {AIM:.0%}. Of plans several doublings apart it",
+    "is the geometric mean. Next to it the same if nothing overlapped, but",
+    "arithmetic, memory and exchange came one after another. Small slices have",
+    "no closed rings, which is why efficiencies above 100 % occur.",
     "",
   ]
   for run in SCALING:
@@ -383,9 +383,7 @@ def _scaled(rows, run, prefix, cores, sizes):
     spare = times[first] / times["exchange"] if times["exchange"] else math.inf
     words = f"On {chips} chips {first} bounds a step"
     if first != "exchange":
-      words += (
-        f", and exchange could take {spare:.1f} times as long before it did"
-      )
+      words += f"; exchange could take {spare:.1f} times as long"
     if len(found) > 1:
       words += f"; the least efficient doubling has {least:.0%}"
     lines += ["", words + "."]
