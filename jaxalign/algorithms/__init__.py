@@ -285,7 +285,7 @@ def _run(
       if config.init_from:
         start.find_source(config, folder)
       else:
-        describe(config)
+        describe(config, memory=0)  # the lead alone is here: no exchange
       raise
     new = fresh or not start.is_copied(config, folder)
     return workdir.read_finished(folder) is not None, new

@@ -131,7 +131,7 @@ def choose_axes(
   arithmetic. `replica` takes the parts that only a slow network joins, where
   each can hold the state in a quarter of its memory. `tensor` grows as long as
   there are more devices than rows, or as the weights that decoding gathers take
-  more than half of the memory.
+  more than a quarter of the memory.
 
   Args:
     devices: N.
@@ -154,7 +154,7 @@ def choose_axes(
     )
   tensor, few, large = 1, False, False
   while True:
-    large_now = memory and whole / tensor + state / devices > memory / 2
+    large_now = memory and whole / tensor > memory / 4
     few_now = devices // tensor > rows
     wider = 2 * tensor
     fits = wider <= MOST_TENSOR and not within % wider and not heads % wider
@@ -166,8 +166,8 @@ def choose_axes(
     reasons.append(f"tensor {tensor}: {rows} rows for {devices} devices")
   elif large:
     reasons.append(
-      f"tensor {tensor}: {whole / GIB:.3g} GiB of weights to sample with, half "
-      f"of {memory / GIB:.3g} GiB may hold them"
+      f"tensor {tensor}: {whole / GIB:.3g} GiB of weights to sample with, for "
+      f"which there is a quarter of {memory / GIB:.3g} GiB"
     )
   fsdp = devices // (replica * tensor)
   reasons.append(f"fsdp {fsdp}: all {'other ' if reasons else ''}devices")
