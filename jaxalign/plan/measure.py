@@ -104,6 +104,7 @@ class RunPlan:
     rows: of one pass of the update, over all chips.
     process: bytes that a run on this CPU takes besides its arrays: Python, XLA,
       what is compiled and what compiling takes; 0 for other targets.
+    remat: what its backward passes compute again, see `models.remat`.
     estimate: why the figures are an estimate; "" = compiled for the target.
     notes: what they stand on, a sentence each.
   """
@@ -117,6 +118,7 @@ class RunPlan:
   trained: int
   rows: int
   process: int = 0
+  remat: str = "none"
   estimate: str = ""
   notes: tuple[str, ...] = ()
 
@@ -262,6 +264,7 @@ def plan(
     trained=round(updates * micros * rows * tokens),
     rows=rows,
     process=process,
+    remat=spec.config.remat,
     estimate=estimate,
     notes=notes + _filler(spec) + _generation(spec, measured),
   )

@@ -155,6 +155,7 @@ def as_json(plan: RunPlan) -> JsonObject:
     "step_seconds": plan.step_seconds,
     "hours": plan.hours,
     "first_step_seconds": plan.first_step,
+    "remat": plan.remat,
     "estimate": plan.estimate,
     "notes": list(plan.notes),
     "programs": [

@@ -6,11 +6,13 @@ from collections.abc import Callable, Sequence
 from jaxalign import algorithms
 from jaxalign.config import TrainingConfig
 from jaxalign.errors import UserError
+from jaxalign.models import remat
 from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.program import Program
 from jaxalign.plan import measure
 from jaxalign.plan.measure import RunPlan
 from jaxalign.plan.targets import GIB, Target
+from jaxalign.setup import auto
 from jaxalign.setup.spec import RunSpec
 
 MOST = 4096  # rows of a pass that are tried
@@ -20,7 +22,7 @@ _TRIES = 6  # compilations
 def advise(
   config: TrainingConfig, plan: RunPlan, run: Callable[[Target], RunPlan]
 ) -> list[str]:
-  """The largest pass and the smallest number of chips, a sentence each.
+  """What to compute again, the largest pass, and the fewest chips: sentences.
 
   Args:
     config: of the run.
@@ -28,8 +30,9 @@ def advise(
     run: plans for another target.
   """
   target = plan.target
+  lines = other_remat(config, plan) if config.remat == "auto" else []
   rows = largest_rows(config, target, target.memory - plan.process)
-  lines = [
+  lines += [
     f"largest pass that fits: {rows} rows, of which this run has {plan.rows}"
     if rows
     else "no pass fits, however few rows it has"
@@ -46,6 +49,46 @@ def advise(
       f"smallest that fits: {least.target.name} ({peak:.2f} of {given:.2f} GiB)"
     )
   return lines
+
+
+def other_remat(config: TrainingConfig, plan: RunPlan) -> list[str]:
+  """Where `remat=auto` has misjudged, what fits and computes less again.
+
+  A run chooses by shapes, without compiling; this compiles its update with the
+  neighbours of what it takes.
+
+  Args:
+    config: of the run, with `remat=auto`.
+    plan: of the run.
+  """
+  target, order = plan.target, list(remat.POLICIES[:-1])
+  place, memory = order.index(plan.remat), plan.target.memory - plan.process
+  devices, _ = measure.devices_of(target)
+  spec = algorithms.describe(
+    measure.for_platform(config, target), devices, target.device_memory
+  )
+  resident = measure.residents(algorithms.programs(spec))
+
+  def peak(policy: str) -> int:
+    changed = auto.replace_remat(spec, policy)
+    program = update_of(changed, spec.batch_shape[1])
+    compiled = measure.compile_program(program, changed, target)
+    return measure.measure(compiled, changed, target, resident).peak
+
+  update = next(p for p in plan.programs if p.name in ("update", "learn"))
+  if update.peak > memory:
+    for policy in order[place + 1 :]:
+      if (needed := peak(policy)) <= memory:
+        return [
+          f"remat=auto takes {plan.remat}, with which the update does not fit; "
+          f"with --config.remat={policy} it needs {needed / GIB:.2f} GiB"
+        ]
+  elif place and (needed := peak(order[place - 1])) <= memory:
+    return [
+      f"remat=auto takes {plan.remat}; --config.remat={order[place - 1]} fits "
+      f"too, with {needed / GIB:.2f} GiB, and computes less again"
+    ]
+  return []
 
 
 def largest_rows(config: TrainingConfig, target: Target, memory: int) -> int:
