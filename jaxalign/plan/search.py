@@ -8,7 +8,6 @@ from jaxalign.config import TrainingConfig
 from jaxalign.errors import UserError
 from jaxalign.models import remat
 from jaxalign.parallel import mesh as meshes
-from jaxalign.parallel.program import Program
 from jaxalign.plan import measure
 from jaxalign.plan.measure import RunPlan
 from jaxalign.plan.targets import GIB, Target
@@ -67,13 +66,9 @@ def other_remat(config: TrainingConfig, plan: RunPlan) -> list[str]:
   spec = algorithms.describe(
     measure.for_platform(config, target), devices, target.device_memory
   )
-  resident = measure.residents(algorithms.programs(spec))
 
   def peak(policy: str) -> int:
-    changed = auto.replace_remat(spec, policy)
-    program = update_of(changed, spec.batch_shape[1])
-    compiled = measure.compile_program(program, changed, target)
-    return measure.measure(compiled, changed, target, resident).peak
+    return update_peak(auto.replace_remat(spec, policy), target)
 
   update = next(p for p in plan.programs if p.name in ("update", "learn"))
   if update.peak > memory:
@@ -106,7 +101,6 @@ def largest_rows(config: TrainingConfig, target: Target, memory: int) -> int:
   spec = algorithms.describe(
     measure.for_platform(config, target), devices, target.device_memory
   )
-  resident = measure.residents(algorithms.programs(spec))
   parts = meshes.row_count(spec.mesh)
   most = MOST // parts * parts
   # Rows -> bytes in use, of those that fit and of those that do not.
@@ -114,9 +108,7 @@ def largest_rows(config: TrainingConfig, target: Target, memory: int) -> int:
   not_: dict[int, int] = {}
   rows = -(-spec.batch_shape[1] // parts) * parts
   for _ in range(_TRIES):
-    program = update_of(spec, rows)
-    compiled = measure.compile_program(program, spec, target)
-    peak = measure.measure(compiled, spec, target, resident).peak
+    peak = update_peak(with_rows(spec, rows), target)
     (fit if peak <= memory else not_)[rows] = peak
     low, high = max(fit, default=0), min(not_, default=most + parts)
     if high - low <= max(parts, low // 16):
@@ -140,15 +132,21 @@ def _crossing(known: dict[int, int], low: int, high: int, limit: int) -> int:
   return a + int((limit - known[a]) / slope)
 
 
-def update_of(spec: RunSpec[TrainingConfig], rows: int) -> Program:
-  """The update of a run with other rows in a pass."""
+def with_rows(
+  spec: RunSpec[TrainingConfig], rows: int
+) -> RunSpec[TrainingConfig]:
+  """The run with other rows in a pass of its update."""
   micros, _, tokens = spec.batch_shape
-  changed = dataclasses.replace(spec, batch_shape=(micros, rows, tokens))
-  return next(
-    program
-    for program in algorithms.programs(changed)
-    if measure.state_of(program) is not None
-  )
+  return dataclasses.replace(spec, batch_shape=(micros, rows, tokens))
+
+
+def update_peak(spec: RunSpec[TrainingConfig], target: Target) -> int:
+  """Bytes on a chip that a run's update needs, compiled again."""
+  programs = algorithms.programs(spec)
+  update = next(p for p in programs if measure.state_of(p) is not None)
+  compiled = measure.compile_program(update, spec, target)
+  resident = measure.residents(programs)
+  return measure.measure(compiled, spec, target, resident).peak
 
 
 def smallest(

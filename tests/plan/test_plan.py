@@ -126,12 +126,11 @@ def test_the_largest_pass_fits_and_one_row_more_does_not(planned):
   rows = search.largest_rows(there.config, small, room)
   assert 2 < rows < search.MOST
   spec = algorithms.describe(there.config)
-  resident = measure.residents(algorithms.programs(spec))
   for count, fits in ((rows, True), (rows + 1, False)):
-    program = search.update_of(spec, count)
-    compiled = measure.compile_program(program, spec, small)
-    peak = measure.measure(compiled, spec, small, resident).peak
+    peak = search.update_peak(search.with_rows(spec, count), small)
     assert (peak <= room) == fits
+  # The state counts once, as in the plan.
+  assert search.update_peak(spec, small) == plan.peak.peak
 
 
 def test_the_smallest_slice_is_not_below_what_its_state_needs(planned):
