@@ -6,10 +6,12 @@ import json
 import pytest
 
 from jaxalign import algorithms
+from jaxalign.config import to_mapping
 from jaxalign.errors import UserError
 from jaxalign.plan import __main__ as command
 from jaxalign.plan import measure, page, search, standins, targets
 from jaxalign.plan.targets import find
+from jaxalign.setup import start
 from jaxalign.setup.models import LAB
 
 # GPT-NeoX by its config.json alone.
@@ -90,6 +92,12 @@ def test_peak_holds_state_gradients_and_activations(planned):
   text = page.text(plan)
   assert "fits: update needs" in text
   assert "7 steps" in text
+  assert "first step after about" in text
+  # Of 32 tokens there is one width.
+  assert "programs over the run" not in text
+  # A run's own process is counted: jax alone takes 100 MB.
+  assert plan.needed - plan.peak.peak == plan.process > 1e8
+  assert f"and {plan.process / 2**30:.2f} of the process itself" in text
   found = page.as_json(plan)
   assert json.loads(json.dumps(found))["programs"][0]["name"] == "update"
   assert "cpu" in page.side_by_side([plan, plan])
@@ -210,6 +218,34 @@ def test_the_command_prints_json(model, tmp_path, capsys, monkeypatch):
   assert found["resident_bytes"]["parameters"] == 4 * SIZE
   assert found["fits"]
   assert found["programs"][0]["bound_by"] in ("arithmetic", "memory")
+
+
+def test_a_run_that_begins_from_another_has_its_model(model, tmp_path):
+  source, other = tmp_path / "run", config(model)
+  (source / "model").mkdir(parents=True)
+  (source / "config.json").write_text(json.dumps(to_mapping(other)))
+  (source / "finished.json").write_text("{}")
+  asked = config("lab", init_from=str(source))
+  found = algorithms.with_its_model(asked)
+  assert (found.policy, found.init_from) == (str(source / "model"), "")
+  # One that is not finished: what it began with has the same shapes.
+  (source / "model").rmdir()
+  begun = start.Source(source, 3, finished=False, config={})
+  assert start.with_its_model(asked, begun, other).policy == model
+
+
+def test_programs_of_a_run_are_counted_by_the_widths_of_its_texts(tmp_path):
+  mapping = {"algorithm": "superhf", "num_prompts": 24, "max_length": 96}
+  mapping |= {"sampling": {"length_buckets": (16, 32, 64, 128)}}
+  spec = algorithms.describe(algorithms.read_config(mapping))
+  shapes = {
+    program.name: measure.shape_count(program, spec)
+    for program in algorithms.programs(spec)
+  }
+  prompt = spec.rollout.prompt_length
+  assert shapes["sample"] == 1 + sum(w < prompt for w in (16, 32, 64))
+  assert shapes["update"] == 3  # 32, 64, 96
+  assert 1 < shapes["score reward_model"] <= 12
 
 
 def refused(capsys, *argv):
