@@ -6,6 +6,7 @@ memory next to it.
 """
 
 import dataclasses
+import math
 import re
 import sys
 import time

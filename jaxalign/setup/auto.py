@@ -17,17 +17,19 @@ from jaxalign.config.online import OnlineConfig, SamplingConfig, ScoringConfig
 from jaxalign.config.sections import TrainingConfig
 from jaxalign.core.types import TrainState
 from jaxalign.models import lora, remat
+from jaxalign.models.config import CausalConfig
 from jaxalign.parallel import hosts
 from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.mesh import Devices
 from jaxalign.parallel.program import Program, device_bytes, jaxprs_of
 from jaxalign.setup.models import ModelSpec, open_policy
-from jaxalign.setup.run import RunSpec
+from jaxalign.setup.spec import RunSpec
 
 C = TypeVar("C", bound=TrainingConfig)
 
 GIB = 2**30
 MOST_TENSOR = 8  # chips that exchange features in every layer, at most
+FEWEST_TOKENS = 256  # of a row, on a device
 # Widths on a TPU: it computes on 128 columns at once, and compiles slowly.
 TPU_WIDTHS = (128, 256, 512, 1024)
 # What fills a device's memory besides what is counted here.
@@ -64,12 +66,13 @@ def with_mesh(config: C, devices: Devices, memory: int) -> C:
     return config
   policy = open_policy(config, meshes.make_mesh(fsdp=-1, devices=there))
   whole = 0
-  if isinstance(config, OnlineConfig):
+  if isinstance(config, OnlineConfig) and config.mesh.gather_for_generation:
     dtype = jnp.dtype(policy.model.config.dtype)
     whole = sum(x.size for x in jax.tree.leaves(policy.model.shapes))
     whole *= dtype.itemsize
   kept = getattr(getattr(config, "superbatch", None), "kept_rows", 0)
-  replica, tensor, why = choose_axes(
+  splits = isinstance(policy.model.config, CausalConfig)
+  sizes, why = choose_axes(
     len(there),
     part_count(there),
     rows=min(config.micro_rows, kept or config.micro_rows),
@@ -77,13 +80,20 @@ def with_mesh(config: C, devices: Devices, memory: int) -> C:
     state=state_bytes(policy, config),
     whole=whole,
     memory=memory,
-  )
-  sizes = dataclasses.replace(
-    config.mesh, auto=False, replica=replica, fsdp=-1, tensor=tensor
+    tokens=config.max_length
+    if isinstance(policy.model.config, CausalConfig)
+    else 0,
   )
   if hosts.is_lead():
     print(f"mesh: auto takes {why}")
-  return dataclasses.replace(config, mesh=sizes)
+  mesh = dataclasses.replace(
+    config.mesh,
+    auto=False,
+    replica=sizes["replica"],
+    tensor=sizes["tensor"],
+    sequence=sizes["sequence"],
+  )
+  return dataclasses.replace(config, mesh=mesh)
 
 
 def part_count(devices: Sequence[jax.Device]) -> int:
@@ -124,14 +134,16 @@ def choose_axes(
   state: int,
   whole: int,
   memory: int,
-) -> tuple[int, int, str]:
-  """The sizes of `replica` and `tensor`, and why; `fsdp` takes the rest.
+  tokens: int = 0,
+) -> tuple[dict[str, int], str]:
+  """The sizes of the other axes, and why; `fsdp` takes the rest.
 
   All devices go to `fsdp`, which costs no memory and hides its exchange behind
   arithmetic. `replica` takes the parts that only a slow network joins, where
   each can hold the state in a quarter of its memory. `tensor` grows as long as
   there are more devices than rows, or as the weights that decoding gathers take
-  more than a quarter of the memory.
+  more than a quarter of the memory. `sequence` takes what is left over then, as
+  long as each device has enough of a row's tokens.
 
   Args:
     devices: N.
@@ -141,6 +153,7 @@ def choose_axes(
     state: bytes of parameters, gradients and optimizer.
     whole: bytes of the weights that each device gathers to sample; 0 = none.
     memory: bytes of a device; 0 = unknown.
+    tokens: of the longest row; 0 = they cannot be split.
   """
   within = devices // parts
   reasons = []
@@ -169,9 +182,19 @@ def choose_axes(
       f"tensor {tensor}: {whole / GIB:.3g} GiB of weights to sample with, for "
       f"which there is a quarter of {memory / GIB:.3g} GiB"
     )
-  fsdp = devices // (replica * tensor)
+  sequence, left = 1, devices // tensor
+  while left > sequence * rows and not (
+    within // tensor % (2 * sequence)
+    or tokens % (2 * sequence)
+    or tokens // (2 * sequence) < FEWEST_TOKENS
+  ):
+    sequence *= 2
+  if sequence > 1:
+    reasons.append(f"sequence {sequence}: rows of {tokens} tokens")
+  fsdp = left // (replica * sequence)
   reasons.append(f"fsdp {fsdp}: all {'other ' if reasons else ''}devices")
-  return replica, tensor, "; ".join(reasons)
+  sizes = {"replica": replica, "tensor": tensor, "sequence": sequence}
+  return sizes, "; ".join(reasons)
 
 
 def with_remat(

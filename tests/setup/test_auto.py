@@ -31,6 +31,13 @@ def axes(devices, parts=1, rows=256, heads=32, **bytes_):
     # No more than heads and near neighbours allow.
     (axes(64, rows=1), 1, 8, "tensor 8: 1 rows for 64 devices; fsdp 8"),
     (axes(8, rows=1, heads=6), 1, 2, "tensor 2"),
+    # What tensor leaves goes to a long row's tokens, 256 of them at least.
+    (
+      axes(64, rows=1, tokens=1024),
+      1,
+      8,
+      "tensor 8: 1 rows for 64 devices; sequence 4: rows of 1024 tokens",
+    ),
     # Slices that hold the state with ease have copies; else it is split.
     (
       axes(512, 2, rows=512),
@@ -43,8 +50,9 @@ def axes(devices, parts=1, rows=256, heads=32, **bytes_):
   ],
 )
 def test_axes_follow_from_devices_rows_and_memory(case, replica, tensor, why):
-  assert case[:2] == (replica, tensor)
-  assert case[2].startswith(why)
+  sizes, words = case
+  assert (sizes["replica"], sizes["tensor"]) == (replica, tensor)
+  assert words.startswith(why)
 
 
 FIELDS = {
