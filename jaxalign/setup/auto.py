@@ -80,9 +80,7 @@ def with_mesh(config: C, devices: Devices, memory: int) -> C:
     state=state_bytes(policy, config),
     whole=whole,
     memory=memory,
-    tokens=config.max_length
-    if isinstance(policy.model.config, CausalConfig)
-    else 0,
+    tokens=config.max_length if splits else 0,
   )
   if hosts.is_lead():
     print(f"mesh: auto takes {why}")
