@@ -27,6 +27,7 @@ from jaxalign.plan import collectives, hlo, roofline
 from jaxalign.plan import flops as arithmetic
 from jaxalign.plan.targets import GIB, Target
 from jaxalign.runtime import profile
+from jaxalign.scoring.batches import TAIL
 from jaxalign.setup.spec import RunSpec
 
 # What stays in memory, in the order it is printed.
@@ -248,7 +249,13 @@ def plan(
   # a run does that finds nothing in the compilation cache, without its arrays.
   process = 0
   if target.chip.kind == "cpu":
+    others = [
+      compile_program(other, spec, target)
+      for program in programs
+      for other in other_shapes(program, spec)
+    ]
     process = profile.memory()["memory/peak_bytes"]
+    del others  # until here they take memory, as in the run
   measured = [measure(each, spec, target, resident) for each in compiled]
   micros, rows, tokens = spec.batch_shape
   updates = sum(p.calls for p in programs if state_of(p) is not None)
@@ -473,7 +480,33 @@ def shape_count(program: Program, spec: RunSpec[TrainingConfig]) -> int:
     sampling = program.name.startswith("sample")
     section = config.sampling if sampling else config.scoring
     widths, own = section.length_buckets, program.arguments[1].shape[-1]
-  return 1 + sum(width < own for width in widths)
+  found = 1 + sum(width < own for width in widths)
+  # Scorers have calls of fewer rows for the last texts of a length.
+  return 2 * found if program.name.startswith("score") else found
+
+
+def other_shapes(
+  program: Program, spec: RunSpec[TrainingConfig]
+) -> list[Program]:
+  """The other shapes that a scorer is compiled for, as its texts differ.
+
+  Those of a sampler and of an update seldom all come up.
+  """
+  if not (
+    isinstance(spec.config, OnlineConfig) and program.name.startswith("score")
+  ):
+    return []
+  params, *arrays = program.arguments
+  rows, own = arrays[0].shape
+  widths = [w for w in spec.config.scoring.length_buckets if w < own] + [own]
+  shapes = {(n, w) for n in (rows, max(rows // TAIL, 1)) for w in widths}
+  return [
+    dataclasses.replace(
+      program,
+      arguments=(params, *[x.update(shape=shape) for x in arrays]),
+    )
+    for shape in sorted(shapes - {(rows, own)})
+  ]
 
 
 def too_large(message: str) -> int | None:
