@@ -184,6 +184,8 @@ def fields_of(run, target):
   """The flags of a run whose rows fill the target's chips, one row a chip."""
   config, models, fields = RUNS[run]
   fields, chips = dict(fields), chips_of(target)
+  if "mesh.tensor" in fields:
+    fields["mesh.tensor"] = min(fields["mesh.tensor"], chips)
   if "superhf.py" in config and chips > 2:
     fields |= {
       "superbatch.mode": "prompt_accumulation",
