@@ -75,7 +75,8 @@ from jaxalign.algorithms import read_config
     (
       {"mesh": 8},
       "config.mesh must be a section of fields, got 8; set one of "
-      "config.mesh.{replica, fsdp, tensor, sequence, gather_for_generation}",
+      "config.mesh.{replica, fsdp, tensor, sequence, gather_for_generation, "
+      "auto}",
     ),
     (
       {"mesh": {"fsdp": 0}},

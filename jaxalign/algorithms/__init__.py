@@ -7,7 +7,6 @@ jax), `data.py` (its batches), `train.py` (the algorithm) and `setup.py`
 and `run`; the functions below call them).
 """
 
-import dataclasses
 import glob
 import importlib
 import logging
@@ -186,19 +185,29 @@ def check_one(extend: bool, fresh: bool) -> None:
 
 
 def describe(
-  config: TrainingConfig, devices: "Devices" = None
+  config: TrainingConfig, devices: "Devices" = None, memory: int | None = None
 ) -> "RunSpec[TrainingConfig]":
   """Opens and checks what a run needs; reads no parameter.
+
+  What the config leaves to `auto` is chosen here, see `setup.auto`.
 
   Args:
     config: from `read_config`.
     devices: those of `jax.experimental.topologies` need not be there, and do
       for what is only compiled; None = all of this machine.
+    memory: bytes of each, 0 = unknown; None = as they say themselves.
 
   Raises:
     UserError: what would keep the run from starting.
   """
-  return setup_of(config).describe(config, devices)
+  # Imported late, as jax is.
+  from jaxalign.setup import auto
+
+  method = setup_of(config)
+  memory = auto.memory_of(devices) if memory is None else memory
+  config = auto.with_mesh(config, devices, memory)
+  spec = method.describe(config, devices)
+  return auto.with_remat(spec, memory, method.programs)
 
 
 def programs(spec: "RunSpec[TrainingConfig]") -> "list[Program]":
@@ -276,7 +285,7 @@ def _run(
       if config.init_from:
         start.find_source(config, folder)
       else:
-        method.describe(config)
+        describe(config, memory=0)  # the lead alone is here: no exchange
       raise
     new = fresh or not start.is_copied(config, folder)
     return workdir.read_finished(folder) is not None, new
@@ -299,7 +308,7 @@ def _run(
     hosts.barrier("the folder is ready", seconds=600)
     if config.init_from:
       config = start.begin(config, folder)
-    spec = method.describe(config)
+    spec = describe(config)
     if hosts.count() > 1:
       hosts.check_same(
         {"config": to_mapping(spec.config), "data": digest_of_run(spec)},
@@ -336,6 +345,24 @@ def _run(
   return method.run(spec, folder)
 
 
+def with_its_model(
+  config: TrainingConfig, folder: pathlib.Path | None = None
+) -> TrainingConfig:
+  """The config with the model of its `init_from`, read from there.
+
+  Args:
+    config: of a run that begins from another one.
+    folder: of the run, if it has one.
+
+  Raises:
+    UserError: see `start.find_source`.
+  """
+  from jaxalign.setup import start  # late, as above
+
+  source = start.find_source(config, folder)
+  return start.with_its_model(config, source, read_config(source.config))
+
+
 def dry_run(
   config: TrainingConfig,
   folder: pathlib.Path,
@@ -369,11 +396,7 @@ def dry_run(
   if config.init_from and not fresh and start.is_copied(config, folder):
     config = start.begin(config, folder)
   elif config.init_from:
-    # The same model, of a run that is not finished without what it has learned.
-    source = start.find_source(config, folder)
-    model = source.folder / "model"
-    policy = str(model) if model.is_dir() else source.config["policy"]
-    config = dataclasses.replace(config, policy=policy, init_from="")
+    config = with_its_model(config, folder)
   spec = describe(config)
   print(spec.example())
   for doubt in spec.doubts():

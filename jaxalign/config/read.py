@@ -57,6 +57,8 @@ def read(
     UserError: the first mistake.
   """
   root, kinds = root or cls, get_type_hints(cls)
+  if isinstance(mapping, str):
+    mapping = cls.of_word(mapping) or mapping
   if not hasattr(mapping, "items"):
     raise UserError(
       f"{path} must be a section of fields, got {mapping!r}; "
@@ -90,11 +92,12 @@ def read(
           f"{where}.{rest} is not a field, because {where} is a single value; "
           f"set {where} itself"
         )
-      # Text in place of a section is refused by the call below.
+      # The call below refuses text in place of a section, but for some words.
       if not rest:
         value = text if section else parse_text(kinds[name], text)
     if section:
-      values[name] = read(kinds[name], value, below.get(name, ()), where, root)
+      within = [(rest, text) for rest, text in below.get(name, ()) if rest]
+      values[name] = read(kinds[name], value, within, where, root)
     else:
       values[name] = read_value(cls, name, kinds[name], value, where)
 

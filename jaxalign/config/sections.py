@@ -100,6 +100,16 @@ class MeshConfig(Section):
     "not fit on one device",
     also=("ds3_gather_for_generation",),
   )
+  auto: bool = field(
+    False,
+    "choose the axes by the devices, their memory and the model, and say why; "
+    "also written mesh=auto",
+  )
+
+  @classmethod
+  def of_word(cls, word: str) -> dict[str, bool] | None:
+    """`config.mesh=auto`."""
+    return {"auto": True} if word == "auto" else None
 
   @property
   def sizes(self) -> dict[str, int]:
@@ -115,6 +125,11 @@ class MeshConfig(Section):
 
   def rules(self) -> Iterator[Rule]:
     """Sizes are positive; one axis may take what is left."""
+    yield Rule(
+      not self.auto or tuple(self.sizes.values()) == (1, -1, 1, 1),
+      "auto must be false where the size of an axis is given",
+      "it chooses all of them",
+    )
     for name in ("replica", "fsdp", "tensor", "sequence"):
       size = getattr(self, name)
       yield Rule(
@@ -346,11 +361,12 @@ class TrainingConfig(Section):
   precision: PrecisionConfig = PrecisionConfig()  # number formats
   # Memory against time; an update stays the same but for rounding.
   remat: str = field(
-    "none",
+    "auto",
     "what the backward pass computes again, for less memory: attention; all "
     "but products with parameters (dots); everything (full); the same with the "
-    "blocks' inputs in the host's memory (offload)",
-    choices=("none", "attention", "dots", "full", "offload"),
+    "blocks' inputs in the host's memory (offload); auto = the least with "
+    "which an update fits, none on a CPU",
+    choices=("auto", "none", "attention", "dots", "full", "offload"),
     also=("gradient_checkpointing",),
     values={True: "full", False: "none", "true": "full", "false": "none"},
   )
@@ -399,6 +415,11 @@ class TrainingConfig(Section):
     "", "steps A to B-1 to trace with jax.profiler, as A:B; empty = none"
   )
   compilation_cache: bool = field(True, "keep compiled programs on disk")
+
+  @property
+  def remat_policy(self) -> str:
+    """What models are opened with; `setup.auto` replaces it afterwards."""
+    return "none" if self.remat == "auto" else self.remat
 
   @property
   def micro_rows(self) -> int:

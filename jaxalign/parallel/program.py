@@ -1,13 +1,16 @@
 """A program of a run, as it is compiled: a function and its shapes."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import jax
+import jax.extend as jex
 from jax.sharding import Mesh
 from jaxtyping import PyTree
 
+from jaxalign.core import memory
 from jaxalign.parallel import mesh as meshes
 
 Batch = TypeVar("Batch")  # a pytree of numpy arrays
@@ -57,6 +60,32 @@ def largest(batches: Sequence[Batch]) -> Batch:
     return sum(leaf.size for leaf in jax.tree.leaves(batch))
 
   return max(reversed(batches), key=size)
+
+
+def device_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+  """Bytes of an array on one device; 0 if it waits in the host's memory."""
+  return 0 if memory.is_on_host(leaf) else fetched_bytes(leaf)
+
+
+def fetched_bytes(leaf: jax.ShapeDtypeStruct) -> int:
+  """Bytes of an array on one device, once it is there."""
+  shape = leaf.shape
+  if leaf.sharding is not None:
+    shape = leaf.sharding.shard_shape(shape)
+  # Random keys have a type without a size of its own; they are small.
+  return math.prod(shape) * getattr(leaf.dtype, "itemsize", 4)
+
+
+def jaxprs_of(params: dict[str, object]) -> list[jex.core.Jaxpr]:
+  """The bodies that a primitive's parameters hold."""
+  found = []
+  for value in params.values():
+    for each in value if isinstance(value, tuple | list) else [value]:
+      if isinstance(each, jex.core.ClosedJaxpr):
+        found.append(each.jaxpr)
+      elif isinstance(each, jex.core.Jaxpr):
+        found.append(each)
+  return found
 
 
 def key_shape(mesh: Mesh) -> jax.ShapeDtypeStruct:

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
     parser.print_help()
     return 0
   # Imported late: jax takes seconds to start, a mistake in a flag should not.
-  from jaxalign.algorithms import read_config
+  from jaxalign.algorithms import read_config, with_its_model
   from jaxalign.plan import measure, page, search, standins, targets
 
   if not 0 < args.memory_share <= 1:
@@ -57,15 +57,21 @@ def main(argv: Sequence[str]) -> int:
   mapping, _ = cli.load_config(args.config)
   config = read_config(mapping, args.fields)
   targets.prepare(chosen)
+  if config.init_from:
+    config = with_its_model(config)
   with tempfile.TemporaryDirectory(prefix="jaxalign-plan-") as folder:
     there = standins.stand_in(
       config, pathlib.Path(folder), args.tokens, args.rows
     )
 
     def plan(target: targets.Target) -> measure.RunPlan:
-      # What describing a run prints is of the run, not of the plan.
-      with contextlib.redirect_stdout(io.StringIO()):
-        return measure.plan(there.config, target, there.notes)
+      # What describing a run prints is of the run, not of the plan; but for
+      # what it chose.
+      said = io.StringIO()
+      with contextlib.redirect_stdout(said):
+        found = measure.plan(there.config, target, there.notes)
+      auto = [x for x in said.getvalue().splitlines() if ": auto takes" in x]
+      return dataclasses.replace(found, notes=(*found.notes, *auto))
 
     plans = [plan(target) for target in chosen]
     advice = []

@@ -8,7 +8,10 @@ import math
 import re
 
 import jax.extend as jex
+import jax.numpy as jnp
 from jax import lax
+
+from jaxalign.parallel.program import jaxprs_of
 
 # Products at the default precision of their operands, and exact float32.
 BF16, F32, EXACT = "bfloat16", "float32", "float32 exact"
@@ -20,6 +23,7 @@ def count_jaxpr(jaxpr: jex.core.Jaxpr, trips: int) -> Flops:
   """Multiplications and additions of matrix products, over all devices.
 
   A scan counts its length, a `cond` its dearest branch, a kernel its grid.
+  Attention counts the same by whatever kernel: what its dense form computes.
 
   Args:
     jaxpr: of `jax.make_jaxpr` or `trace`.
@@ -46,6 +50,8 @@ def count_jaxpr(jaxpr: jex.core.Jaxpr, trips: int) -> Flops:
     elif name == "cond":
       branches = [count_jaxpr(b.jaxpr, trips) for b in params["branches"]]
       total += max(branches, key=Flops.total)
+    elif (products := _attention(eqn)) is not None:
+      total += products
     elif name == "pallas_call":
       grid = math.prod(params["grid_mapping"].grid)
       total += _times(count_jaxpr(params["jaxpr"], trips), grid)
@@ -58,6 +64,39 @@ def count_jaxpr(jaxpr: jex.core.Jaxpr, trips: int) -> Flops:
   return total
 
 
+# Attention's kernels by the start of their names, and how many of the dense
+# form's products each stands for: two forwards, four backwards. Splash has two
+# kernels backwards. What a kernel computes twice, so as not to keep it, is not
+# counted, nor is what it leaves out as masked.
+_KERNELS = {
+  "dot_product_attention_fwd": 2,  # cuDNN
+  "dot_product_attention_bwd": 4,
+  "mha_forward": 2,  # Pallas-Triton
+  "mha_backward": 4,
+  "splash_mha_fwd": 2,
+  "splash_mha_dkv": 3,
+  "splash_mha_dq": 1,
+}
+
+
+def _attention(eqn) -> Flops | None:
+  """Operations of a call of an attention kernel; None = it is none."""
+  name = eqn.primitive.name
+  if name == "pallas_call":
+    name = eqn.params["name"] or ""
+  found = [n for start, n in _KERNELS.items() if name.startswith(start)]
+  if not found:
+    return None
+  # Queries and keys are the first that are no masks: [B, N, T, H] of splash,
+  # [B, T, N, H] of the others.
+  q, k = [
+    x.aval for x in eqn.invars if jnp.issubdtype(x.aval.dtype, jnp.floating)
+  ][:2]
+  keys = k.shape[-2] if name.startswith("splash") else k.shape[1]
+  kind = BF16 if q.dtype.itemsize < 4 else F32
+  return Flops({kind: found[0] * 2 * q.size * keys})
+
+
 def turns_of(scope: str) -> int | None:
   """How often a loop runs at most, by the scope that it is written in.
 
@@ -67,18 +106,6 @@ def turns_of(scope: str) -> int | None:
   # The innermost scope is its own.
   found = re.findall(r"turns_(\d+)", scope)
   return int(found[-1]) if found else None
-
-
-def jaxprs_of(params: dict[str, object]) -> list[jex.core.Jaxpr]:
-  """The bodies that a primitive's parameters hold."""
-  found = []
-  for value in params.values():
-    for each in value if isinstance(value, tuple | list) else [value]:
-      if isinstance(each, jex.core.ClosedJaxpr):
-        found.append(each.jaxpr)
-      elif isinstance(each, jex.core.Jaxpr):
-        found.append(each)
-  return found
 
 
 def _times(flops: Flops, turns: int) -> Flops:

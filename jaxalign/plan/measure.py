@@ -13,26 +13,32 @@ import time
 from collections.abc import Iterator, Sequence
 
 import jax
-from jax.sharding import Mesh
 
 from jaxalign import algorithms
 from jaxalign.config import TrainingConfig
 from jaxalign.config.online import OnlineConfig
 from jaxalign.core import memory
 from jaxalign.core.types import TrainState
+from jaxalign.data.batches import DEFAULT_BUCKETS
 from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
 from jaxalign.parallel import mesh as meshes
-from jaxalign.parallel.program import Program
+from jaxalign.parallel.program import Program, device_bytes, fetched_bytes
 from jaxalign.plan import collectives, hlo, roofline
 from jaxalign.plan import flops as arithmetic
 from jaxalign.plan.targets import GIB, Target
+from jaxalign.runtime import profile
+from jaxalign.scoring.batches import TAIL
 from jaxalign.setup.spec import RunSpec
 
 # What stays in memory, in the order it is printed.
 PARAMETERS, OPTIMIZER = "parameters", "optimizer"
 REFERENCE, REWARDS = "reference", "reward models"
 RESIDENT = (PARAMETERS, OPTIMIZER, REFERENCE, REWARDS)
+
+# Of a run's start: importing and opening everything, and what a host reads a
+# second from a disk or a bucket.
+START, READ_RATE = 10.0, 1e9
 
 # "... total memory required for HLO temporaries (17.55G) exceeds available HBM
 # (15.75G)", and other wordings with the two numbers.
@@ -57,6 +63,8 @@ class ProgramPlan:
     exchanged: with other chips.
     times: seconds by what takes them, see `roofline.seconds`.
     compiled_s: seconds that it took to compile here.
+    shapes: of its arguments that a run may compile it for, as texts are padded
+      to a few lengths; this one is the largest.
   """
 
   name: str
@@ -71,6 +79,7 @@ class ProgramPlan:
   exchanged: tuple[collectives.Traffic, ...]
   times: dict[str, float]
   compiled_s: float
+  shapes: int = 1
 
   @property
   def bound(self) -> str:
@@ -96,6 +105,9 @@ class RunPlan:
     sampled: tokens drawn in a step at most.
     trained: tokens of a step's updates at most, padding included.
     rows: of one pass of the update, over all chips.
+    process: bytes that a run on this CPU takes besides its arrays: Python, XLA,
+      what is compiled and what compiling takes; 0 for other targets.
+    remat: what its backward passes compute again, see `models.remat`.
     estimate: why the figures are an estimate; "" = compiled for the target.
     notes: what they stand on, a sentence each.
   """
@@ -108,6 +120,8 @@ class RunPlan:
   sampled: int
   trained: int
   rows: int
+  process: int = 0
+  remat: str = "none"
   estimate: str = ""
   notes: tuple[str, ...] = ()
 
@@ -117,9 +131,28 @@ class RunPlan:
     return max(self.programs, key=lambda program: program.peak)
 
   @property
+  def needed(self) -> int:
+    """Bytes in use at most, those of the process included."""
+    return self.peak.peak + self.process
+
+  @property
   def fits(self) -> bool:
     """Whether every program does."""
-    return self.peak.peak <= self.target.memory
+    return self.needed <= self.target.memory
+
+  @property
+  def first_step(self) -> dict[str, float]:
+    """Seconds until the first step, by what takes them.
+
+    Compiling was measured here, and a warm compilation cache saves it. The
+    others are estimates.
+    """
+    read = self.resident[PARAMETERS] + self.resident[REWARDS]
+    return {
+      "start": START,
+      "read": read * self.target.host_chips / READ_RATE,
+      "compile": sum(program.compiled_s for program in self.programs),
+    }
 
   @property
   def step_seconds(self) -> float:
@@ -170,6 +203,25 @@ def devices_of(target: Target) -> tuple[Sequence[jax.Device], str]:
   return found[: target.chips], f"estimate: compiled for CPUs, {why}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Compiled:
+  """A program and what its compiler made of it.
+
+  Attributes:
+    program: as the run calls it.
+    flops: over all chips.
+    found: None where the compiler refused it as too large.
+    needed: bytes on a chip by that refusal.
+    seconds: that it took to trace and compile here.
+  """
+
+  program: Program
+  flops: arithmetic.Flops
+  found: jax.stages.Compiled | None
+  needed: int
+  seconds: float
+
+
 def plan(
   config: TrainingConfig, target: Target, notes: tuple[str, ...] = ()
 ) -> RunPlan:
@@ -184,14 +236,28 @@ def plan(
     UserError: the run cannot start on this machine.
   """
   devices, estimate = devices_of(target)
-  spec = algorithms.describe(for_platform(config, target), devices)
+  spec = algorithms.describe(
+    for_platform(config, target), devices, target.device_memory
+  )
   programs = algorithms.programs(spec)
   resident = residents(programs)
-  measured = []
+  compiled = []
   for program in programs:
     if sys.stderr.isatty():  # a TPU's compiler takes minutes
       print(f"{target.name}: compiling {program.name}", file=sys.stderr)
-    measured.append(measure(program, spec, target, resident))
+    compiled.append(compile_program(program, spec, target))
+  # Before the programs are read as text: up to here the process has done what
+  # a run does that finds nothing in the compilation cache, without its arrays.
+  process = 0
+  if target.chip.kind == "cpu":
+    others = [
+      compile_program(other, spec, target)
+      for program in programs
+      for other in other_shapes(program, spec)
+    ]
+    process = profile.memory()["memory/peak_bytes"]
+    del others  # until here they take memory, as in the run
+  measured = [measure(each, spec, target, resident) for each in compiled]
   micros, rows, tokens = spec.batch_shape
   updates = sum(p.calls for p in programs if state_of(p) is not None)
   sampled = 0
@@ -206,6 +272,8 @@ def plan(
     sampled=sampled,
     trained=round(updates * micros * rows * tokens),
     rows=rows,
+    process=process,
+    remat=spec.config.remat,
     estimate=estimate,
     notes=notes + _filler(spec) + _generation(spec, measured, target.memory),
   )
@@ -283,7 +351,7 @@ def residents(programs: Sequence[Program]) -> Residents:
   found: Residents = {}
   for program in sorted(programs, key=lambda p: state_of(p) is None):
     for kind, leaf in _resident_leaves(program):
-      found.setdefault(id(leaf), (kind, leaf_bytes(leaf)))
+      found.setdefault(id(leaf), (kind, device_bytes(leaf)))
   return found
 
 
@@ -328,33 +396,35 @@ def _by_class(found: Residents) -> dict[str, int]:
   return total
 
 
-def leaf_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  """Bytes of an array on one chip; 0 if it waits in the host's memory."""
-  return 0 if memory.is_on_host(leaf) else _fetched_bytes(leaf)
-
-
-def _fetched_bytes(leaf: jax.ShapeDtypeStruct) -> int:
-  """Bytes of an array on one chip, once it is there."""
-  shape = leaf.shape
-  if leaf.sharding is not None:
-    shape = leaf.sharding.shard_shape(shape)
-  # Random keys have a type without a size of its own; they are small.
-  return math.prod(shape) * getattr(leaf.dtype, "itemsize", 4)
+def compile_program(
+  program: Program, spec: RunSpec[TrainingConfig], target: Target
+) -> Compiled:
+  """Compiles a program for its devices."""
+  start = time.monotonic()
+  traced = program.trace()
+  flops = arithmetic.count_jaxpr(traced.jaxpr.jaxpr, max(program.iterations, 1))
+  on_cpu = meshes.platform(spec.mesh) == "cpu"
+  options = None if on_cpu else target.compiler_options
+  found, needed = None, 0
+  try:
+    found = traced.lower().compile(compiler_options=options)
+  except jax.errors.JaxRuntimeError as error:
+    # A TPU's compiler refuses what is too large; its figures say by how much.
+    needed = too_large(str(error))
+    if needed is None:
+      raise
+  return Compiled(program, flops, found, needed, time.monotonic() - start)
 
 
 def measure(
-  program: Program,
+  compiled: Compiled,
   spec: RunSpec[TrainingConfig],
   target: Target,
   resident: Residents,
 ) -> ProgramPlan:
-  """Compiles a program and reads what it needs."""
-  start = time.monotonic()
-  trips = max(program.iterations, 1)
-  traced = program.trace()
-  flops = arithmetic.count_jaxpr(traced.jaxpr.jaxpr, trips)
-  chips = spec.mesh.size
-  flops = roofline.per_chip(flops, chips)
+  """Reads what a compiled program needs."""
+  program = compiled.program
+  flops = roofline.per_chip(compiled.flops, spec.mesh.size)
   own = {id(leaf) for _, leaf in _resident_leaves(program)}
   beside = sum(size for key, (_, size) in resident.items() if key not in own)
   kept = sum(size for key, (_, size) in resident.items() if key in own)
@@ -362,26 +432,21 @@ def measure(
   # reference too; in memory it is once.
   leaves = jax.tree.leaves(program.arguments)
   unique = {id(leaf): leaf for leaf in leaves}
-  passed = sum(leaf_bytes(x) for key, x in unique.items() if key not in own)
-  twice = sum(map(leaf_bytes, leaves)) - sum(map(leaf_bytes, unique.values()))
-  options = None if devices_are_cpu(spec.mesh) else target.compiler_options
-  try:
-    compiled = traced.lower().compile(compiler_options=options)
-  except jax.errors.JaxRuntimeError as error:
-    # A TPU's compiler refuses what is too large; its figures say by how much.
-    needed = too_large(str(error))
-    if needed is None:
-      raise
-    moved, exchanged, peak = 0, (), needed + beside
-    temporary = max(needed - kept - passed, 0)
+  passed = sum(device_bytes(x) for key, x in unique.items() if key not in own)
+  twice = sum(map(device_bytes, leaves))
+  twice -= sum(map(device_bytes, unique.values()))
+  if compiled.found is None:
+    moved, exchanged, peak = 0, (), compiled.needed + beside
+    temporary = max(compiled.needed - kept - passed, 0)
   else:
-    stats, text = compiled.memory_analysis(), compiled.as_text()
+    stats = compiled.found.memory_analysis()
+    text = compiled.found.as_text()
     assert stats is not None  # every compiler of a target tells both
     assert text is not None
     given = stats.argument_size_in_bytes - twice
     made = stats.output_size_in_bytes - stats.alias_size_in_bytes
     temporary = stats.temp_size_in_bytes
-    waiting = sum(_fetched_bytes(x) for x in leaves if memory.is_on_host(x))
+    waiting = sum(fetched_bytes(x) for x in leaves if memory.is_on_host(x))
     # Without its device only a TPU's compiler knows the host's memory. Others
     # take what waits there for arguments on the chip.
     if waiting and not stats.host_argument_size_in_bytes:
@@ -393,7 +458,7 @@ def measure(
     given = max(given, kept + passed)
     code = stats.generated_code_size_in_bytes
     peak = given + made + temporary + code + beside
-    module = hlo.parse(text, trips)
+    module = hlo.parse(text, max(program.iterations, 1))
     moved = module.traffic()
     exchanged = tuple(
       collectives.of_module(module, spec.mesh, target.part_chips)
@@ -410,7 +475,8 @@ def measure(
     moved=moved,
     exchanged=exchanged,
     times=roofline.seconds(flops, moved, exchanged, target),
-    compiled_s=time.monotonic() - start,
+    compiled_s=compiled.seconds,
+    shapes=shape_count(program, spec),
   )
 
 
@@ -427,13 +493,47 @@ def _with_fetched(
   """
   if state is None:
     return temporary + waiting
-  gradients = sum(map(leaf_bytes, jax.tree.leaves(state.params)))
+  gradients = sum(map(device_bytes, jax.tree.leaves(state.params)))
   return max(temporary, gradients + waiting)
 
 
-def devices_are_cpu(mesh: Mesh) -> bool:
-  """Whether a program for the mesh is compiled by XLA's CPU compiler."""
-  return meshes.platform(mesh) == "cpu"
+def shape_count(program: Program, spec: RunSpec[TrainingConfig]) -> int:
+  """The widths up to the program's own that texts are padded to, at most."""
+  config, widths, own = spec.config, (), 0
+  if state_of(program) is not None:
+    widths, own = DEFAULT_BUCKETS, spec.batch_shape[2]
+  elif isinstance(config, OnlineConfig) and program.name.startswith("s"):
+    # "sample" and "score ..."; evaluations use the same programs.
+    sampling = program.name.startswith("sample")
+    section = config.sampling if sampling else config.scoring
+    widths, own = section.length_buckets, program.arguments[1].shape[-1]
+  found = 1 + sum(width < own for width in widths)
+  # Scorers have calls of fewer rows for the last texts of a length.
+  return 2 * found if program.name.startswith("score") else found
+
+
+def other_shapes(
+  program: Program, spec: RunSpec[TrainingConfig]
+) -> list[Program]:
+  """The other shapes that a scorer is compiled for, as its texts differ.
+
+  Those of a sampler and of an update seldom all come up.
+  """
+  if not (
+    isinstance(spec.config, OnlineConfig) and program.name.startswith("score")
+  ):
+    return []
+  params, *arrays = program.arguments
+  rows, own = arrays[0].shape
+  widths = [w for w in spec.config.scoring.length_buckets if w < own] + [own]
+  shapes = {(n, w) for n in (rows, max(rows // TAIL, 1)) for w in widths}
+  return [
+    dataclasses.replace(
+      program,
+      arguments=(params, *[x.update(shape=shape) for x in arrays]),
+    )
+    for shape in sorted(shapes - {(rows, own)})
+  ]
 
 
 def too_large(message: str) -> int | None:

@@ -22,6 +22,11 @@ def text(plan: RunPlan) -> str:
   total = sum(plan.resident.values()) / GIB
   lines += ["", f"in memory all the time, GiB a chip: {total:.2f}"]
   lines.append("  " + ", ".join(kept))
+  if plan.process:
+    lines.append(
+      f"and {plan.process / GIB:.2f} of the process itself: Python, XLA, and "
+      "what compiling takes"
+    )
 
   # The programs: memory, then arithmetic and traffic, then time.
   axes = sorted({a for p in plan.programs for a in _by_axis(p.exchanged)})
@@ -48,7 +53,7 @@ def text(plan: RunPlan) -> str:
   lines += table(rows)
 
   # Verdict.
-  peak, given = plan.peak.peak / GIB, target.memory / GIB
+  peak, given = plan.needed / GIB, target.memory / GIB
   says = "fits" if plan.fits else "does not fit"
   lines += ["", f"{says}: {plan.peak.name} needs {peak:.2f} of {given:.2f} GiB"]
   lines.append(
@@ -61,12 +66,32 @@ def text(plan: RunPlan) -> str:
     tokens.append(f"{plan.steps * plan.sampled / 1e6:.3g} M tokens sampled")
   tokens.append(f"{plan.steps * plan.trained / 1e6:.3g} M trained")
   lines.append("at most " + ", ".join(tokens) + ", padding included")
-  compiled = sum(program.compiled_s for program in plan.programs)
-  lines.append(
-    f"compiling took {compiled:.0f} s here, which the first step waits for"
-  )
+  lines += _first_step(plan)
   lines += [f"note: {note}" for note in plan.notes]
   return "\n".join(lines)
+
+
+def _first_step(plan: RunPlan) -> list[str]:
+  """When the first step begins, and how many programs may be compiled later."""
+  spent = plan.first_step
+  lines = [
+    f"first step after about {_duration(sum(spent.values()))}: "
+    f"{_duration(spent['compile'])} of compiling as measured here, less with a "
+    f"warm cache; {_duration(spent['start'])} to start and "
+    f"{_duration(spent['read'])} to read weights are estimates"
+  ]
+  several = [
+    f"{program.name} {program.shapes}"
+    for program in plan.programs
+    if program.shapes > 1
+  ]
+  if several:
+    total = sum(program.shapes for program in plan.programs)
+    lines.append(
+      f"at most {total} programs over the run, each compiled once, as texts "
+      f"are padded to a few lengths: {', '.join(several)}"
+    )
+  return lines
 
 
 def side_by_side(plans: Sequence[RunPlan]) -> str:
@@ -95,7 +120,7 @@ def side_by_side(plans: Sequence[RunPlan]) -> str:
         str(plan.target.chips),
         _mesh(plan),
         f"{sum(plan.resident.values()) / GIB:.2f}",
-        f"{plan.peak.peak / GIB:.2f}",
+        f"{plan.needed / GIB:.2f}",
         f"{plan.target.memory / GIB:.2f}",
         "yes" if plan.fits else "no",
         _duration(plan.step_seconds),
@@ -120,7 +145,8 @@ def as_json(plan: RunPlan) -> JsonObject:
     "mesh": plan.mesh,
     "memory_bytes": plan.target.memory,
     "resident_bytes": plan.resident,
-    "peak_bytes": plan.peak.peak,
+    "peak_bytes": plan.needed,
+    "process_bytes": plan.process,
     "fits": plan.fits,
     "steps": plan.steps,
     "rows": plan.rows,
@@ -128,6 +154,8 @@ def as_json(plan: RunPlan) -> JsonObject:
     "trained_tokens": plan.steps * plan.trained,
     "step_seconds": plan.step_seconds,
     "hours": plan.hours,
+    "first_step_seconds": plan.first_step,
+    "remat": plan.remat,
     "estimate": plan.estimate,
     "notes": list(plan.notes),
     "programs": [
@@ -155,6 +183,7 @@ def as_json(plan: RunPlan) -> JsonObject:
         "seconds": program.times,
         "bound_by": program.bound,
         "compiled_seconds": program.compiled_s,
+        "shapes": program.shapes,
       }
       for program in plan.programs
     ],

@@ -6,11 +6,12 @@ from collections.abc import Callable, Sequence
 from jaxalign import algorithms
 from jaxalign.config import TrainingConfig
 from jaxalign.errors import UserError
+from jaxalign.models import remat
 from jaxalign.parallel import mesh as meshes
-from jaxalign.parallel.program import Program
 from jaxalign.plan import measure
 from jaxalign.plan.measure import RunPlan
 from jaxalign.plan.targets import GIB, Target
+from jaxalign.setup import auto
 from jaxalign.setup.spec import RunSpec
 
 MOST = 4096  # rows of a pass that are tried
@@ -20,7 +21,7 @@ _TRIES = 6  # compilations
 def advise(
   config: TrainingConfig, plan: RunPlan, run: Callable[[Target], RunPlan]
 ) -> list[str]:
-  """The largest pass and the smallest number of chips, a sentence each.
+  """What to compute again, the largest pass, and the fewest chips: sentences.
 
   Args:
     config: of the run.
@@ -28,8 +29,9 @@ def advise(
     run: plans for another target.
   """
   target = plan.target
-  rows = largest_rows(config, target)
-  lines = [
+  lines = other_remat(config, plan) if config.remat == "auto" else []
+  rows = largest_rows(config, target, target.memory - plan.process)
+  lines += [
     f"largest pass that fits: {rows} rows, of which this run has {plan.rows}"
     if rows
     else "no pass fits, however few rows it has"
@@ -41,14 +43,50 @@ def advise(
       "remat, or use lora"
     )
   else:
-    peak, given = least.peak.peak / GIB, least.target.memory / GIB
+    peak, given = least.needed / GIB, least.target.memory / GIB
     lines.append(
       f"smallest that fits: {least.target.name} ({peak:.2f} of {given:.2f} GiB)"
     )
   return lines
 
 
-def largest_rows(config: TrainingConfig, target: Target) -> int:
+def other_remat(config: TrainingConfig, plan: RunPlan) -> list[str]:
+  """Where `remat=auto` has misjudged, what fits and computes less again.
+
+  A run chooses by shapes, without compiling; this compiles its update with the
+  neighbours of what it takes.
+
+  Args:
+    config: of the run, with `remat=auto`.
+    plan: of the run.
+  """
+  target, order = plan.target, list(remat.POLICIES[:-1])
+  place, memory = order.index(plan.remat), plan.target.memory - plan.process
+  devices, _ = measure.devices_of(target)
+  spec = algorithms.describe(
+    measure.for_platform(config, target), devices, target.device_memory
+  )
+
+  def peak(policy: str) -> int:
+    return update_peak(auto.replace_remat(spec, policy), target)
+
+  update = next(p for p in plan.programs if p.name in ("update", "learn"))
+  if update.peak > memory:
+    for policy in order[place + 1 :]:
+      if (needed := peak(policy)) <= memory:
+        return [
+          f"remat=auto takes {plan.remat}, with which the update does not fit; "
+          f"with --config.remat={policy} it needs {needed / GIB:.2f} GiB"
+        ]
+  elif place and (needed := peak(order[place - 1])) <= memory:
+    return [
+      f"remat=auto takes {plan.remat}; --config.remat={order[place - 1]} fits "
+      f"too, with {needed / GIB:.2f} GiB, and computes less again"
+    ]
+  return []
+
+
+def largest_rows(config: TrainingConfig, target: Target, memory: int) -> int:
   """Rows of one pass of the update that fit the target; 0 = none do.
 
   Memory grows with the rows nearly along a line, so a line through the two
@@ -57,10 +95,12 @@ def largest_rows(config: TrainingConfig, target: Target) -> int:
   Args:
     config: of the run.
     target: the machine.
+    memory: bytes of a chip that a program can have.
   """
   devices, _ = measure.devices_of(target)
-  spec = algorithms.describe(measure.for_platform(config, target), devices)
-  resident = measure.residents(algorithms.programs(spec))
+  spec = algorithms.describe(
+    measure.for_platform(config, target), devices, target.device_memory
+  )
   parts = meshes.row_count(spec.mesh)
   most = MOST // parts * parts
   # Rows -> bytes in use, of those that fit and of those that do not.
@@ -68,13 +108,12 @@ def largest_rows(config: TrainingConfig, target: Target) -> int:
   not_: dict[int, int] = {}
   rows = -(-spec.batch_shape[1] // parts) * parts
   for _ in range(_TRIES):
-    program = update_of(spec, rows)
-    peak = measure.measure(program, spec, target, resident).peak
-    (fit if peak <= target.memory else not_)[rows] = peak
+    peak = update_peak(with_rows(spec, rows), target)
+    (fit if peak <= memory else not_)[rows] = peak
     low, high = max(fit, default=0), min(not_, default=most + parts)
     if high - low <= max(parts, low // 16):
       break
-    guess = _crossing(fit | not_, low, high, target.memory)
+    guess = _crossing(fit | not_, low, high, memory)
     # Strictly between what is known, and no more than eight times as many.
     guess = min(guess // parts * parts, 8 * max(low, parts), high - parts)
     rows = max(guess, low + parts)
@@ -93,15 +132,21 @@ def _crossing(known: dict[int, int], low: int, high: int, limit: int) -> int:
   return a + int((limit - known[a]) / slope)
 
 
-def update_of(spec: RunSpec[TrainingConfig], rows: int) -> Program:
-  """The update of a run with other rows in a pass."""
+def with_rows(
+  spec: RunSpec[TrainingConfig], rows: int
+) -> RunSpec[TrainingConfig]:
+  """The run with other rows in a pass of its update."""
   micros, _, tokens = spec.batch_shape
-  changed = dataclasses.replace(spec, batch_shape=(micros, rows, tokens))
-  return next(
-    program
-    for program in algorithms.programs(changed)
-    if measure.state_of(program) is not None
-  )
+  return dataclasses.replace(spec, batch_shape=(micros, rows, tokens))
+
+
+def update_peak(spec: RunSpec[TrainingConfig], target: Target) -> int:
+  """Bytes on a chip that a run's update needs, compiled again."""
+  programs = algorithms.programs(spec)
+  update = next(p for p in programs if measure.state_of(p) is not None)
+  compiled = measure.compile_program(update, spec, target)
+  resident = measure.residents(programs)
+  return measure.measure(compiled, spec, target, resident).peak
 
 
 def smallest(

@@ -51,27 +51,62 @@ class Chip:
   network: float
 
 
-def _tpu(name, gib, bandwidth, flops, link, network) -> Chip:
-  # Six bfloat16 passes make a float32 product.
+def _tpu(
+  name: str,
+  *,
+  gib: float,
+  bandwidth: float,
+  flops: float,
+  link: float,
+  network: float,
+) -> Chip:
   return Chip(
-    "tpu",
-    name,
-    round(gib * GIB),
-    bandwidth,
-    flops,
-    flops,
-    flops / 6,
-    link,
-    network,
+    kind="tpu",
+    name=name,
+    memory=round(gib * GIB),
+    bandwidth=bandwidth,
+    flops=flops,
+    flops_f32=flops,
+    flops_exact=flops / 6,  # six bfloat16 passes make a float32 product
+    link=link,
+    network=network,
   )
 
 
 # HBM is what the compiler gives a program: a little less than the sheet says.
 TPUS = {
-  "v4": _tpu("TPU v4", 30.75, 1.228e12, 275e12, 50e9, 6.25e9),
-  "v5e": _tpu("TPU v5e", 15.75, 819e9, 197e12, 50e9, 3.125e9),
-  "v5p": _tpu("TPU v5p", 95.74, 2.765e12, 459e12, 100e9, 6.25e9),
-  "v6e": _tpu("TPU v6e", 31.25, 1.64e12, 918e12, 100e9, 12.5e9),
+  "v4": _tpu(
+    "TPU v4",
+    gib=30.75,
+    bandwidth=1.228e12,
+    flops=275e12,
+    link=50e9,
+    network=6.25e9,
+  ),
+  "v5e": _tpu(
+    "TPU v5e",
+    gib=15.75,
+    bandwidth=819e9,
+    flops=197e12,
+    link=50e9,
+    network=3.125e9,
+  ),
+  "v5p": _tpu(
+    "TPU v5p",
+    gib=95.74,
+    bandwidth=2.765e12,
+    flops=459e12,
+    link=100e9,
+    network=6.25e9,
+  ),
+  "v6e": _tpu(
+    "TPU v6e",
+    gib=31.25,
+    bandwidth=1.64e12,
+    flops=918e12,
+    link=100e9,
+    network=12.5e9,
+  ),
 }
 # The cloud's prefix of an accelerator type -> chip, and cores a chip, as v4 and
 # v5p count TensorCores in their names.
@@ -124,137 +159,152 @@ class Card:
   title: str
 
 
-AMPERE_BIG = (2048, 167_936, 166_912)  # threads, shared memory, of a block
+# Resident threads, shared memory of a multiprocessor, and of a block, by the
+# compute capability.
+_LIMITS = {
+  (8, 0): (2048, 167_936, 166_912),
+  (8, 6): (1536, 102_400, 101_376),
+  (8, 9): (1536, 102_400, 101_376),
+  (9, 0): (2048, 233_472, 232_448),
+}
+
+
+def _gpu(
+  name: str,
+  *,
+  memory: int,
+  bandwidth: float,
+  flops: float,
+  flops_exact: float,
+  link: float,
+  network: float,
+  capability: tuple[int, int],
+  cores: int,
+  lanes: int,
+  cache: int,
+  clock: float,
+  title: str,
+) -> tuple[Chip, Card]:
+  # TF32 has half the rate of bfloat16 on all of these.
+  chip = Chip(
+    kind="gpu",
+    name=name,
+    memory=memory,
+    bandwidth=bandwidth,
+    flops=flops,
+    flops_f32=flops / 2,
+    flops_exact=flops_exact,
+    link=link,
+    network=network,
+  )
+  threads, shared, block_shared = _LIMITS[capability]
+  card = Card(
+    capability=capability,
+    cores=cores,
+    lanes=lanes,
+    threads=threads,
+    shared=shared,
+    block_shared=block_shared,
+    cache=cache,
+    clock=clock,
+    title=title,
+  )
+  return chip, card
+
+
 GPUS = {
-  "a6000": (
-    Chip(
-      "gpu",
-      "RTX A6000",
-      51_041_271_808,
-      768.096e9,
-      154.8e12,
-      77.4e12,
-      38.7e12,
-      31.5e9,
-      3.125e9,
-    ),
-    Card(
-      (8, 6),
-      84,
-      128,
-      1536,
-      102_400,
-      101_376,
-      6_291_456,
-      1.8,
-      "NVIDIA RTX A6000",
-    ),
+  "a6000": _gpu(
+    "RTX A6000",
+    memory=51_041_271_808,
+    bandwidth=768.096e9,
+    flops=154.8e12,
+    flops_exact=38.7e12,
+    link=31.5e9,
+    network=3.125e9,
+    capability=(8, 6),
+    cores=84,
+    lanes=128,
+    cache=6_291_456,
+    clock=1.8,
+    title="NVIDIA RTX A6000",
   ),
-  "rtx4090": (
-    Chip(
-      "gpu",
-      "RTX 4090",
-      25_757_220_864,
-      1008.096e9,
-      165.2e12,
-      82.6e12,
-      82.6e12,
-      31.5e9,
-      3.125e9,
-    ),
-    Card(
-      (8, 9),
-      128,
-      128,
-      1536,
-      102_400,
-      101_376,
-      75_497_472,
-      2.52,
-      "NVIDIA GeForce RTX 4090",
-    ),
+  "rtx4090": _gpu(
+    "RTX 4090",
+    memory=25_757_220_864,
+    bandwidth=1.008096e12,
+    flops=165.2e12,
+    flops_exact=82.6e12,
+    link=31.5e9,
+    network=3.125e9,
+    capability=(8, 9),
+    cores=128,
+    lanes=128,
+    cache=75_497_472,
+    clock=2.52,
+    title="NVIDIA GeForce RTX 4090",
   ),
-  "a100-40": (
-    Chip(
-      "gpu",
-      "A100-40",
-      42_505_273_344,
-      1555.2e9,
-      312e12,
-      156e12,
-      19.5e12,
-      300e9,
-      25e9,
-    ),
-    Card((8, 0), 108, 64, *AMPERE_BIG, 41_943_040, 1.41, "NVIDIA A100-40GB"),
+  "a100-40": _gpu(
+    "A100-40",
+    memory=42_505_273_344,
+    bandwidth=1.5552e12,
+    flops=312e12,
+    flops_exact=19.5e12,
+    link=300e9,
+    network=25e9,
+    capability=(8, 0),
+    cores=108,
+    lanes=64,
+    cache=41_943_040,
+    clock=1.41,
+    title="NVIDIA A100-40GB",
   ),
-  "a100-80": (
-    Chip(
-      "gpu",
-      "A100-80",
-      85_100_068_864,
-      2039.04e9,
-      312e12,
-      156e12,
-      19.5e12,
-      300e9,
-      25e9,
-    ),
-    Card((8, 0), 108, 64, *AMPERE_BIG, 41_943_040, 1.41, "NVIDIA A100-80GB"),
+  "a100-80": _gpu(
+    "A100-80",
+    memory=85_100_068_864,
+    bandwidth=2.03904e12,
+    flops=312e12,
+    flops_exact=19.5e12,
+    link=300e9,
+    network=25e9,
+    capability=(8, 0),
+    cores=108,
+    lanes=64,
+    cache=41_943_040,
+    clock=1.41,
+    title="NVIDIA A100-80GB",
   ),
-  "h100": (
-    Chip(
-      "gpu",
-      "H100 SXM",
-      84_942_979_072,
-      3352.32e9,
-      989.4e12,
-      494.7e12,
-      66.9e12,
-      450e9,
-      50e9,
-    ),
-    Card(
-      (9, 0),
-      132,
-      128,
-      2048,
-      233_472,
-      232_448,
-      52_428_800,
-      1.98,
-      "NVIDIA H100 80GB HBM3",
-    ),
+  "h100": _gpu(
+    "H100 SXM",
+    memory=84_942_979_072,
+    bandwidth=3.35232e12,
+    flops=989.4e12,
+    flops_exact=66.9e12,
+    link=450e9,
+    network=50e9,
+    capability=(9, 0),
+    cores=132,
+    lanes=128,
+    cache=52_428_800,
+    clock=1.98,
+    title="NVIDIA H100 80GB HBM3",
   ),
-  "h200": (
-    Chip(
-      "gpu",
-      "H200 SXM",
-      150_109_880_320,
-      4814.0e9,
-      989.4e12,
-      494.7e12,
-      66.9e12,
-      450e9,
-      50e9,
-    ),
-    Card(
-      (9, 0),
-      132,
-      128,
-      2048,
-      233_472,
-      232_448,
-      62_914_560,
-      1.98,
-      "NVIDIA H200",
-    ),
+  "h200": _gpu(
+    "H200 SXM",
+    memory=150_109_880_320,
+    bandwidth=4.814e12,
+    flops=989.4e12,
+    flops_exact=66.9e12,
+    link=450e9,
+    network=50e9,
+    capability=(9, 0),
+    cores=132,
+    lanes=128,
+    cache=62_914_560,
+    clock=1.98,
+    title="NVIDIA H200",
   ),
 }
 ESTIMATED = 1024  # chips that CPU devices can stand for
-PROCESS = (
-  950_000_000  # bytes of a run's process besides its arrays (docs/log.md)
-)
 # What a core does in a second: 16 lanes, two operations each, at 2.5 GHz.
 _CORE, _RAM = 80e9, 20e9
 NODE = 8  # cards of a node at most
@@ -294,9 +344,19 @@ class Target:
     return self.parts * self.part_chips
 
   @property
+  def host_chips(self) -> int:
+    """Chips of one host: a node's cards, four of a TPU's slice or fewer."""
+    return min(self.part_chips, 4 if self.chip.kind == "tpu" else NODE)
+
+  @property
   def memory(self) -> int:
     """Bytes of a chip that a program can have."""
     return int(self.chip.memory * self.share)
+
+  @property
+  def device_memory(self) -> int:
+    """What a device of a run says that it has; 0 = nothing, as a CPU."""
+    return 0 if self.chip.kind == "cpu" else self.memory
 
   @property
   def missing(self) -> str:
@@ -461,14 +521,24 @@ def find(name: str, share: float = GPU_SHARE) -> Target:
 
 
 def this_cpu() -> Chip:
-  """This machine's processor, without the memory of a run's libraries.
+  """This machine's processor and its memory.
 
   Its rates are a rough guess.
   """
   cores = os.cpu_count() or 1
-  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - PROCESS
+  memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
   rate = cores * _CORE
-  return Chip("cpu", "CPU", memory, _RAM, rate, rate, rate, _RAM, _RAM)
+  return Chip(
+    kind="cpu",
+    name="CPU",
+    memory=memory,
+    bandwidth=_RAM,
+    flops=rate,
+    flops_f32=rate,
+    flops_exact=rate,
+    link=_RAM,
+    network=_RAM,
+  )
 
 
 def tpu_target(family: str, chips: int, parts: int) -> Target:

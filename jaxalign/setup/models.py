@@ -323,7 +323,7 @@ def open_policy(
       Fields(_config_json(config.init, tokenizer), "config.init"),
       "lm" if head == "auto" else head,
       dtype=compute,
-      remat=config.remat,
+      remat=config.remat_policy,
     )
     meshes.check_heads(mesh, model.config.heads, "config.init")
     model = _with_policy_attention(model, mesh, config)
@@ -346,7 +346,7 @@ def open_policy(
     compute_dtype=compute,
     head=None if head == "auto" else head,
     lora=lora,
-    remat=config.remat,
+    remat=config.remat_policy,
     seed=config.seed,
   )
   meshes.check_heads(mesh, pretrained.model.config.heads, config.policy)

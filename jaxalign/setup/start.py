@@ -11,6 +11,7 @@ import json
 import os
 import pathlib
 import shutil
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,6 +27,8 @@ from jaxalign.parallel import hosts
 from jaxalign.parallel.mesh import make_mesh
 from jaxalign.runtime import checkpoint, files, workdir
 from jaxalign.setup import models
+
+C = TypeVar("C", bound=TrainingConfig)
 
 FOLDER, NOTE = "start", "start.json"
 
@@ -66,12 +69,14 @@ def find_run(
   return (place if is_run else None), None
 
 
-def find_source(config: TrainingConfig, folder: pathlib.Path) -> Source:
+def find_source(
+  config: TrainingConfig, folder: pathlib.Path | None = None
+) -> Source:
   """The run that `config.init_from` names.
 
   Args:
     config: of the new run.
-    folder: of the new run.
+    folder: of the new run, if it has one.
 
   Raises:
     UserError: it is no run, the new run itself, or has nothing to begin from.
@@ -84,7 +89,7 @@ def find_source(config: TrainingConfig, folder: pathlib.Path) -> Source:
       f"config.init_from must be a run's folder or one of its checkpoints, got "
       f"{name!r}; a model's folder or a hub id is config.policy"
     )
-  if place == folder.absolute():
+  if folder is not None and place == folder.absolute():
     raise UserError(
       f"config.init_from names the run's own folder {folder}; give another "
       "--workdir"
@@ -113,6 +118,24 @@ def find_source(config: TrainingConfig, folder: pathlib.Path) -> Source:
   if config.init_optimizer:
     _check_optimizer(config, mapping, name)
   return Source(place, newest, finished, mapping)
+
+
+def with_its_model(config: C, source: Source, source_config: C) -> C:
+  """The config with the model of the run that it begins from.
+
+  For what reads no parameter: of a run that is not finished it is the model
+  that it began with.
+
+  Args:
+    config: of the new run.
+    source: from `find_source`.
+    source_config: that run's config.
+  """
+  model = source.folder / "model"
+  changes = {"policy": source_config.policy, "init": source_config.init}
+  if model.is_dir():
+    changes["policy"] = str(model)
+  return dataclasses.replace(config, init_from="", **changes)
 
 
 def _check_optimizer(

@@ -4,6 +4,7 @@ How many devices there are is settled when jax starts, so it cannot be done in
 the process of the other tests.
 """
 
+import collections
 import os
 import subprocess
 import sys
@@ -13,11 +14,24 @@ import pytest
 from jaxalign.training import reference_cache
 
 RUN = """
+import logging
+import pathlib
 import sys
 import jax
 from jaxalign import main
 assert len(jax.devices()) == 8
+compiled = []
+
+class Listener(logging.Handler):
+  def emit(self, record):
+    compiled.append(record.getMessage())
+
+logger = logging.getLogger("jax._src.interpreters.pxla")
+logger.addHandler(Listener())
+logger.propagate = False
+jax.config.update("jax_log_compiles", True)
 for sizes in sys.argv.pop(1).split():
+  compiled.clear()
   replica, fsdp, sequence, tensor = sizes.split(",")
   status = main.main([
     *sys.argv[2:],
@@ -28,7 +42,13 @@ for sizes in sys.argv.pop(1).split():
     f"--config.mesh.tensor={tensor}",
   ])
   assert status == 0, (sizes, status)
+  lines = [x for x in compiled if x.startswith("Compiling ")]
+  folder = pathlib.Path(sys.argv[1]) / sizes
+  (folder / "compiled.txt").write_text("\\n".join(lines))
 """
+# The functions of a run that take time to compile, and how many models have
+# each: two reward models are alike here.
+PROGRAMS = {"sample": 1, "score": 2, "update": 1}
 NOT_COMPARED = ("time/", "throughput/", "memory/")
 # Eight devices share few cores, so one may be late at a meeting point. XLA ends
 # the process after 40 s of that.
@@ -88,6 +108,20 @@ def test_metrics_do_not_depend_on_the_mesh(runs, sizes, read):
     for s in ("1,1,1,1", sizes)
   ]
   assert texts[0] == texts[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", ["1,1,1,1", "1,8,1,1", "1,2,2,2"])
+def test_a_program_compiles_once_for_its_shapes(runs, sizes):
+  """What jax says as it compiles: a function's name, and all its shapes."""
+  lines = (runs / sizes / "compiled.txt").read_text().splitlines()
+  count = collections.Counter(
+    line.partition(" Argument mapping")[0] for line in lines
+  )
+  for name, models in PROGRAMS.items():
+    times = [n for line, n in count.items() if f"jit({name})" in line]
+    assert times, name
+    assert max(times) <= models, name
 
 
 @pytest.mark.slow

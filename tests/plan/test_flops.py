@@ -1,6 +1,8 @@
 import jax
 import jax.numpy as jnp
+import pytest
 
+from jaxalign.models import attention
 from jaxalign.plan.flops import BF16, EXACT, F32, count_jaxpr
 
 
@@ -75,3 +77,24 @@ def test_a_convolution_counts_its_window():
     return jax.lax.conv(x, w, (1, 1), "VALID")
 
   assert count(convolve, x, w, trips=0) == {F32: 2 * 5 * 7 * 7 * 3 * 2 * 2}
+
+
+@pytest.mark.parametrize("kind", attention.KINDS)
+def test_attention_counts_the_same_by_every_kernel(kind):
+  """Two products forwards, four backwards, of 2 B N T T H each."""
+  dtype = jnp.bfloat16
+  rows, length, heads, width = 2, 256, 4, 64
+  q = shape(rows, length, heads, width, dtype=dtype)
+  k = shape(rows, heads // 2, length, width, dtype=dtype)
+  mask = shape(rows, length, length, dtype=bool)
+  ids = shape(rows, length, dtype=jnp.int32)
+
+  def loss(q, k, v, mask, ids):
+    out = attention.attend_text(kind, q, k, v, mask, ids, scale=0.1)
+    return out.astype(jnp.float32).sum()
+
+  product = 2 * rows * heads * length**2 * width
+  grad = jax.grad(loss, argnums=(0, 1, 2))
+  found = count(grad, q, k, k, mask, ids, trips=7)
+  # Splash multiplies outputs by their gradients as well, 1 / T of a product.
+  assert found.total() == pytest.approx(6 * product, rel=1e-3)

@@ -6,10 +6,12 @@ import json
 import pytest
 
 from jaxalign import algorithms
+from jaxalign.config import to_mapping
 from jaxalign.errors import UserError
 from jaxalign.plan import __main__ as command
 from jaxalign.plan import measure, page, search, standins, targets
 from jaxalign.plan.targets import find
+from jaxalign.setup import start
 from jaxalign.setup.models import LAB
 
 # GPT-NeoX by its config.json alone.
@@ -90,6 +92,12 @@ def test_peak_holds_state_gradients_and_activations(planned):
   text = page.text(plan)
   assert "fits: update needs" in text
   assert "7 steps" in text
+  assert "first step after about" in text
+  # Of 32 tokens there is one width.
+  assert "programs over the run" not in text
+  # A run's own process is counted: jax alone takes 100 MB.
+  assert plan.needed - plan.peak.peak == plan.process > 1e8
+  assert f"and {plan.process / 2**30:.2f} of the process itself" in text
   found = page.as_json(plan)
   assert json.loads(json.dumps(found))["programs"][0]["name"] == "update"
   assert "cpu" in page.side_by_side([plan, plan])
@@ -119,20 +127,30 @@ def test_what_a_program_does_not_use_stays_beside_it(model, tmp_path):
   assert update.peak - update.temporary < 4.5 * SIZE
 
 
-def test_the_largest_pass_fits_and_one_row_more_does_not(planned):
+def test_an_update_compiled_again_needs_what_the_plan_says(planned):
   there, plan = planned
-  # Room for the state and twenty megabytes.
-  room = 12 * SIZE + 20 * 2**20
-  chip = dataclasses.replace(plan.target.chip, memory=room)
-  small = dataclasses.replace(plan.target, chip=chip)
-  rows = search.largest_rows(there.config, small)
-  assert 2 < rows < search.MOST
   spec = algorithms.describe(there.config)
-  resident = measure.residents(algorithms.programs(spec))
-  for count, fits in ((rows, True), (rows + 1, False)):
-    program = search.update_of(spec, count)
-    peak = measure.measure(program, spec, small, resident).peak
-    assert (peak <= room) == fits
+  assert search.update_peak(spec, plan.target) == plan.peak.peak
+
+
+@pytest.mark.parametrize("room", [1000, 5000, 40_000])
+def test_the_largest_pass_fits_and_one_row_more_does_not(
+  planned, monkeypatch, room
+):
+  """Nearly a line, as memory is: 700 bytes, 30 for each row and a little."""
+  there, plan = planned
+  tried = []
+
+  def peak(spec, target):
+    rows = spec.batch_shape[1]
+    tried.append(rows)
+    return 700 + 30 * rows + rows // 50
+
+  monkeypatch.setattr(search, "update_peak", peak)
+  rows = search.largest_rows(there.config, plan.target, room)
+  exact = max(n for n in range(4097) if 700 + 30 * n + n // 50 <= room)
+  assert exact - exact // 16 <= rows <= exact
+  assert len(tried) <= 6
 
 
 def test_the_smallest_slice_is_not_below_what_its_state_needs(planned):
@@ -150,7 +168,7 @@ def test_the_smallest_slice_is_not_below_what_its_state_needs(planned):
     programs = (dataclasses.replace(update, peak=peak),)
     return dataclasses.replace(plan, target=target, programs=programs)
 
-  small = dataclasses.replace(plan, target=among[0])
+  small = plan = dataclasses.replace(plan, target=among[0], process=0)
   assert not small.fits
   found = search.smallest(run, small, among)
   # A third holds a quarter and not an eighth more; then an eighth twice.
@@ -212,6 +230,38 @@ def test_the_command_prints_json(model, tmp_path, capsys, monkeypatch):
   assert found["resident_bytes"]["parameters"] == 4 * SIZE
   assert found["fits"]
   assert found["programs"][0]["bound_by"] in ("arithmetic", "memory")
+
+
+def test_a_run_that_begins_from_another_has_its_model(model, tmp_path):
+  source, other = tmp_path / "run", config(model)
+  (source / "model").mkdir(parents=True)
+  (source / "config.json").write_text(json.dumps(to_mapping(other)))
+  (source / "finished.json").write_text("{}")
+  asked = config("lab", init_from=str(source))
+  found = algorithms.with_its_model(asked)
+  assert (found.policy, found.init_from) == (str(source / "model"), "")
+  # One that is not finished: what it began with has the same shapes.
+  (source / "model").rmdir()
+  begun = start.Source(source, 3, finished=False, config={})
+  assert start.with_its_model(asked, begun, other).policy == model
+
+
+def test_programs_of_a_run_are_counted_by_the_widths_of_its_texts(tmp_path):
+  mapping = {"algorithm": "superhf", "num_prompts": 24, "max_length": 96}
+  mapping |= {"sampling": {"length_buckets": (16, 32, 64, 128)}}
+  spec = algorithms.describe(algorithms.read_config(mapping))
+  shapes = {
+    program.name: measure.shape_count(program, spec)
+    for program in algorithms.programs(spec)
+  }
+  prompt = spec.rollout.prompt_length
+  assert shapes["sample"] == 1 + sum(w < prompt for w in (16, 32, 64))
+  assert shapes["update"] == 3  # 32, 64, 96
+  # Whole calls, and smaller ones for the last texts of a length.
+  score = next(p for p in algorithms.programs(spec) if p.name[:5] == "score")
+  others = measure.other_shapes(score, spec)
+  assert len({other.arguments[1].shape for other in others}) == len(others)
+  assert shapes[score.name] == 1 + len(others) > 2
 
 
 def refused(capsys, *argv):

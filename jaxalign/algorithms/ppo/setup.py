@@ -88,7 +88,7 @@ def open_value_model(config: PPOConfig, policy: ModelSpec) -> ModelSpec:
     )
   # It is trained next to the policy, so it computes like the policy.
   dtype = compute_dtype(config.precision.compute, policy.mesh)
-  model = spec.model.replace(dtype=dtype, remat=config.remat)
+  model = spec.model.replace(dtype=dtype, remat=config.remat_policy)
   model = with_attention(model, policy.mesh, config.attention)
   return dataclasses.replace(
     spec, model=model, stored=spec.stored or spec.model
