@@ -4,6 +4,7 @@ All of it is made here from a list of words, in a second or two, and saved by
 the program's own writers, so the runs below start from folders as users do.
 """
 
+import contextlib
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from jaxalign.models.deberta import DebertaConfig
 from jaxalign.models.hf import write
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
+from jaxalign.training.recorder import Recorder
 
 ROOT = pathlib.Path(__file__).parents[2]
 THINGS = [
@@ -233,6 +235,28 @@ def finished(superhf, tmp_path_factory):
   folder = tmp_path_factory.mktemp("finished") / "run"
   assert main.main(superhf(folder)) == 0
   return folder
+
+
+@pytest.fixture(scope="session")
+def guarded():
+  """A context in which a run's steps may hide no transfer to or from a device.
+
+  From their first to their last line every transfer is asked for.
+  """
+  steps = Recorder.steps
+
+  def guarded_steps(self):
+    for step in steps(self):
+      with jax.transfer_guard("disallow"):
+        yield step
+
+  @contextlib.contextmanager
+  def guarded():
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(Recorder, "steps", guarded_steps)
+      yield
+
+  return guarded
 
 
 class Fork:

@@ -56,28 +56,35 @@ def forbid(monkeypatch):
   monkeypatch.setattr(reference_cache, "precompute", refuse)
 
 
-def run(argv):
-  """Runs a command; the bytes that it has on the device after its last step."""
+@pytest.fixture(scope="module")
+def run(guarded):
+  """Runs a command; the bytes that it has on the device after its last step.
+
+  No transfer is hidden in its steps.
+  """
 
   def alive():
     return sum(x.nbytes for x in jax.live_arrays())
 
-  save = Recorder.save
+  def run(argv):
+    save, found = Recorder.save, []
 
-  def watched(self, step, state):
-    found.append(alive())
-    save(self, step, state)
+    def watched(self, step, state):
+      found.append(alive())
+      save(self, step, state)
 
-  gc.collect()
-  found = [alive()]
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(Recorder, "save", watched)
-    assert main.main(argv) == 0
-  return found[-1] - found[0]
+    gc.collect()
+    before = alive()
+    with guarded(), pytest.MonkeyPatch.context() as patch:
+      patch.setattr(Recorder, "save", watched)
+      assert main.main(argv) == 0
+    return found[-1] - before
+
+  return run
 
 
 @pytest.fixture(scope="module", params=["dpo.py", "kto.py"])
-def stored(request, command, tmp_path_factory):
+def stored(request, command, run, tmp_path_factory):
   """(config file, folder, bytes on the device) of a run that stores."""
   folder = tmp_path_factory.mktemp("stored") / "run"
   fields = {"reference": "stored", "checkpoint__every_steps": 1}
@@ -85,7 +92,7 @@ def stored(request, command, tmp_path_factory):
 
 
 def test_a_stored_reference_changes_nothing_but_memory(
-  stored, command, tmp_path, read
+  stored, command, run, tmp_path, read
 ):
   config, folder, size = stored
   live = tmp_path / "live"
