@@ -316,6 +316,5 @@ def fork(tmp_path_factory):
     names = {"argv": list(argv), "env": env, "first": first}
     return Fork(ask, names | {"out": out, "errors": errors})
 
-  with server:
+  with server:  # it ends with its input
     yield fork
-    server.stdin.close()

@@ -11,16 +11,17 @@ import json
 import os
 import sys
 
+import transformers
+
 METHODS = ("kto", "ppo", "sft", "superhf")
-LATE = ("jinja2", "optax", "orbax.checkpoint", "rich.progress", "transformers")
 for name in (
   "jaxalign.main",
   *(f"jaxalign.algorithms.{method}.setup" for method in METHODS),
-  *LATE,
-  "transformers.configuration_utils",
-  "transformers.tokenization_utils_tokenizers",
+  *("jinja2", "orbax.checkpoint", "rich.progress"),
 ):
   importlib.import_module(name)
+# These names are imported once they are asked for.
+_ = transformers.AutoConfig, transformers.PreTrainedTokenizerFast
 
 
 def run(job):
