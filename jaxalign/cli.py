@@ -9,6 +9,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import inspect
+import logging
 import os
 import pathlib
 import re
@@ -182,6 +183,26 @@ def take_fields(
   return others, fields
 
 
+# As JAX itself looks for a GPU of NVIDIA.
+GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+
+
+@functools.cache  # once a process
+def quiet_gpu_compiler() -> None:
+  """Drops what the extra plan-gpu, a compiler alone, says at every start.
+
+  On a machine with a GPU it stays, unless `JAX_PLATFORMS` is cpu: it is then
+  why JAX does not find the GPU.
+  """
+  if os.environ.get("JAX_PLATFORMS") != "cpu" and any(
+    map(os.path.exists, GPU_FILES)
+  ):
+    return
+  logging.getLogger("jax_plugins.xla_cuda13").addFilter(
+    lambda record: record.msg != "cuda_plugin_extension is not found."
+  )
+
+
 @runtime_checkable
 class Command(Protocol):
   """A command: words in, exit status out."""
@@ -206,6 +227,7 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Command:
 
   @functools.wraps(run)
   def main(argv: Sequence[str] | None = None) -> int:
+    quiet_gpu_compiler()
     try:
       return run(sys.argv[1:] if argv is None else argv) or 0
     except BaseException as error:

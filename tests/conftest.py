@@ -31,6 +31,11 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 # and again.
 gc.set_threshold(100_000, 50, 50)
 
+
+def pytest_collection_finish():
+  gc.freeze()  # modules and tests stay until the end
+
+
 SHARED = pathlib.Path(__file__).parents[2] / "shared" / "data"
 
 # A busy machine is no reason to fail: no time limit per example.

@@ -1,6 +1,7 @@
 """Flags, users' files and exit statuses, as every command has them."""
 
 import errno
+import logging
 import pathlib
 import subprocess
 import sys
@@ -195,3 +196,22 @@ def test_an_interrupted_command_skips_the_interpreters_end():
   done = subprocess.run([sys.executable, "-c", code], capture_output=True)
   assert done.returncode == cli.INTERRUPTED
   assert done.stdout == b"begun\n"
+
+
+@pytest.mark.parametrize(
+  ("gpu", "platforms", "shown"),
+  [(False, "", False), (True, "cpu", False), (True, "", True)],
+)
+def test_a_compiler_without_cuda_is_no_news(
+  gpu, platforms, shown, monkeypatch, caplog, tmp_path
+):
+  """The extra plan-gpu; where there is a GPU to find, it is."""
+  monkeypatch.setattr(cli, "GPU_FILES", (tmp_path,) if gpu else ())
+  monkeypatch.setenv("JAX_PLATFORMS", platforms)
+  logger = logging.getLogger("jax_plugins.xla_cuda13")
+  monkeypatch.setattr(logger, "filters", [])
+  cli.quiet_gpu_compiler.__wrapped__()
+  logger.warning("cuda_plugin_extension is not found.")
+  logger.warning("CUDA is too old.")
+  assert ("cuda_plugin_extension is not found." in caplog.messages) == shown
+  assert "CUDA is too old." in caplog.messages

@@ -25,7 +25,7 @@ from jaxalign.scoring.reward_model import RewardModel
 from jaxalign.setup.optimizer import optimizer_of, schedule_of
 from jaxalign.training import recorder, rollout
 from jaxalign.training.rollout import RolloutSource
-from jaxalign.training.run import Run
+from jaxalign.training.run import Run, Step
 
 CONFIG = NeoXConfig(
   vocab_size=13,
@@ -57,6 +57,35 @@ def _built(head, adapters, seed):
   return model, jax.tree.unflatten(tree, noisy)
 
 
+@functools.cache
+def _logits(model):
+  @jax.jit
+  def logits(params, tokens):
+    module = model.bind(params)
+    places = jnp.arange(tokens.shape[1])[None]
+    hidden, _ = module(tokens, places, jnp.ones_like(tokens))
+    return hidden[0], module.unembed(hidden)[0]
+
+  return logits
+
+
+def states(model, params, ids):
+  """One text's last hidden states `[T, D]` and log p `[T, V]`, by numpy.
+
+  Nothing of it is padded or in a batch.
+  """
+  hidden, logits = _logits(model)(params, np.array([ids]))
+  logits = np.asarray(logits, np.float64)
+  logits = logits - logits.max(-1, keepdims=True)
+  sums = np.log(np.exp(logits).sum(-1, keepdims=True))
+  return np.asarray(hidden), logits - sums
+
+
+def log_softmax(model, params, ids):
+  """log p `[T, V]` of one text, see `states`."""
+  return states(model, params, ids)[1]
+
+
 class Log(recorder.Recorder):
   """Keeps reports and states in lists."""
 
@@ -86,11 +115,32 @@ class Log(recorder.Recorder):
     self.states.append(state)
 
 
+_programs = {}
+
+
+class CachedRun(Run):
+  """A run that compiles an update once for all runs that are like it.
+
+  An update depends on its method, the config and the models; all else is an
+  argument.
+  """
+
+  def jit(self, update):
+    reference = self.reference and self.reference[0]
+    name = (
+      update.__module__,
+      update.__qualname__,
+      jax.tree.structure(self.state),
+    )
+    key = *name, self.config, self.model, reference
+    return Step(self, _programs.setdefault(key, jax.jit(update)))
+
+
 def run_of(config, model, params, reference=None, extra_state=None):
   """A run whose reports and states are kept in `run.recorder`, a `Log`."""
   trained, frozen = lora.split(params) if model.lora else (params, {})
   optimizer = optimizer_of(config)
-  return Run(
+  return CachedRun(
     config,
     model,
     optim.init_state(trained, optimizer, config.optimizer.ema, extra_state),
@@ -224,7 +274,9 @@ def toy(monkeypatch):
     ids=ids,
     kept_batch=kept_batch,
     letters=letters(),
+    log_softmax=log_softmax,
     run=run_of,
     source=source,
+    states=states,
     text_batch=text_batch,
   )

@@ -4,9 +4,16 @@ All of it is made here from a list of words, in a second or two, and saved by
 the program's own writers, so the runs below start from folders as users do.
 """
 
+import contextlib
+import itertools
 import json
+import os
 import pathlib
 import random
+import signal
+import subprocess
+import sys
+import time
 import types
 
 import jax
@@ -21,6 +28,7 @@ from jaxalign.models.deberta import DebertaConfig
 from jaxalign.models.hf import write
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
+from jaxalign.training.recorder import Recorder
 
 ROOT = pathlib.Path(__file__).parents[2]
 THINGS = [
@@ -227,3 +235,86 @@ def finished(superhf, tmp_path_factory):
   folder = tmp_path_factory.mktemp("finished") / "run"
   assert main.main(superhf(folder)) == 0
   return folder
+
+
+@pytest.fixture(scope="session")
+def guarded():
+  """A context in which a run's steps may hide no transfer to or from a device.
+
+  From their first to their last line every transfer is asked for.
+  """
+  steps = Recorder.steps
+
+  def guarded_steps(self):
+    for step in steps(self):
+      with jax.transfer_guard("disallow"):
+        yield step
+
+  @contextlib.contextmanager
+  def guarded():
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(Recorder, "steps", guarded_steps)
+      yield
+
+  return guarded
+
+
+class Fork:
+  """A command in a process of its own, as `subprocess.Popen` has it."""
+
+  def __init__(self, ask, job):
+    self.ask, self.job, self.returncode = ask, job, None
+    self.pid = ask(job)
+
+  def poll(self):
+    if self.returncode is None:
+      self.returncode = self.ask({"poll": self.pid})
+    return self.returncode
+
+  def communicate(self, timeout=300):
+    until = time.monotonic() + timeout
+    while self.poll() is None:
+      if time.monotonic() > until:
+        raise subprocess.TimeoutExpired(self.job["argv"], timeout)
+      time.sleep(0.02)
+    return [
+      pathlib.Path(self.job[name]).read_text() for name in ("out", "errors")
+    ]
+
+  def send_signal(self, number):
+    if self.poll() is None:
+      os.kill(self.pid, number)
+
+  def kill(self):
+    self.send_signal(signal.SIGKILL)
+
+
+@pytest.fixture(scope="module")
+def fork(tmp_path_factory):
+  """(argv, env, first) -> `jaxalign.main` in a process; imports are done once.
+
+  `first` is code that it runs before anything else.
+  """
+  folder, numbers = tmp_path_factory.mktemp("forks"), itertools.count()
+  server = subprocess.Popen(
+    [sys.executable, pathlib.Path(__file__).with_name("forks.py")],
+    cwd=ROOT,
+    env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)},
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+
+  def ask(message):
+    server.stdin.write(json.dumps(message) + "\n")
+    server.stdin.flush()
+    return json.loads(server.stdout.readline())
+
+  def fork(argv, env, first=""):
+    number = next(numbers)
+    out, errors = (str(folder / f"{number}.{name}") for name in ("out", "err"))
+    names = {"argv": list(argv), "env": env, "first": first}
+    return Fork(ask, names | {"out": out, "errors": errors})
+
+  with server:  # it ends with its input
+    yield fork

@@ -1,11 +1,9 @@
 """Two processes over loopback: equal to one, stopped, killed, resumed."""
 
 import os
-import pathlib
+import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import pytest
@@ -13,7 +11,6 @@ from safetensors.numpy import load_file
 
 from jaxalign import main
 
-ROOT = pathlib.Path(__file__).parents[2]
 NOT_COMPARED = ("time/", "throughput/", "memory/")
 
 
@@ -22,33 +19,32 @@ def in_folder(command, folder):
   return [*words, f"--workdir={folder}"]
 
 
-def start(command, folder, processes, devices, **env):
-  """Starts processes of `jaxalign.main`, of so many pretended devices each."""
+@pytest.fixture(scope="module")
+def start(fork):
+  """Starts a command in two processes, of two pretended devices each."""
+
+  def start(command, folder, flags=((), ()), devices=(2, 2), first=""):
+    words = [*in_folder(command, folder), "--num_processes=2"]
+    words.append(f"--coordinator=127.0.0.1:{free_port()}")
+    return [
+      fork([*words, f"--process_id={i}", *flags[i]], pretend(count), first)
+      for i, count in enumerate(devices)
+      if count
+    ]
+
+  return start
+
+
+def free_port():
   with socket.socket() as probe:
     probe.bind(("127.0.0.1", 0))
-    port = probe.getsockname()[1]
-  words = in_folder(command, folder)
-  command = [sys.executable, "-m", "jaxalign.main", *words]
+    return probe.getsockname()[1]
+
+
+def pretend(devices):
+  """The environment of a process that pretends to have so many devices."""
   count = f"--xla_force_host_platform_device_count={devices}"
-  flags = f"{os.environ.get('XLA_FLAGS', '')} {count}"
-  running = []
-  for i in range(processes):
-    cluster = [
-      f"--coordinator=127.0.0.1:{port}",
-      f"--num_processes={processes}",
-      f"--process_id={i}",
-    ]
-    running.append(
-      subprocess.Popen(
-        command + (cluster if processes > 1 else []),
-        cwd=ROOT,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags} | env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-      )
-    )
-  return running
+  return {"XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {count}"}
 
 
 def end(running, timeout=300):
@@ -114,27 +110,39 @@ def sft(supervised, lab):
   return command
 
 
-def test_two_processes_equal_one(sft, tmp_path, read):
-  """The lead alone prints and writes; the checkpoint is of both."""
-  command = sft(checkpoint__every_steps=2)
-  two = start(command, tmp_path / "two", 2, 2)
-  # One process of one device; the slow tests below have one of four.
-  assert main.main(in_folder(command, tmp_path / "one")) == 0
+@pytest.fixture(scope="module")
+def whole(sft, start, tmp_path_factory):
+  """The command of a run that two processes finish, and its folder.
+
+  Its 60 steps take long enough to be killed in the middle. One process of one
+  device, this one, finishes it as well, in the folder `one` next to it.
+  """
+  command = sft(60, checkpoint__every_steps=15)
+  folder = tmp_path_factory.mktemp("whole")
+  two = start(command, folder / "two")
+  assert main.main(in_folder(command, folder / "one")) == 0
   lead, other = end(two)
   assert (lead[0], other[0]) == (0, 0), lead[2] + other[2]
   assert "mesh: 4 devices (replica 1, fsdp 4, sequence 1, tensor 1)" in lead[1]
   assert other[1] == "" or "Gloo" in other[1]
-  assert_equal_runs(tmp_path / "one", tmp_path / "two", read, 1e-4)
+  return command, folder / "two"
+
+
+def test_two_processes_equal_one(whole, sft, tmp_path, read):
+  """The lead alone prints and writes; the checkpoint is of both."""
+  _, two = whole
+  assert_equal_runs(two.with_name("one"), two, read, 1e-4)
   # One process of one device goes on from what two wrote.
-  longer = in_folder(sft(5, checkpoint__every_steps=2), tmp_path / "two")
-  assert main.main([*longer, "--extend"]) == 0
-  assert len(read(tmp_path / "two" / "metrics.jsonl")) == 5
+  longer = shutil.copytree(two, tmp_path / "longer")
+  command = in_folder(sft(62, checkpoint__every_steps=15), longer)
+  assert main.main([*command, "--extend"]) == 0
+  assert len(read(longer / "metrics.jsonl")) == 62
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["superhf", "ppo"])
 def test_online_methods_equal_one_process(
-  method, superhf, online, tmp_path, read
+  method, start, superhf, online, tmp_path, read
 ):
   command = online(
     "ppo.py",
@@ -155,9 +163,9 @@ def test_online_methods_equal_one_process(
       evaluation__num_prompts=4,
       evaluation__best_of_n=2,
     )
-  one = start(command, tmp_path / "one", 1, 4)
-  two = start(command, tmp_path / "two", 2, 2)
-  for status, _, errors in end(one + two, 600):
+  two = start(command, tmp_path / "two")
+  assert main.main(in_folder(command, tmp_path / "one")) == 0
+  for status, _, errors in end(two, 600):
     assert status == 0, errors
   assert_equal_runs(tmp_path / "one", tmp_path / "two", read, 1e-4)
 
@@ -170,103 +178,73 @@ def wait_for(path, running):
     time.sleep(0.02)
 
 
-@pytest.fixture(scope="module")
-def whole(sft, tmp_path_factory):
-  """The command of a run of 60 steps, and the folder where two finished it."""
-  command = sft(60, checkpoint__every_steps=20)
-  folder = tmp_path_factory.mktemp("whole") / "run"
-  for status, _, errors in end(start(command, folder, 2, 2)):
-    assert status == 0, errors
-  return command, folder
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other(victim, whole, tmp_path, read):
-  """Within a minute and with a message; both again end as if nothing was."""
+def test_a_killed_process_ends_the_other(start, whole, tmp_path, read):
+  """Within a minute and with a message; both again end as if nothing was.
+
+  The lead is killed after the first save, then the other one after the second.
+  """
   command, wanted = whole
   folder = tmp_path / "run"
-  running = start(command, folder, 2, 2)
-  wait_for(folder / "checkpoints" / "00000020", running)
-  running[victim].kill()
-  begin = time.monotonic()
-  status, _, errors = end(running, 90)[1 - victim]
-  assert time.monotonic() - begin < 60
-  assert status == 1
-  assert error_of(errors).startswith(f"error: host {victim} (")
-  assert "goes on from its last checkpoint" in error_of(errors)
-  for status, _, errors in end(start(command, folder, 2, 2)):
+  for victim, step in enumerate((15, 30)):
+    running = start(command, folder)
+    wait_for(folder / "checkpoints" / f"{step:08}", running)
+    running[victim].kill()
+    begin = time.monotonic()
+    status, _, errors = end(running, 90)[1 - victim]
+    assert time.monotonic() - begin < 60
+    assert status == 1
+    assert error_of(errors).startswith(f"error: host {victim} (")
+    assert "goes on from its last checkpoint" in error_of(errors)
+  for status, _, errors in end(start(command, folder)):
     assert status == 0, errors
   assert_equal_runs(wanted, folder, read, 0)
 
 
 @pytest.mark.slow
-def test_a_stop_of_one_process_is_one_of_both(whole, tmp_path, read):
+def test_a_stop_of_one_process_is_one_of_both(start, whole, tmp_path, read):
   command, wanted = whole
   folder = tmp_path / "run"
-  running = start(command, folder, 2, 2)
-  wait_for(folder / "checkpoints" / "00000020", running)
+  running = start(command, folder)
+  wait_for(folder / "checkpoints" / "00000015", running)
   running[1].send_signal(signal.SIGTERM)
   lead, other = end(running, 60)
   assert (lead[0], other[0]) == (143, 143), lead[2] + other[2]
   assert "stopped after step" in lead[1]
   # One process of another number of devices goes on from there.
-  ((status, _, errors),) = end(start(command, folder, 1, 2))
-  assert status == 0, errors
+  assert main.main(in_folder(command, folder)) == 0
   assert_equal_runs(wanted, folder, read, 1e-4)
 
 
-WRONG = """
-import sys
-from jaxalign import main
-from jaxalign.parallel import hosts
-hosts.START_SECONDS = 5
-sys.exit(main.main(sys.argv[1:]))
-"""
-
-
 @pytest.mark.slow
-def test_wrong_starts_are_one_line(sft, tmp_path):
+def test_wrong_starts_are_one_line(sft, start, tmp_path):
   """Other flags, other devices, too few devices, nobody there."""
-  command = sft()
+  impatient = "from jaxalign.parallel import hosts; hosts.START_SECONDS = 5"
 
-  def fails(flags, devices=(2, 2), ids=(0, 1)):
-    with socket.socket() as probe:
-      probe.bind(("127.0.0.1", 0))
-      port = probe.getsockname()[1]
-    words = in_folder(command, tmp_path / "run")
-    words += [f"--coordinator=127.0.0.1:{port}", "--num_processes=2"]
-    running = []
-    for i in ids:
-      count = f"--xla_force_host_platform_device_count={devices[i]}"
-      running.append(
-        subprocess.Popen(
-          [sys.executable, "-c", WRONG, *words, f"--process_id={i}", *flags[i]],
-          cwd=ROOT,
-          env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": count},
-          stdout=subprocess.PIPE,
-          stderr=subprocess.PIPE,
-          text=True,
-        )
-      )
+  def begin(**wrong):
+    return start(sft(), tmp_path / "run", first=impatient, **wrong)
+
+  def errors(running):
     found = end(running, 90)
     assert not (tmp_path / "run").exists()
     return [(status, error_of(errors)) for status, _, errors in found]
 
-  same = [[], []]
-  for status, error in fails([[], ["--config.optimizer.learning_rate=0.5"]]):
+  # These wait, so they are started first.
+  no_other, no_lead = begin(devices=(2, 0)), begin(devices=(0, 2))
+  flag = "--config.optimizer.learning_rate=0.5"
+  for status, error in errors(begin(flags=([], [flag]))):
     assert status == 2
     assert "config.optimizer.learning_rate is 0.001 on host 0" in error
     assert "and 0.5 on host 1" in error
-  for status, error in fails(same, devices=(2, 1)):
+  for status, error in errors(begin(devices=(2, 1))):
     assert status == 2
     assert "the number of its devices is 2 on host 0" in error
-  for status, error in fails([["--config.mesh.fsdp=2"]] * 2):
+  for status, error in errors(begin(flags=[["--config.mesh.fsdp=2"]] * 2)):
     assert status == 2
     assert "= 2 devices, but a run on 2 hosts needs all 4" in error
-  ((status, error),) = fails(same, ids=(1,))
+  ((status, error),) = errors(no_lead)
   assert status == 2
   assert "cannot be reached within 5 s: [Errno 111]" in error
-  ((status, error),) = fails(same, ids=(0,))
+  ((status, error),) = errors(no_other)
   assert status == 1
   assert "not all 2 processes came to 127.0.0.1" in error

@@ -5,6 +5,7 @@ the process of the other tests.
 """
 
 import collections
+import json
 import os
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from jaxalign.training import reference_cache
 
 RUN = """
+import json
 import logging
 import pathlib
 import sys
@@ -30,21 +32,13 @@ logger = logging.getLogger("jax._src.interpreters.pxla")
 logger.addHandler(Listener())
 logger.propagate = False
 jax.config.update("jax_log_compiles", True)
-for sizes in sys.argv.pop(1).split():
+for command in json.loads(sys.argv[1]):
   compiled.clear()
-  replica, fsdp, sequence, tensor = sizes.split(",")
-  status = main.main([
-    *sys.argv[2:],
-    f"--workdir={sys.argv[1]}/{sizes}",
-    f"--config.mesh.replica={replica}",
-    f"--config.mesh.fsdp={fsdp}",
-    f"--config.mesh.sequence={sequence}",
-    f"--config.mesh.tensor={tensor}",
-  ])
-  assert status == 0, (sizes, status)
+  assert main.main(command) == 0, command
+  (folder,) = (x for x in command if x.startswith("--workdir="))
   lines = [x for x in compiled if x.startswith("Compiling ")]
-  folder = pathlib.Path(sys.argv[1]) / sizes
-  (folder / "compiled.txt").write_text("\\n".join(lines))
+  path = pathlib.Path(folder.removeprefix("--workdir=")) / "compiled.txt"
+  path.write_text("\\n".join(lines))
 """
 # The functions of a run that take time to compile, and how many models have
 # each: two reward models are alike here.
@@ -58,16 +52,59 @@ PATIENCE = (
 )
 
 
-def on_meshes(sizes, folder, command):
-  """Runs a command on each mesh `replica,fsdp,sequence,tensor`."""
-  command = [word for word in command if not word.startswith("--workdir")]
+ONE = "1,1,1,1"  # replica, fsdp, sequence, tensor
+MANY = {"superhf": "1,2,2,2", "kto": "2,2,1,2"}
+
+
+@pytest.fixture(scope="module")
+def runs(superhf, supervised, lab, tmp_path_factory):
+  """The folder of runs of SuperHF and KTO, in one process.
+
+  It has a folder for each method, and in it one for each mesh.
+  """
+  folder = tmp_path_factory.mktemp("meshes")
+
+  def of_mesh(sizes):
+    axes = ("replica", "fsdp", "sequence", "tensor")
+    sizes = zip(axes, sizes.split(","), strict=True)
+    return {f"mesh.{axis}": size for axis, size in sizes}
+
+  def superhf_on(sizes):
+    return superhf(
+      folder / "superhf" / sizes,
+      steps=2,
+      superbatch__prompts=8,
+      batch_size=8,
+      optimizer__warmup_steps=0,
+      checkpoint__every_steps=0,
+      **of_mesh(sizes),
+    )
+
+  def kto_on(sizes):
+    return supervised(
+      "kto.py",
+      folder / "kto" / sizes,
+      steps=3,
+      policy=lab.policy,
+      data=lab.pairs,
+      validation_data=lab.pairs,
+      validation_rows=10,
+      batch_size=16,
+      micro_batch=8,
+      beta=0.5,
+      reference="stored",
+      **of_mesh(sizes),
+    )
+
+  commands = [superhf_on(sizes) for sizes in (ONE, MANY["superhf"])]
+  commands += [kto_on(sizes) for sizes in (ONE, MANY["kto"])]
   flags = os.environ.get("XLA_FLAGS", "")
   env = os.environ | {
     "JAX_PLATFORMS": "cpu",
     "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8 {PATIENCE}",
   }
   done = subprocess.run(
-    [sys.executable, "-c", RUN, sizes, str(folder), *command],
+    [sys.executable, "-c", RUN, json.dumps(commands)],
     env=env,
     capture_output=True,
     text=True,
@@ -78,43 +115,27 @@ def on_meshes(sizes, folder, command):
   return folder
 
 
-@pytest.fixture(scope="module")
-def runs(superhf, tmp_path_factory):
-  folder = tmp_path_factory.mktemp("meshes")
-  command = superhf(
-    folder,
-    steps=2,
-    superbatch__prompts=8,
-    batch_size=8,
-    optimizer__warmup_steps=0,
-    checkpoint__every_steps=0,
-  )
-  return on_meshes("1,1,1,1 1,8,1,1 1,2,2,2", folder, command)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", ["1,8,1,1", "1,2,2,2"])
-def test_metrics_do_not_depend_on_the_mesh(runs, sizes, read):
-  one, many = (read(runs / s / "metrics.jsonl") for s in ("1,1,1,1", sizes))
-  assert len(one) == len(many) == 2
+@pytest.mark.parametrize(("method", "steps"), [("superhf", 2), ("kto", 3)])
+def test_metrics_do_not_depend_on_the_mesh(runs, method, steps, read):
+  """KTO's KL: its rows lie on four devices, parameters are split two ways."""
+  one, many = (
+    read(runs / method / sizes / "metrics.jsonl")
+    for sizes in (ONE, MANY[method])
+  )
+  assert len(one) == len(many) == steps
   for a, b in zip(one, many, strict=True):
     assert a.keys() == b.keys()
     for name in a:
       if not name.startswith(NOT_COMPARED):
         assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), name
-  # Neither do the samples: their noise is keyed by prompt, not by device.
-  texts = [
-    [r["completion"] for r in read(runs / s / "samples.jsonl")]
-    for s in ("1,1,1,1", sizes)
-  ]
-  assert texts[0] == texts[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", ["1,1,1,1", "1,8,1,1", "1,2,2,2"])
+@pytest.mark.parametrize("sizes", [ONE, MANY["superhf"]])
 def test_a_program_compiles_once_for_its_shapes(runs, sizes):
   """What jax says as it compiles: a function's name, and all its shapes."""
-  lines = (runs / sizes / "compiled.txt").read_text().splitlines()
+  lines = (runs / "superhf" / sizes / "compiled.txt").read_text().splitlines()
   count = collections.Counter(
     line.partition(" Argument mapping")[0] for line in lines
   )
@@ -125,35 +146,21 @@ def test_a_program_compiles_once_for_its_shapes(runs, sizes):
 
 
 @pytest.mark.slow
-def test_kto_and_its_stored_reference_on_a_mesh(
-  supervised, lab, tmp_path, read
-):
-  """The KL's rows lie on four devices; parameters are split in two ways."""
-  command = supervised(
-    "kto.py",
-    tmp_path,
-    steps=3,
-    policy=lab.policy,
-    data=lab.pairs,
-    validation_data=lab.pairs,
-    validation_rows=10,
-    batch_size=16,
-    micro_batch=8,
-    beta=0.5,
-    reference="stored",
+def test_samples_do_not_depend_on_the_mesh(runs, read):
+  """Their noise is keyed by prompt, not by device."""
+  one, many = (
+    [row["completion"] for row in read(runs / "superhf" / s / "samples.jsonl")]
+    for s in (ONE, MANY["superhf"])
   )
-  on_meshes("1,1,1,1 2,2,1,2", tmp_path, command)
-  one, many = (tmp_path / sizes for sizes in ("1,1,1,1", "2,2,1,2"))
-  for a, b in zip(
-    read(one / "metrics.jsonl"), read(many / "metrics.jsonl"), strict=True
-  ):
-    assert a.keys() == b.keys()
-    for name in a:
-      if not name.startswith(NOT_COMPARED):
-        assert b[name] == pytest.approx(a[name], rel=1e-4, abs=1e-4), name
-  # The same model, wherever its parameters lie.
-  first, second = (
-    reference_cache.read(x / "reference.npz") for x in (one, many)
+  assert one == many
+
+
+@pytest.mark.slow
+def test_a_stored_reference_does_not_depend_on_the_mesh(runs):
+  """It is of the same model, wherever its parameters lie."""
+  one, many = (
+    reference_cache.read(runs / "kto" / sizes / "reference.npz")
+    for sizes in (ONE, MANY["kto"])
   )
-  assert first.model == second.model
-  assert second.logps == pytest.approx(first.logps, abs=1e-3)
+  assert one.model == many.model
+  assert many.logps == pytest.approx(one.logps, abs=1e-3)

@@ -1,5 +1,6 @@
 """Runs whose reference was run once and stored, against those that keep it."""
 
+import gc
 import shutil
 
 import jax
@@ -10,7 +11,6 @@ from jaxalign.training import reference_cache
 from jaxalign.training.recorder import Recorder
 
 NOT_COMPARED = ("time/", "throughput/", "memory/")
-CONFIGS = pytest.mark.parametrize("config", ["dpo.py", "kto.py"])
 
 
 @pytest.fixture(scope="module")
@@ -56,36 +56,54 @@ def forbid(monkeypatch):
   monkeypatch.setattr(reference_cache, "precompute", refuse)
 
 
-@pytest.fixture
-def alive(monkeypatch):
-  """Bytes on the device after each step."""
-  found = []
-  save = Recorder.save
+@pytest.fixture(scope="module")
+def run(guarded):
+  """Runs a command; the bytes that it has on the device after its last step.
 
-  def watched(self, step, state):
-    found.append(sum(x.nbytes for x in jax.live_arrays()))
-    save(self, step, state)
+  No transfer is hidden in its steps.
+  """
 
-  monkeypatch.setattr(Recorder, "save", watched)
-  return found
+  def alive():
+    return sum(x.nbytes for x in jax.live_arrays())
+
+  def run(argv):
+    save, found = Recorder.save, []
+
+    def watched(self, step, state):
+      found.append(alive())
+      save(self, step, state)
+
+    gc.collect()
+    before = alive()
+    with guarded(), pytest.MonkeyPatch.context() as patch:
+      patch.setattr(Recorder, "save", watched)
+      assert main.main(argv) == 0
+    return found[-1] - before
+
+  return run
 
 
-@CONFIGS
+@pytest.fixture(scope="module", params=["dpo.py", "kto.py"])
+def stored(request, command, run, tmp_path_factory):
+  """(config file, folder, bytes on the device) of a run that stores."""
+  folder = tmp_path_factory.mktemp("stored") / "run"
+  fields = {"reference": "stored", "checkpoint__every_steps": 1}
+  return request.param, folder, run(command(request.param, folder, **fields))
+
+
 def test_a_stored_reference_changes_nothing_but_memory(
-  config, command, tmp_path, read, alive
+  stored, command, run, tmp_path, read
 ):
-  assert main.main(command(config, tmp_path / "live")) == 0
-  kept = alive[-1]
-  again = command(config, tmp_path / "stored", reference="stored")
-  assert main.main(again) == 0
-  wanted, found = (values(tmp_path / name, read) for name in ("live", "stored"))
+  config, folder, size = stored
+  live = tmp_path / "live"
+  copy = run(command(config, live)) - size
+  wanted, found = values(live, read), values(folder, read)
   assert len(wanted) == len(found) == 4
   for a, b in zip(wanted, found, strict=True):
     assert b == pytest.approx(a, abs=1e-5, rel=1e-5, nan_ok=True)
-  size = len(weights(tmp_path / "live"))
-  assert kept - alive[-1] > 0.9 * size  # the frozen copy
-  assert (tmp_path / "stored" / "reference.npz").is_file()
-  assert not (tmp_path / "live" / "reference.npz").exists()
+  assert copy > 0.9 * len(weights(live))  # that of the frozen policy
+  assert (folder / "reference.npz").is_file()
+  assert not (live / "reference.npz").exists()
 
 
 def test_under_adapters_the_base_is_what_is_stored(command, tmp_path, read):
@@ -99,13 +117,11 @@ def test_under_adapters_the_base_is_what_is_stored(command, tmp_path, read):
   assert wanted[-1]["rewards/margins"] > 1e-3
 
 
-@CONFIGS
 def test_a_later_start_reads_the_file_and_ends_bit_for_bit(
-  config, command, tmp_path, read, monkeypatch
+  stored, command, tmp_path, read, monkeypatch
 ):
-  whole, cut = tmp_path / "whole", tmp_path / "cut"
-  fields = {"reference": "stored", "checkpoint__every_steps": 1}
-  assert main.main(command(config, whole, **fields)) == 0
+  config, whole, _ = stored
+  cut = tmp_path / "cut"
   # As if it had been killed after step 2: what came later is taken back.
   shutil.copytree(whole, cut)
   (cut / "finished.json").unlink()
@@ -113,19 +129,19 @@ def test_a_later_start_reads_the_file_and_ends_bit_for_bit(
   for step in (3, 4):
     shutil.rmtree(cut / "checkpoints" / f"{step:08}", ignore_errors=True)
   forbid(monkeypatch)
+  fields = {"reference": "stored", "checkpoint__every_steps": 1}
   assert main.main(command(config, cut, **fields)) == 0
   assert values(cut, read) == values(whole, read)
   assert weights(cut) == weights(whole)
 
 
-@CONFIGS
 def test_another_run_takes_the_file_over(
-  config, command, tmp_path, read, monkeypatch
+  stored, command, tmp_path, read, monkeypatch
 ):
-  assert main.main(command(config, tmp_path / "first", reference="stored")) == 0
-  place = tmp_path / "first" / "reference.npz"
+  config, first, _ = stored
   fields = {"reference": "stored", "beta": 0.1, "optimizer__learning_rate": 0.1}
   own = command(config, tmp_path / "own", **fields)
+  place = first / "reference.npz"
   theirs = command(config, tmp_path / "theirs", reference_logps=place, **fields)
   assert main.main(own) == 0
   forbid(monkeypatch)

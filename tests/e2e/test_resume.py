@@ -1,13 +1,10 @@
 """A run that is killed at random ends like one that never was."""
 
-import contextlib
 import os
 import pathlib
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,44 +14,22 @@ from jaxalign import main
 NOT_COMPARED = ("time/", "throughput/", "memory/")
 
 
-def start(command, cache):
-  """A process of its own group, with a compilation cache of this test."""
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "JAXALIGN_CACHE": str(cache),
-  }
-  return subprocess.Popen(
-    [sys.executable, "-m", "jaxalign.main", *command],
-    env=env,
-    stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
-    start_new_session=True,
-  )
+@pytest.fixture
+def kill_after(fork):
+  """(command, lines, pause) -> kills a run once its log has so many lines."""
 
+  def kill_after(command, lines, pause):
+    """Whether the run was still there `pause` seconds later."""
+    process = fork(command, {})
+    log = next(w for w in command if w.startswith("--workdir=")).split("=")[1]
+    while process.poll() is None and count(f"{log}/metrics.jsonl") < lines:
+      time.sleep(0.02)
+    time.sleep(pause)
+    process.kill()
+    process.communicate()
+    return process.returncode == -signal.SIGKILL
 
-def finish(command, cache):
-  process = start(command, cache)
-  _, err = process.communicate(timeout=900)
-  assert process.returncode == 0, err
-
-
-def kill_after(command, cache, lines, pause):
-  """Kills the run `pause` seconds after its log has so many lines.
-
-  Returns:
-    Whether it was still running.
-  """
-  process = start(command, cache)
-  log = next(w for w in command if w.startswith("--workdir=")).split("=")[1]
-  log = f"{log}/metrics.jsonl"
-  while process.poll() is None and count(log) < lines:
-    time.sleep(0.02)
-  time.sleep(pause)
-  with contextlib.suppress(ProcessLookupError):
-    os.killpg(process.pid, signal.SIGKILL)
-  process.communicate()
-  return process.returncode == -signal.SIGKILL
+  return kill_after
 
 
 def test_a_run_in_bfloat16_goes_on(superhf, lab, read, tmp_path, capsys):
@@ -114,18 +89,14 @@ def result(folder, read):
 
 
 @pytest.mark.slow
-def test_killed_at_random_is_bit_identical(superhf, tmp_path, read):
+def test_killed_at_random_is_bit_identical(superhf, kill_after, tmp_path, read):
   whole, cut = tmp_path / "whole", tmp_path / "cut"
-  same = {"steps": 16, "compilation_cache": "true", "optimizer__ema": 0.9}
-  cache = tmp_path / "cache"
-  finish(superhf(whole, **same), cache)
+  same = {"steps": 16, "optimizer__ema": 0.9, "compilation_cache": "true"}
+  assert main.main(superhf(whole, **same)) == 0
   rng = random.Random(0)
-  killed = sum(
-    kill_after(superhf(cut, **same), cache, lines, rng.uniform(0, 0.1))
-    for lines in (1, 5, 9)
-  )
-  assert killed >= 2
-  finish(superhf(cut, **same), cache)
+  for lines in (1, 7):
+    assert kill_after(superhf(cut, **same), lines, rng.uniform(0, 0.1))
+  assert main.main(superhf(cut, **same)) == 0
   wanted, found = result(whole, read), result(cut, read)
   assert len(wanted[0]) == 16
   names = ("metrics", "samples", "weights")
@@ -134,8 +105,10 @@ def test_killed_at_random_is_bit_identical(superhf, tmp_path, read):
 
 
 @pytest.mark.slow
-def test_killed_against_a_stored_reference(supervised, lab, tmp_path, read):
-  """Killed while it starts, then twice while it trains."""
+def test_killed_against_a_stored_reference(
+  supervised, lab, kill_after, tmp_path, read
+):
+  """Killed while it starts, then while it trains."""
   whole, cut = tmp_path / "whole", tmp_path / "cut"
   fields = {
     "steps": 12,
@@ -144,18 +117,13 @@ def test_killed_against_a_stored_reference(supervised, lab, tmp_path, read):
     "batch_size": 4,
     "reference": "stored",
     "checkpoint.every_steps": 2,
-    "compilation_cache": "true",
   }
-  cache = tmp_path / "cache"
-  finish(supervised("kto.py", whole, **fields), cache)
+  assert main.main(supervised("kto.py", whole, **fields)) == 0
   command = supervised("kto.py", cut, **fields)
   rng = random.Random(0)
-  killed = kill_after(command, cache, 0, rng.uniform(4, 8))
-  killed += sum(
-    kill_after(command, cache, lines, rng.uniform(0, 0.1)) for lines in (1, 6)
-  )
-  assert killed >= 2
-  finish(command, cache)
+  assert kill_after(command, 0, rng.uniform(0.5, 2))
+  assert kill_after(command, 3, rng.uniform(0, 0.1))
+  assert main.main(command) == 0
   assert result(cut, read) == result(whole, read)
 
 

@@ -84,38 +84,7 @@ def test_compiled_once_however_many_are_kept(
   assert compiled[-1] == compiled[1], compiled
 
 
-@pytest.fixture
-def guarded(monkeypatch):
-  """Between the steps' first and last line every transfer is asked for."""
-  steps = Recorder.steps
-
-  def guarded(self):
-    for step in steps(self):
-      with jax.transfer_guard("disallow"):
-        yield step
-
-  monkeypatch.setattr(Recorder, "steps", guarded)
-
-
 def test_no_hidden_transfers(guarded, superhf, tmp_path):
-  assert main.main(superhf(tmp_path / "run", steps=2)) == 0
-
-
-@pytest.mark.parametrize("config", ["dpo.py", "kto.py"])
-@pytest.mark.parametrize("reference", ["auto", "stored"])
-def test_nor_with_comparisons(
-  config, reference, guarded, supervised, lab, tmp_path
-):
-  command = supervised(
-    config,
-    tmp_path / "run",
-    steps=2,
-    policy=lab.policy,
-    data=lab.pairs,
-    validation_data=lab.pairs,
-    validation_rows=6,
-    validation_interval=1,
-    batch_size=4,
-    reference=reference,
-  )
-  assert main.main(command) == 0
+  """Of SuperHF; test_references has the runs on comparisons."""
+  with guarded():
+    assert main.main(superhf(tmp_path / "run", steps=2)) == 0

@@ -69,13 +69,10 @@ def by_hand(toy, run, params):
   found = {}
   for prompt, *answers in PAIRS:
     for answer in answers:
-      ids = jnp.array([toy.ids(prompt + answer)])
-      places = jnp.arange(ids.shape[1])[None]
-      module = run.model.bind(params)
-      hidden, _ = module(ids, places, jnp.ones_like(ids))
-      logp = jax.nn.log_softmax(module.unembed(hidden))[0]
-      steps = range(len(prompt), ids.shape[1])
-      found[prompt, answer] = sum(float(logp[t - 1, ids[0, t]]) for t in steps)
+      ids = toy.ids(prompt + answer)
+      logp = toy.log_softmax(run.model, params, ids)
+      steps = range(len(prompt), len(ids))
+      found[prompt, answer] = sum(float(logp[t - 1, ids[t]]) for t in steps)
   return found
 
 

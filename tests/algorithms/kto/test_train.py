@@ -62,14 +62,9 @@ def prepared(toy, cfg, seed=0):
   return toy.run(cfg, model, params, reference=(model, reference))
 
 
-COMPILED = {}  # config -> update, whatever the parameters
-
-
 def updated(toy, cfg, batch, seed=0):
   run = prepared(toy, cfg, seed)
-  if cfg not in COMPILED:
-    COMPILED[cfg] = jax.jit(kto.make_update(run))
-  return COMPILED[cfg](run.state, {}, run.reference[1], batch, run.key)
+  return run.jit(kto.make_update(run))(run.state, batch, run.key)
 
 
 @functools.cache

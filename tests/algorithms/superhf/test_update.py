@@ -26,12 +26,6 @@ def config(**changes):
   return SuperHFConfig(**given | changes)
 
 
-def log_softmax(logits):
-  logits = np.asarray(logits, np.float64)
-  logits = logits - logits.max(-1, keepdims=True)
-  return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-
-
 def by_hand(toy, model, params, reference, pairs):
   """NLLs of all completion tokens, and each text's KLs, one text at a time.
 
@@ -41,21 +35,10 @@ def by_hand(toy, model, params, reference, pairs):
   reference_model, reference_params = reference
   nlls, kls = [], []
 
-  def logits_of(which):
-    def logits(weights, tokens):
-      module = which.bind(weights)
-      places = jnp.arange(tokens.shape[1])[None]
-      hidden, _ = module(tokens, places, jnp.ones_like(tokens))
-      return module.unembed(hidden)[0]
-
-    return jax.jit(logits)
-
-  policy_logits, reference_logits = logits_of(model), logits_of(reference_model)
   for prompt, completion in pairs:
     row = toy.ids(prompt + completion)
-    tokens = jnp.array([row])
-    p = log_softmax(policy_logits(params, tokens))
-    p0 = log_softmax(reference_logits(reference_params, tokens))
+    p = toy.log_softmax(model, params, row)
+    p0 = toy.log_softmax(reference_model, reference_params, row)
     before = np.arange(len(prompt) - 1, len(row) - 1)
     nlls += [-p[t, row[t + 1]] for t in before]
     kls.append([(np.exp(p0[t]) * (p0[t] - p[t])).sum() for t in before])
