@@ -112,8 +112,11 @@ def _rounded_softmax_sum_forward(logits, values):
 
 def _rounded_softmax_sum_backward(saved, d):
   weights, values = saved
-  _, pull = jax.vjp(_weighted_sum, weights.astype(d.dtype), values)
-  d_weights, d_values = pull(d)
+  rounded = weights.astype(d.dtype)
+  # Transposes, as a vjp would compute the sum once more and drop it.
+  of_weights = jax.linear_transpose(lambda w: _weighted_sum(w, values), rounded)
+  of_values = jax.linear_transpose(lambda v: _weighted_sum(rounded, v), values)
+  (d_weights,), (d_values,) = of_weights(d), of_values(d)
   # Through the softmax, in the order of jax.nn.softmax.
   scaled = d_weights.astype(weights.dtype) * weights
   total = scaled.sum(axis=-1, keepdims=True)
