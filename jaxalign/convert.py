@@ -180,9 +180,7 @@ def check(target: Path, source: Path | None = None) -> str:
   rows = [rng.integers(min(3, size - 1), size, n) for n in (1, 7, 20, 32)]
   tokenizer = loaded.tokenizer
   eos = None if tokenizer is None else tokenizer.eos_id
-  # Where eos is the pad token as well, transformers reads before it.
-  pads = tokenizer is not None and tokenizer.inner.pad_token_id == eos
-  if eos is not None and not (pads and head == "score_last"):
+  if eos is not None:
     rows += [np.append(row, eos) for row in rows]
   ours = np.concatenate([_our_logits(loaded, row) for row in rows])
   theirs = _transformers_logits(target, rows, head == "lm")

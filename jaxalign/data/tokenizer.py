@@ -334,9 +334,6 @@ class Tokenizer:
 
   def special_ids(self) -> JsonObject:
     """Special tokens and notes as fields of a model's `config.json`."""
-    # An id that only fills rows here is no pad token: transformers would take
-    # the texts' ends for padding.
-    pad = self.inner.pad_token_id
     ids: JsonObject = {
       "bos_token_id": self.bos_id,
       "eos_token_id": self.eos_id,
@@ -345,7 +342,17 @@ class Tokenizer:
       ids["eos_token_id"] = list(self.end_ids)
     known = {name: value for name, value in ids.items() if value is not None}
     known |= {f"jaxalign_{k}": x for k, x in vars(self.notes).items() if x}
-    return known | {"pad_token_id": pad if pad == self.pad_id else None}
+    return known | {"pad_token_id": self.pad_token_id}
+
+  @property
+  def pad_token_id(self) -> int | None:
+    """Of the pad token; None where there is none, or the model lacks it.
+
+    An id that only fills rows here is no pad token: transformers would take the
+    texts' ends for padding.
+    """
+    pad = self.inner.pad_token_id
+    return pad if pad == self.pad_id else None
 
   def save(self, folder: str | pathlib.Path) -> None:
     """Writes the files that transformers loads a tokenizer from.

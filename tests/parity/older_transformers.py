@@ -77,9 +77,7 @@ def main(python: str) -> int:
   """Writes the folders, and reads them by the other Python."""
   import dataclasses
 
-  import torch
-  import transformers
-  from test_causal_logits import CASES, VOCAB
+  from test_causal_logits import CASES, VOCAB, theirs
 
   import jaxalign
   from jaxalign.data.tokenizer import with_format
@@ -87,16 +85,12 @@ def main(python: str) -> int:
   with tempfile.TemporaryDirectory() as name:
     root = pathlib.Path(name)
     out = root / "out"
-    cases = {name: x for name, x in CASES.items() if name not in LEFT_OUT}
-    for case, (kind, settings) in cases.items():
-      torch.manual_seed(0)
-      config = getattr(transformers, f"{kind}Config")(
-        **{"vocab_size": VOCAB, "max_position_embeddings": 64} | settings
-      )
-      model = getattr(transformers, f"{kind}ForCausalLM")(config)
-      model.save_pretrained(root / case)
-      ids = np.random.default_rng(0).integers(0, VOCAB, (2, 13)).tolist()
-      write(out / case, jaxalign.load(root / case), ids)
+    for case in CASES.keys() - set(LEFT_OUT):
+      for task in ("CausalLM", "SequenceClassification"):
+        folder = f"{case}-{task}"
+        theirs(case, task, root / folder)
+        ids = np.random.default_rng(0).integers(0, VOCAB, (2, 13)).tolist()
+        write(out / folder, jaxalign.load(root / folder), ids)
     lab = pathlib.Path(jaxalign.__file__).parent / "lab"
     for model in ("policy", "reward-train"):
       loaded = jaxalign.load(lab / model)
