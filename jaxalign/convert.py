@@ -190,7 +190,10 @@ def check(target: Path, source: Path | None = None) -> str:
   if source is None or not _is_plain(pathlib.Path(source)):
     return f"checked against transformers: {line}"
   dtype = folder.stored_dtype(target)
-  before = _transformers_logits(source, rows, head == "lm", dtype)
+  try:
+    before = _transformers_logits(source, rows, head == "lm", dtype)
+  except UserError as error:
+    return f"checked against transformers: {line}; {error}"
   of_source = _compare(theirs, before, f"{target} differs from {source}")
   return f"checked against transformers: {line}; from the source: {of_source}"
 
@@ -238,7 +241,11 @@ def _transformers_logits(
   if causal:
     auto = transformers.AutoModelForCausalLM
   # The numbers of the file, the arithmetic of float32.
-  model = auto.from_pretrained(place, dtype=getattr(torch, dtype))
+  try:
+    model = auto.from_pretrained(place, dtype=getattr(torch, dtype))
+  except Exception as error:  # whatever a model's own code raises
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"transformers cannot load {place}: {reason}") from error
   model = model.float().eval()
   with torch.no_grad():
     found = [model(torch.tensor(row[None])).logits[0] for row in rows]

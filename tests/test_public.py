@@ -148,7 +148,8 @@ def test_scores_of_role_lists_and_batches(reward_model, monkeypatch):
   answers = ["e f g", "h", "a b c d e"]
   scores = jaxalign.score(model, [WRITTEN] * 3, answers)
   monkeypatch.setattr(api, "SCORED", 2)
-  by_turns = jaxalign.score(model, [QUESTION] * 3, answers, batch_size=1)
+  said = [[{"role": "assistant", "content": answer}] for answer in answers]
+  by_turns = jaxalign.score(model, [QUESTION] * 3, said, batch_size=1)
   np.testing.assert_allclose(by_turns, scores, atol=1e-5)
   assert jaxalign.score(model, [], []).shape == (0,)
 
@@ -325,7 +326,10 @@ def test_generate_takes_one_text_and_stops_at_texts(policy):
       "samples_per_prompt must be a whole number >= 1",
     ),
     ({"stop": [""]}, "stop must hold texts of at least one character"),
-    ({"max_tokens": 5}, "generate has no setting 'max_tokens'; it has temp"),
+    ({"n": 5}, "no setting .n.; did you mean samples_per_prompt"),
+    ({"topp": 1}, "no setting .topp.; did you mean top_p"),
+    ({"beams": 5}, "no setting 'beams'; it has temperature, top_p, "),
+    ({"min_new_tokens": 65}, "must be at most max_new_tokens=64, got 65"),
   ],
 )
 def test_settings_of_generate_that_are_mistakes(policy, settings, said):

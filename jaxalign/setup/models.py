@@ -201,6 +201,11 @@ def locate(name: str, lab: str) -> str:
   """A name, where `lab` is what ships as `lab/<lab>`, or `lab/MODEL` is."""
   if name in [f"lab/{model}" for model in LAB_MODELS]:
     lab, name = name.removeprefix("lab/"), "lab"
+  elif name.startswith("lab/") and not os.path.exists(name):
+    raise UserError(
+      f"{name} is no model that ships with jaxalign; those are "
+      f"{', '.join(f'lab/{model}' for model in LAB_MODELS)}"
+    )
   return str(LAB / lab) if name == "lab" else name
 
 
