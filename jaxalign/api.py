@@ -23,6 +23,7 @@ import rich.progress
 from jaxalign import algorithms, cli
 from jaxalign.config import TrainingConfig, to_mapping
 from jaxalign.config.changes import suffix
+from jaxalign.config.hints import nearest
 from jaxalign.config.names import is_function
 from jaxalign.data.fields import BadRow, check_text, messages_of
 from jaxalign.data.rows import PromptRow
@@ -53,6 +54,16 @@ DTYPES = ("float32", "bfloat16", "float16")
 # What one call of `generate` may take by default, in rows and in bytes.
 MOST_ROWS = 256
 MOST_BYTES = 2**30
+# What others call settings of `generate`.
+_ELSEWHERE = {
+  "n": "samples_per_prompt",
+  "num_return_sequences": "samples_per_prompt",
+  "max_tokens": "max_new_tokens",
+  "max_length": "max_new_tokens",
+  "do_sample": "temperature, which is 0 for the likeliest tokens",
+  "stop_strings": "stop",
+  "no_repeat_ngram_size": "no_repeat_ngram",
+}
 SCORED = 1024  # texts that `score` hands to the device at a time
 
 
@@ -231,11 +242,12 @@ def generate(
   _check_whole("samples_per_prompt", samples_per_prompt, 1, 2**31)
   _check_whole("seed", seed, 0, 2**32)
   _check_batch(batch_size, progress)
-  known = inspect.signature(make).parameters
+  known = [*inspect.signature(make).parameters, "samples_per_prompt", "stop"]
   if unknown := [name for name in settings if name not in known]:
-    raise UserError(
-      f"generate has no setting {unknown[0]!r}; it has {', '.join(known)}, stop"
-    )
+    there = _ELSEWHERE.get(unknown[0])
+    near = [there] if there else nearest(unknown[0], known)
+    hint = f"did you mean {near[0]}?" if near else f"it has {', '.join(known)}"
+    raise UserError(f"generate has no setting {unknown[0]!r}; {hint}")
   settings.setdefault("pad_id", tokenizer.pad_id)
   settings.setdefault("eos_ids", tokenizer.end_ids)
   more = settings.pop("stops", ())
@@ -308,7 +320,7 @@ def generate(
 def score(
   reward_model: Loaded | Callable[..., Any] | str,  # its columns: any name
   prompts: Prompt | Sequence[Prompt],
-  completions: Sequence[str],
+  completions: Sequence[Prompt],
   *,
   columns: Mapping[str, Sequence[object]] | None = None,
   encoding: str = "auto",
@@ -323,7 +335,8 @@ def score(
       a run (docs/reward_functions.md).
     prompts: prompt of each completion: a text that is read as it is, or a role
       list, which is written in the reward model's own format.
-    completions: as many texts.
+    completions: as many texts; or role lists of one answer each, as TRL has
+      them.
     columns: what a reward function takes besides these two: name -> a value
       for each completion.
     encoding: "concat" (the SuperHF paper's) or "pair", see
@@ -361,7 +374,7 @@ def score(
     )
   _check_batch(batch_size, progress)
   asked = _prompts(tokenizer, prompts)
-  completions = _texts("completions", completions)
+  completions = _texts("completions", _answers(completions))
   if len(asked) != len(completions):
     raise UserError(
       f"score needs as many prompts as completions, got {len(asked)} and "
@@ -403,7 +416,7 @@ def score(
 def _ask_function(
   function: object,
   prompts: Prompt | Sequence[Prompt],
-  completions: Sequence[str],
+  completions: Sequence[Prompt],
   columns: Mapping[str, Sequence[object]],
 ) -> np.ndarray:
   """The rewards of a user's function, float32 `[B]`; see `score`."""
@@ -419,7 +432,7 @@ def _ask_function(
     )
   asked, completions = (
     _prompts(None, prompts),
-    _texts("completions", completions),
+    _texts("completions", _answers(completions)),
   )
   counts = {"prompts": len(asked)} | {k: len(x) for k, x in columns.items()}
   for name, count in counts.items():
@@ -677,6 +690,25 @@ def _texts(name: str, value: object) -> list[str]:
       )
     _check_characters(f"{name}[{i}]", text)
   return texts
+
+
+def _answers(value: object) -> object:
+  """Completions, those that are role lists of one answer (TRL's) as texts."""
+  if isinstance(value, str) or not isinstance(value, Iterable):
+    return value
+  answers = list(value)
+  if answers and isinstance(answers[0], Mapping):  # the turn of one
+    answers = [answers]
+
+  def text_of(answer: Any) -> object:  # whatever stands in a user's column
+    if isinstance(answer, str) or not isinstance(answer, Sequence):
+      return answer
+    turns = [turn for turn in answer if isinstance(turn, Mapping)]
+    alone = len(turns) == len(answer) == 1
+    is_answer = alone and turns[0].get("role") == "assistant"
+    return turns[0].get("content") if is_answer else answer
+
+  return [text_of(answer) for answer in answers]
 
 
 def _prompts(

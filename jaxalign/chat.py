@@ -175,11 +175,20 @@ def make_parser() -> cli.Parser:
   parser.add_argument("model", help="run folder, model folder, hub id, or lab")
   parser.add_argument("--prompt", help="answers this once and ends")
   parser.add_argument("--system", default="", help="text before the first turn")
-  parser.add_argument("--temperature", type=float, default=0.7)
-  parser.add_argument("--top_p", type=float, default=0.9)
-  parser.add_argument("--max_new_tokens", type=int, default=256)
-  parser.add_argument("--seed", type=int, default=0)
-  parser.add_argument("--best_of", type=int, default=1, metavar="N")
+  for name, kind, default, words in (
+    ("--temperature", float, 0.7, "0 takes the likeliest tokens"),
+    ("--top_p", float, 0.9, "draws from the likeliest tokens of this share"),
+    ("--max_new_tokens", int, 256, "longest answer"),
+    ("--seed", int, 0, "the same seed gives the same answers"),
+    ("--best_of", int, 1, "completions that --reward_model chooses from"),
+  ):
+    parser.add_argument(
+      name,
+      type=kind,
+      default=default,
+      metavar="X" if kind is float else "N",
+      help=f"{words} (default: {default})",
+    )
   parser.add_argument("--reward_model", help="chooses the best of N answers")
   parser.add_argument(
     "--encoding",

@@ -176,9 +176,7 @@ def check(target: Path, source: Path | None = None) -> str:
   rows = [rng.integers(min(3, size - 1), size, n) for n in (1, 7, 20, 32)]
   tokenizer = loaded.tokenizer
   eos = None if tokenizer is None else tokenizer.eos_id
-  # Where eos is the pad token as well, transformers reads before it.
-  pads = tokenizer is not None and tokenizer.inner.pad_token_id == eos
-  if eos is not None and not (pads and head == "score_last"):
+  if eos is not None:
     rows += [np.append(row, eos) for row in rows]
   ours = np.concatenate([_our_logits(loaded, row) for row in rows])
   theirs = _transformers_logits(target, rows, head == "lm")
@@ -188,7 +186,10 @@ def check(target: Path, source: Path | None = None) -> str:
   if source is None or not _is_plain(pathlib.Path(source)):
     return f"checked against transformers: {line}"
   dtype = folder.stored_dtype(target)
-  before = _transformers_logits(source, rows, head == "lm", dtype)
+  try:
+    before = _transformers_logits(source, rows, head == "lm", dtype)
+  except UserError as error:
+    return f"checked against transformers: {line}; {error}"
   of_source = _compare(theirs, before, f"{target} differs from {source}")
   return f"checked against transformers: {line}; from the source: {of_source}"
 
@@ -236,7 +237,11 @@ def _transformers_logits(
   if causal:
     auto = transformers.AutoModelForCausalLM
   # The numbers of the file, the arithmetic of float32.
-  model = auto.from_pretrained(place, dtype=getattr(torch, dtype))
+  try:
+    model = auto.from_pretrained(place, dtype=getattr(torch, dtype))
+  except Exception as error:  # whatever a model's own code raises
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    raise UserError(f"transformers cannot load {place}: {reason}") from error
   model = model.float().eval()
   with torch.no_grad():
     found = [model(torch.tensor(row[None])).logits[0] for row in rows]

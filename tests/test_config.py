@@ -118,12 +118,22 @@ def test_an_unknown_field_like_no_other_lists_its_section(fail):
   )
 
 
+def test_adapters_that_a_flag_asks_for_need_a_rank():
+  mapping = {"algorithm": "sft", "lora": {"targets": ["q_proj"]}}
+  flag = ("lora.alpha", "32")
+  with pytest.raises(
+    UserError, match=r"lora\.alpha means nothing while config"
+  ):
+    read_config(mapping, [flag])
+  assert read_config(mapping, [flag, ("lora.rank", "0")]).lora.alpha == 32
+
+
 def test_an_unknown_algorithm_names_the_nearest(fail):
   assert fail({}, algorithm="superhv") == (
     f"config.algorithm must be one of {', '.join(METHODS)}, "
     "got 'superhv'; did you mean 'superhf'?"
   )
-  with pytest.raises(UserError, match="got None"):
+  with pytest.raises(UserError, match="algorithm is missing; it is one of "):
     read_config({})
   with pytest.raises(UserError, match="must be a mapping, got list"):
     read_config([1])

@@ -18,6 +18,7 @@ from jaxalign.algorithms import read_config
 from jaxalign.models.hf import folder
 from jaxalign.models.llama import LlamaConfig
 from jaxalign.models.model import Model
+from jaxalign.parallel.mesh import make_mesh
 from jaxalign.setup import models
 
 WORDS = [*"abcdefgh", "Human:", "Assistant:", "ijk", "lmn", "opq"]
@@ -147,7 +148,8 @@ def test_scores_of_role_lists_and_batches(reward_model, monkeypatch):
   answers = ["e f g", "h", "a b c d e"]
   scores = jaxalign.score(model, [WRITTEN] * 3, answers)
   monkeypatch.setattr(api, "SCORED", 2)
-  by_turns = jaxalign.score(model, [QUESTION] * 3, answers, batch_size=1)
+  said = [[{"role": "assistant", "content": answer}] for answer in answers]
+  by_turns = jaxalign.score(model, [QUESTION] * 3, said, batch_size=1)
   np.testing.assert_allclose(by_turns, scores, atol=1e-5)
   assert jaxalign.score(model, [], []).shape == (0,)
 
@@ -273,6 +275,38 @@ def test_a_pad_token_that_the_model_lacks_is_not_written(policy, tmp_path):
   assert config["pad_token_id"] is None
 
 
+def test_a_score_is_read_before_the_pad_token_as_in_transformers(
+  policy, reward_model, tmp_path
+):
+  """Which is often the end token; the saved folder says the same."""
+  model = jaxalign.load(reward_model)
+  end = model.tokenizer.inner.eos_token
+  plain, ended = jaxalign.score(model, ["a"] * 2, ["b c", f"b c {end}"])
+  assert plain != ended
+  path = tmp_path / "model"
+  shutil.copytree(reward_model, path)
+  inner = copy.deepcopy(model.tokenizer.inner)
+  inner.pad_token = end
+  inner.save_pretrained(path)
+  config = json.loads((path / "config.json").read_text())
+  for pad, score in ((1, plain), (None, ended)):
+    (path / "config.json").write_text(
+      json.dumps(config | {"pad_token_id": pad})
+    )
+    padding = jaxalign.load(path)
+    (found,) = jaxalign.score(padding, ["a"], [f"b c {end}"])
+    assert found == pytest.approx(score, abs=1e-6)
+    jaxalign.save(padding, tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert saved["pad_token_id"] == pad
+  # A new head reads as one that transformers would train with this tokenizer.
+  shutil.copytree(policy, tmp_path / "policy")
+  inner.save_pretrained(tmp_path / "policy")
+  fields = {"algorithm": "reward_model", "policy": str(tmp_path / "policy")}
+  spec = models.open_policy(read_config(fields), make_mesh(), "score_last")
+  assert spec.model.config.pad_id == 1
+
+
 def test_generate_takes_one_text_and_stops_at_texts(policy):
   model = jaxalign.load(policy)
   greedy = {"temperature": 0, "max_new_tokens": 6}
@@ -292,7 +326,10 @@ def test_generate_takes_one_text_and_stops_at_texts(policy):
       "samples_per_prompt must be a whole number >= 1",
     ),
     ({"stop": [""]}, "stop must hold texts of at least one character"),
-    ({"max_tokens": 5}, "generate has no setting 'max_tokens'; it has temp"),
+    ({"n": 5}, "no setting .n.; did you mean samples_per_prompt"),
+    ({"topp": 1}, "no setting .topp.; did you mean top_p"),
+    ({"beams": 5}, "no setting 'beams'; it has temperature, top_p, "),
+    ({"min_new_tokens": 65}, "must be at most max_new_tokens=64, got 65"),
   ],
 )
 def test_settings_of_generate_that_are_mistakes(policy, settings, said):

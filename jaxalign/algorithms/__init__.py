@@ -76,12 +76,16 @@ def read_config(
   """
   if not hasattr(mapping, "items"):
     raise UserError(
-      f"config must be a mapping, got {type(mapping).__name__}; "
-      "let get_config() return an ml_collections.ConfigDict"
+      f"config must be a mapping, got {type(mapping).__name__}; a dict of "
+      "fields, or an ml_collections.ConfigDict from a file's get_config()"
     )
   file = dict(mapping.items())
   # The method chooses the dataclass that checks all other fields.
   name = dict(flags).get("algorithm", file.get("algorithm"))
+  if name is None:
+    raise UserError(
+      f"config.algorithm is missing; it is one of {', '.join(METHODS)}"
+    )
   if not isinstance(name, str) or name not in METHODS:
     near = nearest(str(name), METHODS)
     raise UserError(
@@ -100,7 +104,15 @@ def read_config(
   by_epochs = issubclass(kind, SupervisedConfig) and "epochs" in typed
   if by_epochs and "steps" not in typed:
     flags = [*flags, ("steps", "0")]
-  return read(kind, mapping, [*flags, *left_out(file, flags)])
+  config = read(kind, mapping, [*flags, *left_out(file, flags)])
+  # Adapters that somebody asks for must not be left out without a word.
+  unused = [path for path in typed if path.startswith("lora.")]
+  if config.lora.rank == 0 and unused and "lora.rank" not in typed:
+    raise UserError(
+      f"config.{unused[0]} means nothing while config.lora.rank=0 trains every "
+      "parameter; set config.lora.rank, say 16, or leave it out"
+    )
+  return config
 
 
 def left_out(

@@ -24,6 +24,7 @@ ROLES = ("system", "user", "assistant")  # what the role delimiters can write
 # Keys of a message that a model was meant to read or write. Others, such as
 # dates, are handed to the template as well, which may leave them out.
 _REASONING = ("reasoning_content", "reasoning", "thinking")
+_TRAINED = ("train", "training")  # Axolotl's names for a weight of 0 or 1
 _READ = (
   "tool_calls",
   "function_call",
@@ -85,6 +86,11 @@ def messages_of(
       )
     elif not (has_template and (content or turn.get("tool_calls"))):
       raise BadRow(f"has a message without text in {column}")
+    if turn.get("weight") not in (None, 0, 1):
+      raise BadRow(
+        f"has the weight {turn['weight']!r:.20} in {column}; a turn is trained "
+        "(1) or read alone (0)"
+      )
     more = [key for key in turn if key in _READ and turn[key]]
     if not has_template and turn["role"] not in ROLES:
       raise BadRow(
@@ -100,6 +106,7 @@ def messages_of(
   return [
     {key: x for key, x in turn.items() if x is not None}
     | {"content": turn["content"] or ""}
+    | ({"weight": 0} if any(turn.get(x) is False for x in _TRAINED) else {})
     for turn in value
   ]
 

@@ -51,6 +51,7 @@ class PromptFormat:
     plain: plain strings of data sets are turns too, as in `prompt="2+2="`.
       Otherwise only dialogues are written in this format.
     parts: its template writes contents that are lists of parts.
+    opens: how texts begin that its template has written.
   """
 
   name: str
@@ -58,6 +59,7 @@ class PromptFormat:
   ends: tuple[int, ...] = ()
   plain: bool = False
   parts: bool = False
+  opens: tuple[str, ...] = ()
 
 
 DIALOGUE = PromptFormat("human_assistant", (HUMAN, ASSISTANT))
@@ -70,7 +72,7 @@ def of_tokenizer(inner: HFTokenizer) -> PromptFormat:
     inner.chat_template == HUMAN_ASSISTANT_TEMPLATE
   ):
     return DIALOGUE
-  parts = _writes_parts(inner)
+  parts, opens = _writes_parts(inner), _openings(inner)
   # Between the turns of a made-up dialogue stands what closes and opens them.
   asked = {"role": "user", "content": _QUESTION}
   answered = {"role": "assistant", "content": _ANSWER}
@@ -83,7 +85,7 @@ def of_tokenizer(inner: HFTokenizer) -> PromptFormat:
     opens_question = rest[: rest.rindex("again")]
   # A template may refuse this dialogue, or write it in some other way.
   except Exception:
-    return PromptFormat("chat", parts=parts)
+    return PromptFormat("chat", parts=parts, opens=opens)
   # Special tokens have an id; decoding leaves them out of a text.
   special = dict(
     zip(inner.all_special_tokens, inner.all_special_ids, strict=True)
@@ -105,7 +107,22 @@ def of_tokenizer(inner: HFTokenizer) -> PromptFormat:
     tuple(dict.fromkeys(turns)),
     tuple(dict.fromkeys(ends)),
     parts=parts,
+    opens=opens,
   )
+
+
+def _openings(inner: HFTokenizer) -> tuple[str, ...]:
+  """What a template writes before a first question and a first system text."""
+  question = {"role": "user", "content": _QUESTION}
+  system = {"role": "system", "content": _ANSWER}
+  openings = []
+  for messages in ([question], [system, question]):
+    try:
+      text = inner.apply_chat_template(messages, tokenize=False)
+    except Exception:  # it may refuse them
+      continue
+    openings.append(text.partition(messages[0]["content"])[0])
+  return tuple(opening for opening in openings if opening.strip())
 
 
 def _writes_parts(inner: HFTokenizer) -> bool:

@@ -146,13 +146,21 @@ class Tokenizer:
   def encode_prompts(self, texts: Sequence[str]) -> list[list[int]]:
     """Ids that a causal model starts from: the bos token if any, then the text.
 
-    A chat template may have written the bos token; it is not added twice.
+    A chat template writes it or goes without, as in transformers.
     """
-    start = list(self.prefix)
-    return [
-      ids if ids[: len(start)] == start else start + ids
-      for ids in self.encode_batch(texts)
-    ]
+    rows = []
+    for text, ids in zip(texts, self.encode_batch(texts), strict=True):
+      start = [] if self._is_written(text) else list(self.prefix)
+      rows.append(ids if ids[: len(start)] == start else start + ids)
+    return rows
+
+  def _is_written(self, text: str) -> bool:
+    """Whether a chat template wrote a text, with all special tokens it has.
+
+    An encoder reads its score at one that no template writes.
+    """
+    is_encoder = self.inner.cls_token_id is not None
+    return not is_encoder and text.startswith(self.format.opens)
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """The text of ids without special tokens; spaces stay as they are."""
@@ -320,11 +328,15 @@ class Tokenizer:
       return_token_type_ids=True,
     )
     rows = []
-    for ids, types in zip(
-      found["input_ids"], found["token_type_ids"], strict=True
+    for text, ids, types in zip(
+      texts[0], found["input_ids"], found["token_type_ids"], strict=True
     ):
-      # What a chat template has written is not written twice.
-      if as_written:
+      # What a chat template has written is complete.
+      if as_written and self._is_written(text):
+        ids, types = (
+          x[len(self.prefix) : len(x) - len(self.suffix)] for x in (ids, types)
+        )
+      elif as_written:
         first = len(self.prefix) if _doubled(ids, self.prefix) else 0
         last = len(self.suffix) if _doubled(ids[::-1], self.suffix[::-1]) else 0
         ids, types = (x[first : len(x) - last] for x in (ids, types))
@@ -334,9 +346,6 @@ class Tokenizer:
 
   def special_ids(self) -> JsonObject:
     """Special tokens and notes as fields of a model's `config.json`."""
-    # An id that only fills rows here is no pad token: transformers would take
-    # the texts' ends for padding.
-    pad = self.inner.pad_token_id
     ids: JsonObject = {
       "bos_token_id": self.bos_id,
       "eos_token_id": self.eos_id,
@@ -345,7 +354,17 @@ class Tokenizer:
       ids["eos_token_id"] = list(self.end_ids)
     known = {name: value for name, value in ids.items() if value is not None}
     known |= {f"jaxalign_{k}": x for k, x in vars(self.notes).items() if x}
-    return known | {"pad_token_id": pad if pad == self.pad_id else None}
+    return known | {"pad_token_id": self.pad_token_id}
+
+  @property
+  def pad_token_id(self) -> int | None:
+    """Of the pad token; None where there is none, or the model lacks it.
+
+    An id that only fills rows here is no pad token: transformers would take the
+    texts' ends for padding.
+    """
+    pad = self.inner.pad_token_id
+    return pad if pad == self.pad_id else None
 
   def save(self, folder: str | pathlib.Path) -> None:
     """Writes the files that transformers loads a tokenizer from.

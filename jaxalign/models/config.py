@@ -121,3 +121,8 @@ class CausalConfig(ModelConfig, Protocol):
   def eos_id(self) -> int:
     """End-of-text id, read by the `score_eos` head."""
     ...
+
+  @property
+  def pad_id(self) -> int:
+    """The id that the `score_last` head passes over at the end; -1 = none."""
+    ...

@@ -52,7 +52,8 @@ def pool(
 ) -> Float[Array, "B D"]:
   """The state that a causal model's score head reads.
 
-  `score_last`: the last real token (Hugging Face's sequence classifiers).
+  `score_last`: the last real token that is not the pad token (Hugging Face's
+  sequence classifiers: where a folder pads with the end token, the one before).
   `score_eos`: the first end-of-text token, else the last real one (ALMoST).
   `score_mean`: the mean over real tokens (SuperHF's reward models, whose code
   averaged over padding too; here it does not).
@@ -64,7 +65,8 @@ def pool(
     count = jnp.maximum(mask.sum(axis=1), 1)
     return (total / count[:, None]).astype(hidden.dtype)
   # Padding may be on either side, so the last real token is searched for.
-  index = _last(mask)
+  at_last = config.head == "score_last" and config.pad_id >= 0
+  index = _last(mask & (tokens != config.pad_id) if at_last else mask)
   if config.head == "score_eos":
     ends = mask & (tokens == config.eos_id)
     index = jnp.where(ends.any(axis=1), jnp.argmax(ends, axis=1), index)

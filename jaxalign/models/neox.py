@@ -22,6 +22,8 @@ class NeoXConfig:
     tied: the output matrix is the embedding.
     groups: whose score each column of the score head is; () = one column.
     eos_id: end-of-text id, read by the `score_eos` head only.
+    pad_id: passed over at a text's end by the `score_last` head only; -1 =
+      none. Not in the repr: a reference has no such head.
     dtype: compute dtype; parameters may have another.
     remat: what the backward pass computes again, see `models.remat`.
     attention: one of `attention.KINDS`; not in the repr, as it changes nothing
@@ -45,6 +47,7 @@ class NeoXConfig:
   head: str = "lm"
   groups: tuple[str, ...] = ()
   eos_id: int = 0
+  pad_id: int = dataclasses.field(default=-1, repr=False)
   dtype: str = "float32"
   remat: str = "none"
   attention: str = dataclasses.field(default="dense", repr=False)

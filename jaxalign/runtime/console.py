@@ -129,7 +129,9 @@ class Console:
     # Pace and the time that is left.
     now = time.monotonic()
     compiled = self._programs > self._programs_seen
-    self._times.append((now - self._last, compiled))
+    # The last one is shown at once, as no step comes after it.
+    if step < self._steps:
+      self._times.append((now - self._last, compiled))
     self._last, self._programs_seen = now, self._programs
     paced = [seconds for seconds, compiled in self._times if not compiled]
     if not paced and len(self._times) == _PACE_STEPS:

@@ -78,6 +78,9 @@ def make(
   _check("no_repeat_ngram", no_repeat_ngram, no_repeat_ngram >= 0, ">= 0")
   _check("min_new_tokens", min_new_tokens, min_new_tokens >= 0, ">= 0")
   _check("max_new_tokens", max_new_tokens, max_new_tokens >= 1, ">= 1")
+  ok = min_new_tokens <= max_new_tokens
+  rule = f"at most max_new_tokens={max_new_tokens}"
+  _check("min_new_tokens", min_new_tokens, ok, rule)
   ok = len(eos_ids) <= EOS_SLOTS
   _check("eos_ids", list(eos_ids), ok, f"at most {EOS_SLOTS} ids")
   ok = len(stops) <= STOP_SLOTS and all(

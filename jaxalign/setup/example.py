@@ -12,7 +12,11 @@ OPEN, CLOSE = "⟦", "⟧"  # around what the loss counts
 
 
 def example_of(
-  rows: object, tokenizer: Tokenizer, head: str = "lm", encoding: str = ""
+  rows: object,
+  tokenizer: Tokenizer,
+  head: str = "lm",
+  encoding: str = "",
+  pad_id: int = -1,
 ) -> str:
   """The first text of a run with its special tokens, on one line.
 
@@ -21,6 +25,7 @@ def example_of(
     tokenizer: of the policy.
     head: of the policy; a reward model reads its score at some token.
     encoding: of a reward model, "concat" or "pair".
+    pad_id: of its config.
 
   Returns:
     A training text, the part that counts in the loss in ⟦brackets⟧, or the
@@ -54,7 +59,7 @@ def example_of(
   if isinstance(first, tuple):
     # Two segments are the bare question and its answer.
     name = "a pair of segments" if encoding == "pair" else name
-    at = _score_position(first, tokenizer, head)
+    at = _score_position(first, tokenizer, head, pad_id)
     if at is None:
       how = "; the score is the mean of all tokens" * (head == "score_mean")
       return f"first text ({name}{how}): {_text(tokenizer, first)}"
@@ -68,7 +73,7 @@ def example_of(
 
 
 def _score_position(
-  ids: Sequence[int], tokenizer: Tokenizer, head: str
+  ids: Sequence[int], tokenizer: Tokenizer, head: str, pad_id: int
 ) -> int | None:
   """Which token a score head reads, see `heads.pool`; None = not one."""
   if head == "score_context":
@@ -79,7 +84,10 @@ def _score_position(
     and (tokenizer.eos_id in ids)
   ):
     return list(ids).index(tokenizer.eos_id)
-  return len(ids) - 1 if head in ("score_eos", "score_last") else None
+  if head not in ("score_eos", "score_last"):
+    return None
+  real = [i for i, x in enumerate(ids) if head == "score_eos" or x != pad_id]
+  return max(real, default=0)
 
 
 def _first(

@@ -213,6 +213,11 @@ def locate(name: str, lab: str) -> str:
   """A name, where `lab` is what ships as `lab/<lab>`, or `lab/MODEL` is."""
   if name in [f"lab/{model}" for model in LAB_MODELS]:
     lab, name = name.removeprefix("lab/"), "lab"
+  elif name.startswith("lab/") and not os.path.exists(name):
+    raise UserError(
+      f"{name} is no model that ships with jaxalign; those are "
+      f"{', '.join(f'lab/{model}' for model in LAB_MODELS)}"
+    )
   return str(LAB / lab) if name == "lab" else name
 
 
@@ -353,7 +358,15 @@ def open_policy(
   tokenizer = with_format(
     tokenizer_of(source, pretrained.model), config.prompt_format
   )
-  model = _with_policy_attention(pretrained.model, mesh, config)
+  model = pretrained.model
+  if (
+    model.config.head == "score_last"
+    and "score_head.kernel" in pretrained.drawn
+  ):
+    # A language model's config.json seldom names the pad token.
+    pad = tokenizer.pad_token_id
+    model = model.replace(pad_id=-1 if pad is None else pad)
+  model = _with_policy_attention(model, mesh, config)
   return ModelSpec(model, tokenizer, mesh, pretrained, config.seed)
 
 
@@ -445,7 +458,7 @@ def _config_json(init: InitConfig, tokenizer: Tokenizer) -> JsonObject:
   values |= {
     "tie_word_embeddings": init.tie_word_embeddings,
     "vocab_size": tokenizer.vocab_size,
-    "pad_token_id": tokenizer.pad_id,
+    "pad_token_id": tokenizer.pad_token_id,
     "eos_token_id": tokenizer.eos_id or 0,
   }
   # LLaMA's relatives would take the numbers of their released sizes.

@@ -267,9 +267,11 @@ def split_prompts(
   # The first ones are for evaluations; the seed has shuffled them all.
   aside = config.evaluation.num_prompts if config.evaluation.interval else 0
   if len(texts) <= aside:
+    limited = 0 < config.num_prompts <= aside
+    of = f"num_prompts={config.num_prompts}" if limited else "prompts"
     raise UserError(
       f"config.evaluation.num_prompts keeps {aside} prompts aside, but "
-      f"config.prompts gives {len(texts)}; lower it or give more prompts"
+      f"config.{of} gives {len(texts)}; lower the one or raise the other"
     )
   # What a prompt may have at most, and which of the two limits that is.
   limit = min(context - new, config.max_length - 1)

@@ -63,6 +63,7 @@ class RunSpec(Generic[C]):
       self.policy.tokenizer,
       self.policy.model.config.head,
       getattr(self.config, "encoding", ""),
+      getattr(self.policy.model.config, "pad_id", -1),
     )
 
   def doubts(self) -> list[str]:

@@ -84,6 +84,8 @@ def find_source(
   name = config.init_from
   place, step = find_run(pathlib.Path(name).expanduser())
   mapping = None if place is None else workdir.read_config(place)
+  if not os.path.exists(os.path.expanduser(name)):
+    raise UserError(f"config.init_from: {name} does not exist; check the path")
   if place is None or mapping is None:
     raise UserError(
       f"config.init_from must be a run's folder or one of its checkpoints, got "

@@ -99,6 +99,14 @@ def test_what_a_chat_template_wrote_is_not_written_twice(make_tiny):
   wanted = tokenizer.encode("[user]ab[assistant]cd</s>\n")
   assert ids == [0, *wanted]
   assert len(types) == len(ids)
+  # One that writes none goes without; other texts have it (zephyr, TinyLlama).
+  template = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+  tokenizer = make_tiny(bos=True, template=template)
+  text = tokenizer.render_chat([{"role": "user", "content": "ab"}])
+  plain = tokenizer.encode(text)
+  assert tokenizer.encode_prompts([text, "ab"]) == [plain, [0, *plain[-2:]]]
+  ids, _ = tokenizer.encode_reward(text, "cd")
+  assert ids == tokenizer.encode(text + "cd")
 
 
 def test_reward_text_may_end_with_the_eos(tiny_bos):

@@ -21,6 +21,21 @@ QUESTION = [{"role": "user", "content": TEXT}]
 LIMIT = 1e-4
 # Version 4.45 computes no odd rotary width, of its own folders either.
 LEFT_OUT = ("neox-odd-rotary",)
+# It has windows of Qwen2 and Phi-3 in flash attention alone, and rotates heads of
+# Phi-3 in whole.
+CHANGED = {
+  "qwen2": {"use_sliding_window": False},
+  "phi3": {
+    "sliding_window": None,
+    "rope_parameters": {
+      "rope_type": "longrope",
+      "rope_theta": 10000.0,
+      "short_factor": [1.1, 1.3, 1.5, 1.7],
+      "long_factor": [2.5, 3.0, 4.0, 6.0],
+      "original_max_position_embeddings": 8,
+    }
+  },
+}
 # Runs there; prints a line for each folder.
 READER = """
 import json, pathlib, sys
@@ -77,9 +92,7 @@ def main(python: str) -> int:
   """Writes the folders, and reads them by the other Python."""
   import dataclasses
 
-  import torch
-  import transformers
-  from test_causal_logits import CASES, VOCAB
+  from test_causal_logits import CASES, VOCAB, theirs
 
   import jaxalign
   from jaxalign.data.tokenizer import with_format
@@ -87,16 +100,15 @@ def main(python: str) -> int:
   with tempfile.TemporaryDirectory() as name:
     root = pathlib.Path(name)
     out = root / "out"
-    cases = {name: x for name, x in CASES.items() if name not in LEFT_OUT}
-    for case, (kind, settings) in cases.items():
-      torch.manual_seed(0)
-      config = getattr(transformers, f"{kind}Config")(
-        **{"vocab_size": VOCAB, "max_position_embeddings": 64} | settings
-      )
-      model = getattr(transformers, f"{kind}ForCausalLM")(config)
-      model.save_pretrained(root / case)
-      ids = np.random.default_rng(0).integers(0, VOCAB, (2, 13)).tolist()
-      write(out / case, jaxalign.load(root / case), ids)
+    for case, changes in CHANGED.items():
+      CASES[case] = (CASES[case][0], CASES[case][1] | changes)
+    for case in CASES.keys() - set(LEFT_OUT):
+      for task in ("CausalLM", "SequenceClassification"):
+        folder = f"{case}-{task}"
+        theirs(case, task, root / folder)
+        # Without the pad token: its classifiers end a text at the first one.
+        ids = np.random.default_rng(0).integers(3, VOCAB, (2, 13)).tolist()
+        write(out / folder, jaxalign.load(root / folder), ids)
     lab = pathlib.Path(jaxalign.__file__).parent / "lab"
     for model in ("policy", "reward-train"):
       loaded = jaxalign.load(lab / model)

@@ -330,9 +330,11 @@ def test_rotary_tables(values, length):
 
 
 def test_classifier_scores_the_last_real_token(classifier):
+  """A pad token at a text's end is passed over, as it may be the end token."""
   reference, model, params = classifier
   assert model.config.head == "score_last"
-  rows = texts()
+  pad = reference.config.pad_token_id
+  rows = [*texts(), np.append(texts()[0], [pad, pad])]
   both = [padded(rows, "left"), padded(rows, "right")]
   tokens, mask = (np.concatenate(x) for x in zip(*both, strict=True))
   score = jax.jit(lambda p, t, m: model.bind(p).score(t, m))

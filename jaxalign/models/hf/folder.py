@@ -237,6 +237,11 @@ def open_pretrained(
           "and a drawn one would score at random; train one with "
           "configs/reward_model.py, or give the folder that holds it"
         )
+      if tensor is None and name.startswith(peft.PREFIX):
+        raise UserError(
+          f"{adapters}: tensor {name} is missing; target_modules of "
+          "adapter_config.json asks for it (the base may be another model)"
+        )
       if tensor is None:
         raise UserError(
           f"{folder}: tensor {name} is missing; config.json asks for it (its "

@@ -23,6 +23,7 @@ DEFAULTS: JsonObject = {
   "hidden_activation": "gelu_pytorch_tanh",
   "tie_word_embeddings": True,
   "eos_token_id": 1,
+  "pad_token_id": 0,
 }
 
 

@@ -42,6 +42,7 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> GPTNeoConfig:
     activation=fields.get(str, "activation_function", default="gelu_new"),
     tied=fields.get(bool, "tie_word_embeddings", default=True),
     eos_id=fields.token_id("eos_token_id", default=50256),
+    pad_id=fields.token_id("pad_token_id", default=-1),
     **switches,
   )
 

@@ -1,5 +1,6 @@
 """From what a user names to a folder on disk."""
 
+import difflib
 import fnmatch
 import functools
 import os
@@ -43,7 +44,8 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
   if name and (folder.exists() or local):
     if not folder.is_dir():
       state = "is a file" if folder.exists() else "does not exist"
-      raise UserError(f"model folder {name} {state}; check the path")
+      remedy = _nearest(folder) or "check the path"
+      raise UserError(f"model folder {name} {state}; {remedy}")
     if not os.access(folder, os.R_OK | os.X_OK):
       raise UserError(
         f"model folder {name} cannot be read: permission denied; ask its owner "
@@ -72,9 +74,10 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
     except (OSError, ValueError) as error:
       # The hub's errors run over several lines; the first one suffices.
       reason = (str(error).splitlines() or [type(error).__name__])[0]
+      remedy = "check the name and the connection, or give a local folder"
       raise UserError(
         f"model {name} is no folder here and cannot be fetched from the hub: "
-        f"{reason}; check the name and the connection, or give a local folder"
+        f"{reason.rstrip('.')}; {_nearest(folder) or remedy}"
       ) from error
     folder = pathlib.Path(path)
     if any(folder.glob("*.safetensors")):
@@ -94,3 +97,13 @@ def _stand_in(name: str) -> tempfile.TemporaryDirectory:
       (pathlib.Path(folder.name) / file.name).write_bytes(file.read_bytes())
   (pathlib.Path(folder.name) / paths.MARK).write_text(str(place))
   return folder
+
+
+def _nearest(folder: pathlib.Path) -> str:
+  """Asks whether a folder beside one that is not there was meant, or ""."""
+  try:
+    names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
+  except OSError:
+    return ""
+  near = difflib.get_close_matches(folder.name, names, 1)
+  return f"did you mean {folder.with_name(near[0])}?" if near else ""

@@ -94,6 +94,7 @@ def read(
     activation=fields.get(str, "hidden_act", default="silu"),
     tied=fields.get(bool, "tie_word_embeddings", default=False),
     eos_id=fields.token_id("eos_token_id", default=-1),  # null: it has none
+    pad_id=fields.token_id("pad_token_id", default=-1),
     **switches,
   )
 

@@ -51,6 +51,7 @@ def from_hf(fields: Fields, **switches: Unpack[Switches]) -> NeoXConfig:
     attention_bias=fields.get(bool, "attention_bias", default=True),
     tied=fields.get(bool, "tie_word_embeddings", default=False),
     eos_id=fields.token_id("eos_token_id", default=0),
+    pad_id=fields.token_id("pad_token_id", default=-1),
     **switches,
   )
 

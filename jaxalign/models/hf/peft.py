@@ -159,7 +159,8 @@ def save(
   """
   if model.lora is None:
     raise UserError(
-      f"{folder}: the model has no LoRA adapters; save it as a whole model"
+      f"{folder}: the model has no LoRA adapters; save it as a whole model "
+      "(without --adapters)"
     )
   if model.config.groups:
     raise UserError(

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from jaxalign import paths
 from jaxalign.core.types import Params
 from jaxalign.errors import UserError
+from jaxalign.models.config import CausalConfig
 from jaxalign.models.hf import table
 from jaxalign.models.hf.architectures import architecture
 from jaxalign.models.hf.config_json import REGRESSION, JsonObject
@@ -70,6 +71,7 @@ def save(
     return
   with replacing(pathlib.Path(folder)) as new:
     values = config_values(model, str(number)) | (config or {})
+    _set_pad(values, model)
     write_json(new / "config.json", values)
     # Several files need an index that says which of them holds a tensor.
     if len(plan.headers) > 1:
@@ -102,6 +104,22 @@ def config_values(model: Model, dtype: str) -> JsonObject:
     # scores at the last token.
     values["jaxalign_head"] = config.head
   return values
+
+
+def _set_pad(values: JsonObject, model: Model) -> None:
+  """Keeps the score of a classifier where transformers reads it.
+
+  It passes over the pad token at a text's end, whatever the tokenizer says.
+  """
+  config = model.config
+  if not isinstance(config, CausalConfig) or config.head != "score_last":
+    return
+  ends = values.get("eos_token_id")
+  ends = ends if isinstance(ends, list) else [ends]
+  if 0 <= config.pad_id < config.vocab_size:
+    values["pad_token_id"] = config.pad_id
+  elif values.get("pad_token_id") in ends:
+    values["pad_token_id"] = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -55,9 +55,12 @@ def test_a_run_that_cannot_start_moves_nothing(other_run, superhf, run, fail):
 
 def test_a_run_to_begin_from(other_run, superhf, lab, run, fail):
   argv = [word for word in superhf(run) if "--config.policy=" not in word]
-  for name in ("nowhere", lab.policy):
+  for name, said in (
+    ("nowhere", ": nowhere does not exist"),
+    (lab.policy, " must be a run's folder"),
+  ):
     line = fail([*argv, "--fresh", f"--init_from={name}"])
-    assert "config.init_from must be a run's folder" in line
+    assert f"config.init_from{said}" in line
   (run / "checkpoints").mkdir()
   line = fail([*argv, "--fresh", f"--init_from={run}"])
   assert f"names the run's own folder {run}" in line
