@@ -126,13 +126,12 @@ class CachedRun(Run):
   """
 
   def jit(self, update):
-    reference = self.reference and self.reference[0]
-    name = (
-      update.__module__,
-      update.__qualname__,
+    models = [self.model, *(self.reference or ())[:1]]
+    key = (
+      *(update.__module__, update.__qualname__, self.config),
+      *((model.config, model.lora) for model in models),
       jax.tree.structure(self.state),
     )
-    key = *name, self.config, self.model, reference
     return Step(self, _programs.setdefault(key, jax.jit(update)))
 
 
