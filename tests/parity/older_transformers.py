@@ -21,8 +21,8 @@ QUESTION = [{"role": "user", "content": TEXT}]
 LIMIT = 1e-4
 # Version 4.45 computes no odd rotary width, of its own folders either.
 LEFT_OUT = ("neox-odd-rotary",)
-# It has windows of Qwen2 and Phi-3 in flash attention alone, and rotates heads of
-# Phi-3 in whole.
+# It has windows of Qwen2 and Phi-3 in flash attention alone, and rotates whole
+# heads of Phi-3.
 CHANGED = {
   "qwen2": {"use_sliding_window": False},
   "phi3": {
@@ -33,7 +33,7 @@ CHANGED = {
       "short_factor": [1.1, 1.3, 1.5, 1.7],
       "long_factor": [2.5, 3.0, 4.0, 6.0],
       "original_max_position_embeddings": 8,
-    }
+    },
   },
 }
 # Runs there; prints a line for each folder.
