@@ -24,6 +24,7 @@ from jaxalign.core import optim
 from jaxalign.core.types import TextBatch
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
+from jaxalign.parallel import cpu
 from jaxalign.parallel import mesh as meshes
 from jaxalign.runtime.checkpoint import Checkpointer
 from jaxalign.training.run import Run
@@ -66,6 +67,7 @@ def main():
   parser.add_argument("--every", type=int, default=50)
   parser.add_argument("--sha256", action="store_true")
   args = parser.parse_args()
+  cpu.keep_freed_memory()  # as jaxalign.main
   run = make_run()
   update = run.jit(make_update(run))
   tokens = np.random.default_rng(0).integers(0, 50304, (1, ROWS, LENGTH))
