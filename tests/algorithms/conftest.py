@@ -58,7 +58,9 @@ def _built(head, adapters, seed):
 
 
 @functools.cache
-def _logits(model):
+def _logits(config, adapters):
+  model = Model.build(config, adapters)
+
   @jax.jit
   def logits(params, tokens):
     module = model.bind(params)
@@ -74,7 +76,7 @@ def states(model, params, ids):
 
   Nothing of it is padded or in a batch.
   """
-  hidden, logits = _logits(model)(params, np.array([ids]))
+  hidden, logits = _logits(model.config, model.lora)(params, np.array([ids]))
   logits = np.asarray(logits, np.float64)
   logits = logits - logits.max(-1, keepdims=True)
   sums = np.log(np.exp(logits).sum(-1, keepdims=True))
