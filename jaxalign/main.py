@@ -77,7 +77,13 @@ def main(argv: Sequence[str]) -> int:
       if cluster is None or cluster.process_id == 0:
         print(f"{name}: kept in {folder} between saves", flush=True)
     if args.dry_run:
-      return dry_run(config, folder, extend=args.extend, fresh=args.fresh)
+      return dry_run(
+        config,
+        folder,
+        extend=args.extend,
+        fresh=args.fresh,
+        quiet=args.quiet,
+      )
     cpu.keep_freed_memory()
     return run(
       config,

@@ -381,6 +381,7 @@ def dry_run(
   *,
   extend: bool = False,
   fresh: bool = False,
+  quiet: bool = False,
 ) -> int:
   """Opens and checks what a run would, and prints what that is.
 
@@ -391,6 +392,7 @@ def dry_run(
     folder: the run's.
     extend: as for `run`.
     fresh: as for `run`.
+    quiet: as for `run`.
 
   Returns:
     The exit status, 0.
@@ -410,7 +412,8 @@ def dry_run(
   elif config.init_from:
     config = with_its_model(config, folder)
   spec = describe(config)
-  print(spec.example())
+  if not quiet:
+    print(spec.example())
   for doubt in spec.doubts():
     print(doubt)
   print(summary(spec, folder, extend=extend, fresh=fresh))

@@ -174,7 +174,7 @@ class CheckpointConfig(Section):
     "when it is read; sizes and a sum of every array are always compared",
   )
   allow_other_data: bool = field(
-    False, "continue a run although its data or prompts have changed"
+    False, "continue a run although its data, prompts or models have changed"
   )
 
 

@@ -378,6 +378,11 @@ def _read_csv(path: pathlib.Path) -> Iterator[Entry]:
   with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
     lines = csv.reader(file)
     header = next(lines, [])
+    if len(header) == 1 and (marks := {";", "\t"} & set(header[0])):
+      raise UserError(
+        f"{path}: the first line is one cell, {header[0]!r:.80}; write commas "
+        f"between cells in place of {marks.pop()!r}"
+      )
     for cells in lines:
       if not cells:
         continue
@@ -385,8 +390,23 @@ def _read_csv(path: pathlib.Path) -> Iterator[Entry]:
       problem = ""
       if len(cells) != len(header):
         problem = f"has {len(cells)} cells, the header has {len(header)}"
-      row = dict(zip(header, cells, strict=False))
+      row = dict(zip(header, map(_list_or_text, cells), strict=False))
+      for name, cell in row.items():
+        if isinstance(cell, str) and cell.startswith("[{'role'"):
+          problem = f"has Python's notation in {name}; write role lists as JSON"
       yield f"{path}:{lines.line_num}", row, problem
+
+
+def _list_or_text(cell: str) -> object:
+  """A CSV cell: a role list where it holds one as JSON, else its text."""
+  if not cell.startswith("[{"):
+    return cell
+  try:
+    value = json.loads(cell)
+  except ValueError:
+    return cell
+  # In a list that begins so, every item is an object.
+  return value if "role" in value[0] else cell
 
 
 def _read_parquet(path: pathlib.Path) -> Iterator[Entry]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import TypeVar
 
 import jax
@@ -27,6 +28,7 @@ from jaxalign.setup.spec import (
   adapter_line,
   count,
   digest_of_run,
+  digests_of_models,
   policy_attention,
 )
 
@@ -187,13 +189,18 @@ def open_workdir(
 
 
 def check_unchanged(
-  spec: RunSpec[C], digest: str, extra: JsonObject, folder: pathlib.Path
+  spec: RunSpec[C],
+  digest: str,
+  digests: Mapping[str, str],
+  extra: JsonObject,
+  folder: pathlib.Path,
 ) -> None:
-  """Refuses to go on with a run on other rows, or with other functions.
+  """Refuses to go on on other rows, or with other models or functions.
 
   Args:
     spec: of the run as it is now.
     digest: its own, see `digest_of_run`.
+    digests: of its models, see `digests_of_models`.
     extra: of the checkpoint to go on from.
     folder: the run's, for the message.
 
@@ -201,7 +208,18 @@ def check_unchanged(
     UserError: they differ, and `checkpoint.allow_other_data` is off.
   """
   old = extra.get("rows", digest)
-  if old == digest or spec.config.checkpoint.allow_other_data:
+  if spec.config.checkpoint.allow_other_data:
+    return
+  # Checkpoints of earlier versions say nothing of the models.
+  before = extra.get("models", {})
+  for name, now in digests.items():
+    if before.get(name, now) != now:
+      raise UserError(
+        f"config.{name} is no longer the model that {folder} began with: a "
+        "file has changed; restore it, start again in another --workdir, or "
+        "continue with --config.checkpoint.allow_other_data=true"
+      )
+  if old == digest:
     return
   field = "config.prompts" if spec.rollout else "config.data"
   what = f"{field} no longer gives the rows of {folder}: a file"
@@ -246,7 +264,8 @@ def check_extension(spec: RunSpec[C], folder: pathlib.Path) -> int:
     )
   if newest >= 0:
     extra = checkpoint.read_extra(saves, newest)
-    check_unchanged(spec, digest_of_run(spec), extra, folder)
+    digests = digest_of_run(spec), digests_of_models(spec)
+    check_unchanged(spec, *digests, extra, folder)
   return before
 
 

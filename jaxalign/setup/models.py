@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxalign import paths
 from jaxalign.config.names import parse_groups
 from jaxalign.config.sections import InitConfig, TrainingConfig
 from jaxalign.core.types import JsonObject, Params
@@ -33,6 +34,8 @@ from jaxalign.models.model import Model
 from jaxalign.parallel import hosts
 from jaxalign.parallel import mesh as meshes
 
+# Of a weight file `ModelSpec.digest` reads so many blocks of so many bytes.
+BLOCKS, BLOCK = 32, 2**17
 LAB = pathlib.Path(__file__).parent.parent / "lab"
 LAB_MODELS = ("policy", "reward-train", "reward-test")
 
@@ -160,6 +163,30 @@ class ModelSpec:
           one.update(block)
       total.update(one.digest())
     return np.frombuffer(total.digest(), np.uint8)
+
+  def digest(self) -> str:
+    """Tells whether the files have changed: config.json, and parts of weights.
+
+    A quick look, as every start takes it: training moves every matrix, and of a
+    large file spread blocks are read. "" of random parameters.
+    """
+    if self.pretrained is None:
+      return ""
+    tensors = self.pretrained.tensors.values()
+    files = sorted({part.path for leaf in tensors for part in leaf})
+    total = hashlib.blake2b(digest_size=16)
+    for config in sorted({path.parent / "config.json" for path in files}):
+      total.update(config.read_bytes() if config.is_file() else b"")
+    for path in files:
+      size = paths.size(path)
+      total.update(f"{path.name} {size} ".encode())
+      with path.open("rb") as file:
+        for i in range(BLOCKS):
+          file.seek(max(0, size - BLOCK) * i // (BLOCKS - 1))
+          total.update(file.read(BLOCK))
+          if size <= BLOCK:
+            break
+    return total.hexdigest()
 
 
 def compute_dtype(setting: str, mesh: Mesh) -> str:

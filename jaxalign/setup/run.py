@@ -41,6 +41,7 @@ from jaxalign.setup.spec import (
   RunSpec,
   adapter_line,
   digest_of_run,
+  digests_of_models,
   policy_attention,
 )
 from jaxalign.training.recorder import Recorder
@@ -146,6 +147,7 @@ def open_run(
     UserError: the folder is of another config, or of other rows.
   """
   config, digest = spec.config, digest_of_run(spec)
+  digests = digests_of_models(spec)
   with (
     contextlib.closing(open_workdir(config, folder)) as run,
     contextlib.closing(
@@ -188,7 +190,7 @@ def open_run(
         leaf.delete()  # nor here
       opened.state, done = restored.state, restored.step
       files, counters = restored.extra["files"], restored.extra["counters"]
-      check_unchanged(spec, digest, restored.extra, run.path)
+      check_unchanged(spec, digest, digests, restored.extra, run.path)
     if hosts.is_lead():
       begins = f"{config.steps} step{'s' * (config.steps != 1)}"
       if done:
@@ -241,6 +243,7 @@ def open_run(
         every=config.metrics.every_steps,
         best_metric=config.best_metric,
         digest=digest,
+        models=digests,
         # Only the lead's copy of the log was cut back.
         past=(
           row

@@ -184,6 +184,21 @@ def digest_of_run(spec: RunSpec[C]) -> str:
   return f"{digest} {digest_of(spec.files)}" if spec.files else digest
 
 
+def digests_of_models(spec: RunSpec[C]) -> dict[str, str]:
+  """Of the models that every start of a run reads anew; see `ModelSpec.digest`.
+
+  Those that it trains are in its checkpoints. A policy is read anew where it is
+  the reference, or the base of adapters.
+  """
+  anew = spec.live_reference or bool(spec.policy.model.lora)
+  found = {
+    name: model.digest()
+    for name, model in spec.models.items()
+    if "reward_model" in name or (name == "policy" and anew)
+  }
+  return {name: digest for name, digest in found.items() if digest}
+
+
 def digest_of(rows: object) -> str:
   """Tells encoded rows or prompts from others: a digest of their JSON text.
 

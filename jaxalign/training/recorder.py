@@ -5,7 +5,7 @@ import dataclasses
 import difflib
 import logging
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import jax
 
@@ -67,6 +67,7 @@ class Recorder:
     every: steps between lines of metrics.jsonl.
     best_metric: what `checkpoint.keep_best` goes by; "" = off.
     digest: of the rows that are trained on; saved with the state.
+    models: digests of those that every start reads anew; the same.
     past: the lines of metrics.jsonl so far.
   """
 
@@ -81,6 +82,7 @@ class Recorder:
   every: int = 1
   best_metric: str = ""
   digest: str = ""
+  models: Mapping[str, str] = dataclasses.field(default_factory=dict)
   past: dataclasses.InitVar[Iterable[metrics.LogRow]] = ()
 
   def __post_init__(self, past: Iterable[metrics.LogRow]):
@@ -157,6 +159,7 @@ class Recorder:
       "files": self.log.offsets(),
       "counters": self.counters,
       "rows": self.digest,
+      "models": dict(self.models),
     }
     score = values.get(self.best_metric)
     self.saver.save(step + 1, state, extra, score=score)

@@ -45,6 +45,18 @@ def test_csv_cells_are_text(tmp_path):
   assert table.places[0] == f"{path}:2"
 
 
+def test_csv_cells_hold_role_lists_as_json(tmp_path):
+  turns = [{"role": "user", "content": "a, b"}]
+  path = tmp_path / "a.csv"
+  with path.open("w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerows([["prompt", "n"], [json.dumps(turns), '[{"a": 1}]']])
+  assert one(str(path)).rows == ({"prompt": turns, "n": '[{"a": 1}]'},)
+  path.write_text(f'prompt\n"{turns}"\n')  # what pandas writes
+  with pytest.raises(UserError, match="has Python's notation in prompt; wr"):
+    sources.read(str(path))
+
+
 def test_long_csv_cells(write):
   table = one(write(f"prompt\n{'x' * 300_000}\n", "a.csv"))
   assert len(table.rows[0]["prompt"]) == 300_000
@@ -113,6 +125,7 @@ def test_deep_nesting_is_a_bad_line(write):
     ("a.json", '{\n "a": 1}', "one list of objects or one object a line"),
     ("a.json", "[1]", "row 1 is not an object"),
     ("a.csv", "a,b\n1\n", r"a.csv:2 has 1 cells, the header has 2"),
+    ("a.csv", "a;b\n1;2\n", "'a;b'; write commas between cells in place of"),
     ("a.parquet", "PAR", "a.parquet cannot be read"),
     ("a.txt", "hello", "unknown kind of file; need .jsonl"),
     ("a.jsonl.gz", "hello", "cannot be read.*get the file again"),

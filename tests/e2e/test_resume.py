@@ -35,13 +35,16 @@ def kill_after(fork):
 def test_a_run_in_bfloat16_goes_on(superhf, lab, read, tmp_path, capsys):
   """Base in bfloat16, adapters in float32, as the later presets have it.
 
-  On other prompts than it began with it does not, unless it is told to. Where
+  On other prompts than it began with, or with another reward model under the
+  same name, it does not, unless it is told to. Where
   moments and reward models wait makes no difference.
   """
-  prompts = tmp_path / "prompts.jsonl"
+  prompts, reward = tmp_path / "prompts.jsonl", tmp_path / "reward"
   shutil.copy(lab.prompts, prompts)
+  shutil.copytree(lab.reward, reward)
   fields = {
     "prompts": prompts,
+    "reward_model": reward,
     "precision.params": "bfloat16",
     "precision.compute": "bfloat16",
     "lora.rank": 2,
@@ -65,6 +68,12 @@ def test_a_run_in_bfloat16_goes_on(superhf, lab, read, tmp_path, capsys):
   shutil.copytree(cut, tmp_path / "other")
   assert main.main(superhf(tmp_path / "other", **other)) == 0
   prompts.write_text(rows)
+  # Nor with a reward model that was trained further in the meantime.
+  weights = (reward / "model.safetensors").read_bytes()
+  (reward / "model.safetensors").write_bytes(weights[:-4] + b"\0\0\0\x3f")
+  assert main.main(superhf(cut, **fields)) == 2
+  assert "config.reward_model is no longer the model" in capsys.readouterr().err
+  (reward / "model.safetensors").write_bytes(weights)
   offload = {"optimizer.offload": "true", "scoring.offload": "true"}
   assert main.main(superhf(cut, **fields | offload)) == 0
   assert result(cut, read) == result(whole, read)
