@@ -196,7 +196,10 @@ class Scores(RewardModel):
     object.__setattr__(self, "scorers", (self,))
     object.__setattr__(self, "weights", (1.0,))
 
-  def scores(self, prompts, completions):
+  def start(self, prompts, completions):
+    return [None]
+
+  def scores(self, prompts, completions, started=None):
     texts = [row.prompt for row in prompts]
     return np.asarray([self.score(texts, completions)], np.float64)
 
