@@ -20,7 +20,7 @@ pytestmark = pytest.mark.parity
 
 NAMES = ("alice", "bob", "cyd")
 CONFIGS = {
-  "neox": NeoXConfig(53, 20, 2, 5, 24, rotary_fraction=0.5),
+  "neox": NeoXConfig(53, 20, 2, 5, 24, rotary_fraction=0.5, pad_id=0),
   "llama": LlamaConfig(53, 16, 2, 4, 2, 4, 20),
   "gpt-neo": GPTNeoConfig(53, 18, 2, 3, 24, windows=(0, 3), max_positions=32),
   "deberta": DebertaConfig(53, 24, 2, 3, 41, buckets=8, max_distance=40),
