@@ -28,7 +28,6 @@ from jaxalign.plan import collectives, hlo, roofline
 from jaxalign.plan import flops as arithmetic
 from jaxalign.plan.targets import GIB, Target
 from jaxalign.runtime import profile
-from jaxalign.scoring.batches import TAIL
 from jaxalign.setup.spec import RunSpec
 
 # What stays in memory, in the order it is printed.
@@ -251,9 +250,8 @@ def plan(
   process = 0
   if target.chip.kind == "cpu":
     others = [
-      compile_program(other, spec, target)
-      for program in programs
-      for other in other_shapes(program, spec)
+      compile_program(program, spec, target)
+      for program in narrower_updates(spec)
     ]
     process = profile.memory()["memory/peak_bytes"]
     del others  # until here they take memory, as in the run
@@ -512,28 +510,14 @@ def shape_count(program: Program, spec: RunSpec[TrainingConfig]) -> int:
   return 2 * found if program.name.startswith("score") else found
 
 
-def other_shapes(
-  program: Program, spec: RunSpec[TrainingConfig]
-) -> list[Program]:
-  """The other shapes that a scorer is compiled for, as its texts differ.
-
-  Those of a sampler and of an update seldom all come up.
-  """
-  if not (
-    isinstance(spec.config, OnlineConfig) and program.name.startswith("score")
-  ):
+def narrower_updates(spec: RunSpec[TrainingConfig]) -> list[Program]:
+  """A run's updates for the next narrower texts, as batches differ in width."""
+  micros, rows, tokens = spec.batch_shape
+  widths = [width for width in DEFAULT_BUCKETS if width < tokens]
+  if not widths:
     return []
-  params, *arrays = program.arguments
-  rows, own = arrays[0].shape
-  widths = [w for w in spec.config.scoring.length_buckets if w < own] + [own]
-  shapes = {(n, w) for n in (rows, max(rows // TAIL, 1)) for w in widths}
-  return [
-    dataclasses.replace(
-      program,
-      arguments=(params, *[x.update(shape=shape) for x in arrays]),
-    )
-    for shape in sorted(shapes - {(rows, own)})
-  ]
+  changed = dataclasses.replace(spec, batch_shape=(micros, rows, widths[-1]))
+  return [p for p in algorithms.programs(changed) if state_of(p) is not None]
 
 
 def too_large(message: str) -> int | None:
