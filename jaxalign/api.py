@@ -540,6 +540,7 @@ def train(
   extend: bool = False,
   fresh: bool = False,
   quiet: bool = False,
+  **fields: object,
 ) -> TrainResult:
   """Trains what a config describes, as `python -m jaxalign.main` does.
 
@@ -559,6 +560,7 @@ def train(
     extend: give the run that is there the length of this config.
     fresh: move the run that is there to `<workdir>.1` and begin again.
     quiet: print no example of what is trained on.
+    **fields: overrides without a dot in their names: `steps=20`.
 
   Returns:
     Folder, metrics and model of the run.
@@ -583,8 +585,8 @@ def train(
     mapping, place = cli.load_config(os.fspath(config))
   elif isinstance(config, TrainingConfig):
     mapping = to_mapping(config)
-  fields = list(files.flatten(overrides or {}).items())
-  run_config = algorithms.read_config(mapping, fields)
+  changes = files.flatten({**(overrides or {}), **fields})
+  run_config = algorithms.read_config(mapping, list(changes.items()))
   if workdir is None:
     preset = type(run_config)()
     if place:

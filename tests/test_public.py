@@ -429,6 +429,7 @@ for call in (
   "jaxalign.train({'algorithm': 'sft'}, 5)",
   "jaxalign.train({'algorithm': 'sft'}, overrides=['steps'])",
   "jaxalign.train({'algorithm': 'sft'}, overrides={'steps': 1.5})",
+  "jaxalign.train({'algorithm': 'sft'}, stepz=20)",
   "jaxalign.train({'algorithm': 'sft'}, overrides={'optimizer': {'lr': 1}})",
   "jaxalign.train({'algorithm': 'sft'}, overrides={5: 1})",
   "jaxalign.train({'algorithm': 'sft'}, quiet=1)",

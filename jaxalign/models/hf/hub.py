@@ -44,7 +44,10 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
   if name and (folder.exists() or local):
     if not folder.is_dir():
       state = "is a file" if folder.exists() else "does not exist"
-      remedy = _nearest(folder) or "check the path"
+      remedy = "check the path"
+      if name.startswith("runs/") and folder.name == "model":
+        remedy = "it is there once that run is trained"
+      remedy = _nearest(folder) or remedy
       raise UserError(f"model folder {name} {state}; {remedy}")
     if not os.access(folder, os.R_OK | os.X_OK):
       raise UserError(
