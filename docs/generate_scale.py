@@ -292,8 +292,7 @@ Written by `docs/generate_scale.py` with `python -m jaxalign.plan`; do not edit.
 what XLA's compiler reserves, times are rooflines (arithmetic, memory and
 exchange at the data sheet's rates, all overlapped), which real runs miss by a
 factor of two to three. A star marks an estimate: the program was compiled for
-CPUs in the place of the target, with the same mesh; where both are known it is
-off by {error}.
+CPUs in the place of the target, with the same mesh{error}.
 
 Prompts of 256 tokens, completions of the presets' length, texts to train on of
 `max_length`. From 8 chips on a step has one prompt a chip, 16 samples of each,
@@ -431,8 +430,9 @@ def estimate_error(rows):
     if "peak_bytes" in other and "peak_bytes" in row:
       found.append(other["peak_bytes"] / row["peak_bytes"] - 1)
   if not found:
-    return "an unknown amount"
-  return f"{min(found):+.0%} to {max(found):+.0%} of the peak"
+    return ""
+  least, most = min(found), max(found)
+  return f"; where both are known it is off by {least:+.0%} to {most:+.0%}"
 
 
 def main():

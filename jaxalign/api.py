@@ -20,7 +20,7 @@ import numpy as np
 import rich.console
 import rich.progress
 
-from jaxalign import algorithms, cli
+from jaxalign import algorithms, cli, paths
 from jaxalign.config import TrainingConfig, to_mapping
 from jaxalign.config.changes import suffix
 from jaxalign.config.hints import nearest
@@ -593,6 +593,11 @@ def train(
       preset = algorithms.preset_of(mapping, run_config)
     place = place or f"runs/{run_config.algorithm}"
     workdir = place + suffix(run_config, preset, extend=extend)
+  paths.refuse_remote(
+    workdir,
+    "workdir",
+    "the command jaxalign.main takes --workdir=gs://bucket/run",
+  )
   path = pathlib.Path(workdir)
 
   with signals.raise_second():

@@ -45,10 +45,8 @@ def main(argv: Sequence[str]) -> int:
   """Answers `--prompt`, or one line after another until the end of input.
 
   Returns:
-    The exit status: 0, or 130 where `--prompt`'s answer was interrupted.
-
-  Raises:
-    UserError: no such model, no tokenizer, or a setting out of range.
+    The exit status: 0; 130 where `--prompt`'s answer was interrupted; 2 = no
+    such model, no tokenizer, or a setting out of range.
   """
   args = make_parser().parse(argv)
   # While models are loaded Ctrl-C ends the process at once.
@@ -57,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
-  """Loads the models and answers; see `run`."""
+  """Loads the models and answers; see `main`."""
   # Imported late: a mistyped flag should not wait for jax.
   import jax
 

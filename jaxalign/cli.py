@@ -213,7 +213,7 @@ class Command(Protocol):
 
 
 def command(run: Callable[[Sequence[str]], int | None]) -> Command:
-  """Makes a function a command: what goes wrong is told to people.
+  """Turns a function into a command: mistakes become a line and a status.
 
   Args:
     run: takes the words after the command's name; returns the exit status,

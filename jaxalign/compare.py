@@ -20,8 +20,8 @@ from jaxalign.errors import UserError
 def main(argv: Sequence[str]) -> None:
   """Reads the runs and writes the page.
 
-  Raises:
-    UserError: no run with metrics, a damaged file, or no place for the page.
+  The exit status is 2 without a run with metrics, with a damaged file, or where
+  the page has no place.
   """
   args = make_parser().parse(argv)
   # Imported late: a mistyped flag should not wait for numpy and jax.

@@ -6,7 +6,6 @@
 Running the same command again continues the run.
 """
 
-import contextlib
 import json
 import operator
 import pathlib
@@ -14,7 +13,7 @@ import sys
 import textwrap
 from collections.abc import Sequence
 
-from jaxalign import cli, paths
+from jaxalign import cli
 from jaxalign.algorithms import dry_run, preset_of, read_config, run
 from jaxalign.config import Row, TrainingConfig, describe, to_mapping
 from jaxalign.config.changes import suffix
@@ -28,8 +27,8 @@ from jaxalign.parallel.cluster import find_cluster
 def main(argv: Sequence[str]) -> int:
   """Flags -> config -> run.
 
-  Raises:
-    UserError: a mistake in the flags, the config, or what the config names.
+  Returns:
+    The exit status; 2 = a mistake in the flags, the config, or what it names.
   """
   parser = make_parser()
   try:
@@ -60,39 +59,25 @@ def main(argv: Sequence[str]) -> int:
     return 0
   if not args.workdir:
     workdir += suffix(config, preset_of(mapping, config), extend=args.extend)
-  name = args.workdir or workdir
+  folder = pathlib.Path(args.workdir or workdir)
   cluster = find_cluster(args.coordinator, args.num_processes, args.process_id)
-  with contextlib.ExitStack() as stack:
-    folder = pathlib.Path(name)
-    if paths.is_remote(name):
-      if args.fresh or config.init_from:
-        raise UserError(
-          f"--workdir={name}: --fresh and --init_from need a folder of this "
-          "machine; give a new --workdir, and a model's folder on the store as "
-          "--config.policy"
-        )
-      from jaxalign.runtime import mirror
-
-      folder = stack.enter_context(mirror.opened(name))
-      if cluster is None or cluster.process_id == 0:
-        print(f"{name}: kept in {folder} between saves", flush=True)
-    if args.dry_run:
-      return dry_run(
-        config,
-        folder,
-        extend=args.extend,
-        fresh=args.fresh,
-        quiet=args.quiet,
-      )
-    cpu.keep_freed_memory()
-    return run(
+  if args.dry_run:
+    return dry_run(
       config,
       folder,
       extend=args.extend,
       fresh=args.fresh,
       quiet=args.quiet,
-      cluster=cluster,
     )
+  cpu.keep_freed_memory()
+  return run(
+    config,
+    folder,
+    extend=args.extend,
+    fresh=args.fresh,
+    quiet=args.quiet,
+    cluster=cluster,
+  )
 
 
 def make_parser() -> cli.Parser:

@@ -1,8 +1,9 @@
 """Folders on object stores: `gs://`, `s3://` and what else `etils.epath` knows.
 
 Most code works with a folder of this machine. One that stands for a folder
-elsewhere holds the small files and, in `.remote`, the name of the other one;
-what is large (weights, checkpoints) is read and written there directly.
+elsewhere holds, in `.remote`, the name of the other one. Weights are read, and
+checkpoints read and written, there directly; a run's other files are copied
+(`runtime.mirror`).
 """
 
 import os
@@ -43,8 +44,8 @@ def remote(name: str | os.PathLike, field: str) -> epath.Path:
     place.exists()  # the store's package is imported, and credentials are used
   except KeyError as error:
     raise UserError(
-      f"{field}: {url} is on no store that is known; give a folder of this "
-      "machine, or one that begins with gs://, s3:// or az://"
+      f"{field}: unknown scheme {scheme}:// of {url}; give a local folder, or "
+      "one that begins with gs://, s3:// or az://"
     ) from error
   except ImportError as error:
     raise UserError(

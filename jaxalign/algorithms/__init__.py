@@ -16,6 +16,7 @@ import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from jaxalign import paths
 from jaxalign.config import (
   TrainingConfig,
   nearest,
@@ -188,11 +189,19 @@ def check_sources(config: TrainingConfig) -> None:
       raise UserError(f"config.{field}: {name}: no such file; {hint}")
 
 
-def check_one(extend: bool, fresh: bool) -> None:
-  """Refuses two flags that exclude each other."""
+def check_flags(
+  config: TrainingConfig, folder: pathlib.Path, *, extend: bool, fresh: bool
+) -> None:
+  """Refuses flags that exclude each other, or what the folder cannot do."""
   if extend and fresh:
     raise UserError(
       "--extend goes on with a run, --fresh begins again; give one of them"
+    )
+  if paths.is_remote(folder) and (fresh or config.init_from):
+    raise UserError(
+      f"--workdir={folder}: --fresh and --init_from need a folder of this "
+      "machine; give a new --workdir, and a model's folder on the store as "
+      "--config.policy"
     )
 
 
@@ -255,17 +264,20 @@ def run(
   Returns:
     The exit status: 0, or 130 and 143 after SIGINT and SIGTERM.
   """
-  check_one(extend, fresh)
+  check_flags(config, folder, extend=extend, fresh=fresh)
   check_sources(config)
   # Imported late: jax takes seconds to start, a mistake in a config should not.
   from jaxalign.parallel import hosts
-  from jaxalign.runtime import cache
+  from jaxalign.runtime import cache, mirror
+  from jaxalign.setup.folder import check_hosts
 
   if config.compilation_cache:
     cache.enable_compilation_cache()
   hosts.start(cluster)
   with hosts.together():
-    return _run(config, folder, extend=extend, fresh=fresh, quiet=quiet)
+    check_hosts(config, folder, extend=extend, fresh=fresh)
+    with mirror.opened(folder) as local:
+      return _run(config, local, extend=extend, fresh=fresh, quiet=quiet)
 
 
 def _run(
@@ -280,11 +292,10 @@ def _run(
   from jaxalign.parallel import hosts
   from jaxalign.runtime import workdir
   from jaxalign.setup import start
-  from jaxalign.setup.folder import check_folder, check_hosts, extend_run
+  from jaxalign.setup.folder import check_folder, extend_run
   from jaxalign.setup.spec import digest_of_run
 
   method = setup_of(config)
-  check_hosts(config, folder, extend=extend, fresh=fresh)
 
   # The lead alone looks at the folder and at the other run, because it changes
   # them; the others go by what it finds.
@@ -400,21 +411,23 @@ def dry_run(
   Raises:
     UserError: what would keep the run from starting.
   """
-  check_one(extend, fresh)
+  check_flags(config, folder, extend=extend, fresh=fresh)
   check_sources(config)
   # Imported late, as above.
+  from jaxalign.runtime import mirror
   from jaxalign.setup import start
   from jaxalign.setup.folder import check_folder, summary
 
-  check_folder(config, folder, extend=extend, fresh=fresh)
-  if config.init_from and not fresh and start.is_copied(config, folder):
-    config = start.begin(config, folder)
-  elif config.init_from:
-    config = with_its_model(config, folder)
-  spec = describe(config)
-  if not quiet:
-    print(spec.example())
-  for doubt in spec.doubts():
-    print(doubt)
-  print(summary(spec, folder, extend=extend, fresh=fresh))
+  with mirror.opened(folder) as local:
+    check_folder(config, local, extend=extend, fresh=fresh)
+    if config.init_from and not fresh and start.is_copied(config, local):
+      config = start.begin(config, local)
+    elif config.init_from:
+      config = with_its_model(config, local)
+    spec = describe(config)
+    if not quiet:
+      print(spec.example())
+    for doubt in spec.doubts():
+      print(doubt)
+    print(summary(spec, local, extend=extend, fresh=fresh))
   return 0

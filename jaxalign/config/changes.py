@@ -27,7 +27,9 @@ MAY_CHANGE = (
   "optimizer.offload",
   "sampling.batch_prompts",
   "sampling.compact",
+  "sampling.length_buckets",  # wider by default on TPUs
   "scoring.batch_size",
+  "scoring.length_buckets",
   "scoring.offload",
   "scoring.function_timeout",
   "max_bad_share",

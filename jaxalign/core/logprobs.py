@@ -312,8 +312,10 @@ def _sum_parts(gradient: Float[Array, "parts ..."]) -> Float[Array, "..."]:
 
   # Written out, because XLA adds up the whole on every device. So does a TPU's
   # compiler where one step scatters over all of a slice, see `_steps`.
+  # The parts come in the order in which `_split` made them.
   @jax.shard_map(
-    in_specs=P((*copies, *axes), *others), out_specs=P(*others, axes)
+    in_specs=P((*copies, *reversed(axes)), *others),
+    out_specs=P(*others, axes),
   )
   def scatter(own):
     own = own[0]

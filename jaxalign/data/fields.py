@@ -1,9 +1,11 @@
 """The values of one row: text, role lists, numbers, truth values."""
 
+import contextlib
 import itertools
 import json
 import math
 import re
+from collections.abc import Iterator
 from typing import Any, NamedTuple, TypeVar
 
 from jaxalign.core.types import JsonObject
@@ -48,6 +50,18 @@ class Answers(NamedTuple):
 
 class BadRow(UserError):
   """One row cannot be used; the message follows its place."""
+
+
+@contextlib.contextmanager
+def noting(problems: list[str], place: str) -> Iterator[None]:
+  """Notes what is wrong with a row, as `file:line what`, and goes on.
+
+  A chat template that refuses one dialogue is a bad row too.
+  """
+  try:
+    yield
+  except UserError as err:
+    problems.append(f"{place} {err}")
 
 
 def check_text(value: str, column: str) -> str:

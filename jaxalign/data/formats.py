@@ -23,6 +23,7 @@ from jaxalign.data.fields import (
   answers_of,
   group_of,
   instruction_of,
+  noting,
   number_of,
   preference_of,
   prompt_completion_of,
@@ -248,10 +249,8 @@ def _load(
     # Bad rows of this table: those not readable, then those not usable.
     made, problems = [], [*table.bad]
     for row, place in zip(table.rows, table.places, strict=True):
-      try:
+      with noting(problems, place):
         made += build(row)
-      except UserError as err:  # also a chat template that refuses a dialogue
-        problems.append(f"{place} {err}")
     reasons = [_useless(row) for row in made]
     dropped.update(filter(None, reasons))
     rows += [r for r, why in zip(made, reasons, strict=True) if not why]

@@ -13,6 +13,7 @@ from jaxalign.data.columns import lacking_columns
 from jaxalign.data.fields import (
   BadRow,
   messages_of,
+  noting,
   render,
   settings_of,
   text_of,
@@ -260,11 +261,8 @@ def _questions(
   for row, place in zip(table.rows, table.places, strict=True):
     # A known set has SuperHF's name; other rows may name theirs.
     group = name or str(row.get("prompt_set") or row.get("group") or "")
-    try:
+    with noting(problems, place):
       text, messages = question_of(row, tokenizer, mark, system)
-    except UserError as err:  # also a chat template that refuses one dialogue
-      problems.append(f"{place} {err}")
-    else:
       rows.append(PromptRow(text, group, messages, row if carry else {}))
   sources.check_bad(table.name, tuple(problems), len(rows), max_bad_share)
   return rows, problems

@@ -41,10 +41,8 @@ SHORTEST = 128  # tokens of the shortest texts that a kernel is called for
 WIDEST = 256  # features of the widest heads that kernels were compiled for
 AMPERE = (8, 0)  # compute capability from which kernels on GPUs run
 HOPPER = (9, 0)  # compute capability from which cuDNN takes heads above 128
-HEADS = (
-  ("tensor", "sequence"),
-  ("tensor",),
-)  # axes that split a kernel's heads
+# Axes that split a kernel's heads, the preferred ones first.
+HEADS = (("tensor", "sequence"), ("tensor",))
 INTERPRET = False  # tests set it: the kernels then run on any platform
 
 _log = logging.getLogger(__name__)

@@ -383,10 +383,10 @@ def barrier(name: str, seconds: int | float) -> None:
 
 @contextlib.contextmanager
 def together() -> Iterator[None]:
-  """Around a run: a process that fails ends all others.
+  """Runs a block on all processes; if one fails, it ends the others.
 
-  A failure in one process leaves the others waiting for it. They are told, and
-  end with a message. So does this process, without leaving the block.
+  They would wait for it for ever. With several processes a failure ends this
+  process too: the block raises nothing.
   """
   if count() == 1:
     yield

@@ -26,8 +26,8 @@ from jaxalign.errors import UserError
 def main(argv: Sequence[str]) -> int:
   """Flags -> config -> plans.
 
-  Raises:
-    UserError: a mistake in the flags, the config, or what the config names.
+  Returns:
+    The exit status; 2 = a mistake in the flags, the config, or what it names.
   """
   parser = make_parser()
   args = parser.parse(argv)

@@ -10,8 +10,7 @@ import numpy as np
 from jaxalign.parallel.mesh import AnyMesh
 from jaxalign.plan import hlo
 
-# Opcodes and TPU fusions that exchange data; the bytes that a chip sends, as a
-# share of the largest array, for n chips in a ring.
+# Opcodes, also of TPU fusions, that exchange data.
 KINDS = (
   "all-gather",
   "all-reduce",
@@ -20,7 +19,6 @@ KINDS = (
   "collective-permute",
   "ragged-all-to-all",
 )
-
 
 _CHANNEL = re.compile(r"channel_id=(\d+)")
 _GROUPS = re.compile(r"replica_groups=\S+")

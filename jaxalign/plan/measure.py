@@ -28,6 +28,7 @@ from jaxalign.plan import collectives, hlo, roofline
 from jaxalign.plan import flops as arithmetic
 from jaxalign.plan.targets import GIB, Target
 from jaxalign.runtime import profile
+from jaxalign.setup.auto import with_tpu_widths
 from jaxalign.setup.spec import RunSpec
 
 # What stays in memory, in the order it is printed.
@@ -165,12 +166,14 @@ class RunPlan:
 
 
 def for_platform(config: TrainingConfig, target: Target) -> TrainingConfig:
-  """The config with the number formats that `auto` means on the target.
+  """The config with what `auto` means on the target: formats and widths.
 
   A program that is compiled for another platform must have the same.
   """
   if target.chip.kind == "cpu":
     return config
+  if target.chip.kind == "tpu":
+    config = with_tpu_widths(config)
   if config.precision.compute == "auto":
     precision = dataclasses.replace(config.precision, compute="bfloat16")
     config = dataclasses.replace(config, precision=precision)

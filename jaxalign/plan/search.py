@@ -105,15 +105,15 @@ def largest_rows(config: TrainingConfig, target: Target, memory: int) -> int:
   most = MOST // parts * parts
   # Rows -> bytes in use, of those that fit and of those that do not.
   fit: dict[int, int] = {}
-  not_: dict[int, int] = {}
+  too_large: dict[int, int] = {}
   rows = -(-spec.batch_shape[1] // parts) * parts
   for _ in range(_TRIES):
     peak = update_peak(with_rows(spec, rows), target)
-    (fit if peak <= memory else not_)[rows] = peak
-    low, high = max(fit, default=0), min(not_, default=most + parts)
+    (fit if peak <= memory else too_large)[rows] = peak
+    low, high = max(fit, default=0), min(too_large, default=most + parts)
     if high - low <= max(parts, low // 16):
       break
-    guess = _crossing(fit | not_, low, high, memory)
+    guess = _crossing(fit | too_large, low, high, memory)
     # Strictly between what is known, and no more than eight times as many.
     guess = min(guess // parts * parts, 8 * max(low, parts), high - parts)
     rows = max(guess, low + parts)

@@ -19,6 +19,7 @@ from etils import epath
 from jaxtyping import PyTree
 
 from jaxalign import paths
+from jaxalign.core import memory
 from jaxalign.core.types import AnyArray
 from jaxalign.errors import UserError
 from jaxalign.parallel import hosts
@@ -95,7 +96,8 @@ def _partial_sums(leaf: AnyArray) -> list[np.uint64 | jax.Array]:
     return [_host_sum(np.asarray(leaf))]
   shards = [s.data for s in leaf.addressable_shards if s.replica_id == 0]
   # A CPU's arrays are the host's, and numpy is five times as fast as XLA there.
-  if next(iter(leaf.devices())).platform == "cpu":
+  on_cpu = next(iter(leaf.devices())).platform == "cpu"
+  if on_cpu or memory.is_on_host(leaf):
     return [_host_sum(np.asarray(shard)) for shard in shards]
   return [device_sum(shard) for shard in shards]
 

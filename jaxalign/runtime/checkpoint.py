@@ -240,7 +240,8 @@ class Checkpointer:
     try:
       self._manager.wait_until_finished()
     except Exception as error:
-      committed = (self.folder / f"{step:08d}").exists()
+      # Where there are no renames, the folder is there from the start.
+      committed = manifest.read(self.folder / f"{step:08d}") is not None
       if not (committed and isinstance(error, OSError)):
         raise self._failed(step, error) from error
       # What failed came after the commit: the deletion of old ones.

@@ -46,7 +46,7 @@ def read(place: paths.Folder) -> JsonObject | None:
 
 
 def trouble(place: paths.Folder) -> str | None:
-  """Looks at every file of `place`; what is wrong in words, or None.
+  """What is wrong with the files of `place`, in words; None = nothing.
 
   Files are read only where the manifest has their digests.
   """

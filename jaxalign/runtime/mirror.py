@@ -1,4 +1,4 @@
-"""A run's folder on an object store, where no file can be added to.
+"""A run's folder on an object store, which cannot append to files.
 
 The run works in a temporary folder of this machine. Checkpoints go to the store
 directly, by Orbax; all other files are copied there before a checkpoint is
@@ -16,24 +16,27 @@ from collections.abc import Iterator
 
 from jaxalign import paths
 from jaxalign.parallel import hosts
+from jaxalign.runtime.workdir import FINISHED
 
-_NOTE = (
-  ".copied.json"  # {file: [bytes, time of change]} of what is on the store
-)
+# {file: [bytes, time of change]} of what is on the store.
+_NOTE = ".copied.json"
 # Large folders, which a run writes and does not read again.
 _NOT_FETCHED = ("checkpoints", "model", "profile")
 
 
 @contextlib.contextmanager
-def opened(name: str) -> Iterator[pathlib.Path]:
-  """A folder of this machine for a run's folder on an object store.
+def opened(name: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A folder of this machine for a run's folder, which is mostly itself.
 
   Args:
-    name: see `paths.remote`.
+    name: the run's folder; one on an object store gets a temporary folder.
 
   Raises:
     UserError: the store cannot be used.
   """
+  if not paths.is_remote(name):
+    yield name
+    return
   place = paths.remote(name, "--workdir")
   with tempfile.TemporaryDirectory(prefix=f"{place.name}-") as temporary:
     # Its last name is the run's, which trackers and reports show.
@@ -45,12 +48,12 @@ def opened(name: str) -> Iterator[pathlib.Path]:
         if path.name not in _NOT_FETCHED:
           _copy(path, folder / path.name)
     (folder / _NOTE).write_text(json.dumps(_state(folder)))
+    if hosts.is_lead():
+      print(f"{place}: kept in {folder} between saves", flush=True)
     try:
       yield folder
     finally:
       push(folder)
-      if hosts.is_lead():
-        print(f"{folder} is now {place}", flush=True)
 
 
 def push(folder: pathlib.Path) -> None:
@@ -63,12 +66,13 @@ def push(folder: pathlib.Path) -> None:
     return
   # Taken before the copying: a log that grows meanwhile is copied again.
   known, now = json.loads((folder / _NOTE).read_text()), _state(folder)
-  for name, state in now.items():
-    if known.get(name) != state:
-      with contextlib.suppress(FileNotFoundError):  # gone meanwhile
-        _copy(folder / name, place / name)
   for name in known.keys() - now.keys():
     (place / name).unlink(missing_ok=True)
+  # The mark of a finished run goes first and comes last, as on a file system.
+  for name in sorted(now, key=lambda name: (name == FINISHED, name)):
+    if known.get(name) != now[name]:
+      with contextlib.suppress(FileNotFoundError):  # gone meanwhile
+        _copy(folder / name, place / name)
   (folder / _NOTE).write_text(json.dumps(now))
 
 

@@ -22,6 +22,7 @@ from jaxalign.errors import UserError
 from jaxalign.parallel import hosts
 from jaxalign.runtime import files
 
+FINISHED = "finished.json"
 _LOCK = ".lock"
 # The weights that `init_from` took are there before the run is.
 _BEFORE_CONFIG = ("start", "start.json")
@@ -170,17 +171,17 @@ def mark_finished(
   path: str | os.PathLike, summary: Mapping[str, object]
 ) -> None:
   """Marks a run as done; `summary` is any JSON, say the last metrics."""
-  files.write_json(pathlib.Path(path) / "finished.json", summary)
+  files.write_json(pathlib.Path(path) / FINISHED, summary)
 
 
 def mark_unfinished(path: str | os.PathLike) -> None:
   """Takes the mark of `mark_finished` away: the run goes on."""
-  (pathlib.Path(path) / "finished.json").unlink(missing_ok=True)
+  (pathlib.Path(path) / FINISHED).unlink(missing_ok=True)
 
 
 def read_finished(path: str | os.PathLike) -> JsonObject | None:
   """The summary that a finished run left, or None."""
-  place = pathlib.Path(path) / "finished.json"
+  place = pathlib.Path(path) / FINISHED
   return _read_object(place) if place.exists() else None
 
 

@@ -1,8 +1,8 @@
-"""What `auto` means in a config: the mesh, what is computed again, the widths.
+"""Chooses what a config leaves to `auto`: the mesh, remat, padded widths.
 
-By rules that need neither a compiler nor a measurement, so that all hosts and
-every start find the same; `python -m jaxalign.plan` compiles and so checks
-them. docs/sharding.md says where they are from.
+The rules need no compiler and no measurement, so every host and every start
+choose alike; `python -m jaxalign.plan` compiles and so checks them.
+docs/sharding.md says where they are from.
 """
 
 import dataclasses
@@ -32,7 +32,7 @@ MOST_TENSOR = 8  # chips that exchange features in every layer, at most
 FEWEST_TOKENS = 256  # of a row, on a device
 # Widths on a TPU: it computes on 128 columns at once, and compiles slowly.
 TPU_WIDTHS = (128, 256, 512, 1024)
-# What fills a device's memory besides what is counted here.
+# Share of the memory for what is counted here; the rest is for what is not.
 USABLE = 0.85
 
 
@@ -61,16 +61,21 @@ def with_mesh(config: C, devices: Devices, memory: int) -> C:
   """
   there: Sequence[jax.Device] = jax.devices() if devices is None else devices
   if there[0].platform == "tpu":
-    config = _with_tpu_widths(config)
+    config = with_tpu_widths(config)
   if not config.mesh.auto:
     return config
-  policy = open_policy(config, meshes.make_mesh(fsdp=-1, devices=there))
+  policy = open_policy(
+    config,
+    meshes.make_mesh(fsdp=-1, devices=there),
+    getattr(config, "head", "lm"),
+  )
   whole = 0
   if isinstance(config, OnlineConfig) and config.mesh.gather_for_generation:
     dtype = jnp.dtype(policy.model.config.dtype)
     whole = sum(x.size for x in jax.tree.leaves(policy.model.shapes))
     whole *= dtype.itemsize
-  kept = getattr(getattr(config, "superbatch", None), "kept_rows", 0)
+  superbatch = getattr(config, "superbatch", None)
+  kept = getattr(superbatch, "kept_rows", 0)
   splits = isinstance(policy.model.config, CausalConfig)
   sizes, why = choose_axes(
     len(there),
@@ -81,6 +86,7 @@ def with_mesh(config: C, devices: Devices, memory: int) -> C:
     whole=whole,
     memory=memory,
     tokens=config.max_length if splits else 0,
+    fills=superbatch is not None,
   )
   if hosts.is_lead():
     print(f"mesh: auto takes {why}")
@@ -98,11 +104,13 @@ def part_count(devices: Sequence[jax.Device]) -> int:
   """Slices of a TPU, or nodes of GPUs: a network is all that joins them."""
   slices = {getattr(device, "slice_index", 0) for device in devices}
   if len(slices) == 1 and devices[0].platform in ("gpu", "cuda", "rocm"):
-    return len({device.process_index for device in devices})
+    processes = {device.process_index for device in devices}
+    # One process a GPU says nothing of nodes.
+    return len(processes) if len(processes) < len(devices) else 1
   return len(slices)
 
 
-def _with_tpu_widths(config: C) -> C:
+def with_tpu_widths(config: C) -> C:
   """The config with fewer widths of texts, where it has the default ones."""
   if not isinstance(config, OnlineConfig):
     return config
@@ -133,6 +141,7 @@ def choose_axes(
   whole: int,
   memory: int,
   tokens: int = 0,
+  fills: bool = False,
 ) -> tuple[dict[str, int], str]:
   """The sizes of the other axes, and why; `fsdp` takes the rest.
 
@@ -152,6 +161,7 @@ def choose_axes(
     whole: bytes of the weights that each device gathers to sample; 0 = none.
     memory: bytes of a device; 0 = unknown.
     tokens: of the longest row; 0 = they cannot be split.
+    fills: whether rows that do not divide are filled up with empty ones.
   """
   within = devices // parts
   reasons = []
@@ -166,7 +176,8 @@ def choose_axes(
   tensor, few, large = 1, False, False
   while True:
     large_now = memory and whole / tensor > memory / 4
-    few_now = devices // tensor > rows
+    spread = devices // tensor
+    few_now = spread > rows or (not fills and rows % spread > 0)
     wider = 2 * tensor
     fits = wider <= MOST_TENSOR and not within % wider and not heads % wider
     if not ((large_now or few_now) and fits):
@@ -223,10 +234,11 @@ def with_remat(
     if kept + other <= USABLE * memory:
       break
   if hosts.is_lead():
+    short = "" if kept + other <= USABLE * memory else ": it may not fit"
     print(
       f"remat: auto takes {found.config.remat}, with which the backward pass "
       f"keeps {kept / GIB:.2f} GiB next to {other / GIB:.2f} on a device of "
-      f"{memory / GIB:.1f} GiB"
+      f"{memory / GIB:.1f} GiB{short}"
     )
   return found
 
@@ -265,7 +277,8 @@ def kept_bytes(programs: Sequence[Program]) -> tuple[int, int]:
         mesh = params[0].sharding.mesh
         # Rows are split over all axes but this one.
         parts = mesh.size // mesh.shape["tensor"]
-        kept = saved_bytes(program.trace().jaxpr.jaxpr) // parts
+        found = saved_bytes(program.trace().jaxpr.jaxpr) // parts
+        kept = max(kept, found)
   return kept, sum(held.values()) + gradients
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
+from jaxalign import paths
 from jaxalign.config import to_mapping
 from jaxalign.config.sections import TrainingConfig
 from jaxalign.core import memory
@@ -314,14 +315,17 @@ def finish(
   )
   hosts.barrier("the run is finished", seconds=600)
   if hosts.is_lead():
-    print(f"model: {folder / 'model'}\nreport: {folder / 'report.html'}")
-    print(f"next: {next_command(run.model, folder)}", flush=True)
+    place = paths.location(folder)
+    print(f"model: {place / 'model'}\nreport: {place / 'report.html'}")
+    print(f"next: {next_command(run.model, place)}", flush=True)
   return 0
 
 
-def next_command(model: Model, folder: pathlib.Path) -> str:
+def next_command(model: Model, folder: paths.Folder) -> str:
   """What to type after a finished run: a talk with what it trained."""
-  name = shlex.quote(str(folder))
+  # On an object store a model's folder is known, a run's is not.
+  is_here = isinstance(folder, pathlib.Path)
+  name = shlex.quote(str(folder if is_here else folder / "model"))
   if model.config.head == "lm":
     return f"python -m jaxalign.chat {name}"
   return f"python -m jaxalign.chat lab --best_of=16 --reward_model={name}"

@@ -155,15 +155,15 @@ def _fill(
       }
       for ends, array in on_host.items():
         if ends in pieces:
-          piece, place = pieces[ends]
+          piece, at = pieces[ends]
           if not stacked:
-            piece, place = piece[0], place[1:]
+            piece, at = piece[0], at[1:]
           # unsafe: numbers may lose bits
-          np.copyto(array[place], piece, casting="unsafe")
+          np.copyto(array[at], piece, casting="unsafe")
       for device, array in on_device.items():
         if shards[device] in pieces:
-          piece, place = pieces[shards[device]]
-          starts = np.array([part.start for part in place], np.int32)
+          piece, at = pieces[shards[device]]
+          starts = np.array([part.start for part in at], np.int32)
           if not stacked:
             piece, starts = piece[0], starts[1:]
           piece = np.ascontiguousarray(piece.astype(dtype))
