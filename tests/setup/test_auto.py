@@ -5,6 +5,7 @@ import dataclasses
 import pytest
 
 from jaxalign import algorithms
+from jaxalign.config import changes
 from jaxalign.config.online import SamplingConfig
 from jaxalign.errors import UserError
 from jaxalign.setup import auto
@@ -28,6 +29,9 @@ def axes(devices, parts=1, rows=256, heads=32, **bytes_):
       "tensor 4: 63 GiB of weights to sample with",
     ),
     (axes(16, rows=4), 1, 4, "tensor 4: 4 rows for 16 devices; fsdp 4"),
+    # 12 rows are 3 for each of 4; where empty rows fill up, 2 for each of 8.
+    (axes(8, rows=12), 1, 2, "tensor 2: 12 rows for 8 devices; fsdp 4"),
+    (axes(8, rows=12, fills=True), 1, 1, "fsdp 8: all devices"),
     # No more than heads and near neighbours allow.
     (axes(64, rows=1), 1, 8, "tensor 8: 1 rows for 64 devices; fsdp 8"),
     (axes(8, rows=1, heads=6), 1, 2, "tensor 2"),
@@ -112,3 +116,16 @@ def test_a_tpu_has_fewer_widths_unless_they_are_given():
   assert len(auto.TPU_WIDTHS) < len(SamplingConfig().length_buckets)
   given = algorithms.read_config(FIELDS, [("sampling.length_buckets", "32,64")])
   assert auto.with_tpu_widths(given).sampling.length_buckets == (32, 64)
+  # A later start may have the others: on another platform, or before `auto`.
+  for section in ("sampling", "scoring"):
+    name = f"{section}.length_buckets"
+    assert changes.may_change(name, (64,), (128,), changes.MAY_CHANGE)
+
+
+def test_mesh_auto_reads_the_model_that_is_trained():
+  """A classifier, by the head that its method asks for."""
+  config = algorithms.read_config(
+    {"algorithm": "reward_model", "policy": "lab/reward-test"},
+    [("mesh", "auto")],
+  )
+  assert not auto.with_mesh(config, None, 0).mesh.auto
