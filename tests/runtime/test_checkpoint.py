@@ -6,6 +6,7 @@ import gc
 import json
 import logging
 import os
+import pathlib
 import signal
 import socket
 import subprocess
@@ -332,7 +333,7 @@ def test_full_disk_in_the_background(saver, monkeypatch):
 
 def test_checkpoints_on_an_object_store(bucket):
   """Whole ones only, and none of a save that did not finish."""
-  with mirror.opened("gs://bucket/run") as folder:
+  with mirror.opened(pathlib.Path("gs://bucket/run")) as folder:
     saver = Checkpointer(folder / "checkpoints")
     state = make_state()
     for step in (1, 2, 3):
@@ -344,7 +345,7 @@ def test_checkpoints_on_an_object_store(bucket):
   assert (bucket / "run" / "metrics.jsonl").read_text() == "3"
   # Another machine; the newest save has not finished.
   (place / "00000003" / "manifest.json").unlink()
-  with mirror.opened("gs:/bucket/run") as folder:
+  with mirror.opened(pathlib.Path("gs:/bucket/run")) as folder:
     assert (folder / "metrics.jsonl").read_text() == "3"
     assert not (folder / "checkpoints").exists()
     saver = Checkpointer(folder / "checkpoints")
