@@ -159,8 +159,8 @@ class Tokenizer:
 
     An encoder reads its score at one that no template writes.
     """
-    is_encoder = self.inner.cls_token_id is not None
-    return not is_encoder and text.startswith(self.format.opens)
+    written = text.startswith(self.format.opens)
+    return written and self.inner.cls_token_id is None
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """The text of ids without special tokens; spaces stay as they are."""
