@@ -82,9 +82,9 @@ def test_the_rates_of_an_extended_run(sft, tmp_path, capsys, monkeypatch):
 
   monkeypatch.setattr(setup, "run", begin)
   # In the place of a checkpoint that a training would have left.
-  inside = "jaxalign.setup.folder."
-  monkeypatch.setattr(f"{inside}checkpoint.newest_whole", lambda folder: 2)
-  monkeypatch.setattr(f"{inside}manifest.read", lambda place: {"extra": {}})
+  inside = "jaxalign.runtime.checkpoint."
+  monkeypatch.setattr(f"{inside}newest_whole", lambda folder: 2)
+  monkeypatch.setattr(f"{inside}read_extra", lambda folder, step: {})
   argv = sft(tmp_path / "run", optimizer__schedule="linear")
   assert main.main(argv) == 0
   assert main.main([*argv, "--config.steps=4", "--extend"]) == 0
