@@ -92,6 +92,10 @@ def config_values(model: Model, dtype: str) -> JsonObject:
     **arch.to_hf(config),
     "dtype": dtype,
   }
+  if isinstance(config, CausalConfig):
+    known = 0 <= config.pad_id < config.vocab_size
+    # null where there is none: absent means another id to some architectures.
+    values["pad_token_id"] = config.pad_id if known else None
   if config.head != "lm":
     # transformers counts the labels in this table; a score is one label.
     names = config.groups or ("LABEL_0",)
