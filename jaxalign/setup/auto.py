@@ -301,6 +301,11 @@ def saved_bytes(jaxpr: jex.core.Jaxpr) -> int:
 
 
 def _stacked(eqn) -> int:
-  """Bytes of what a scan stacks."""
-  arrays = [x.aval for x in eqn.outvars[eqn.params["num_carry"] :]]
-  return sum(x.size * x.dtype.itemsize for x in arrays)
+  """Bytes of what a scan stacks: outputs with an axis more than its body's."""
+  body = eqn.params["jaxpr"]
+  body = getattr(body, "jaxpr", body)  # closed before JAX 0.12
+  return sum(
+    x.aval.size * x.aval.dtype.itemsize
+    for x, inner in zip(eqn.outvars, body.outvars, strict=True)
+    if x.aval.ndim > inner.aval.ndim
+  )
