@@ -707,7 +707,7 @@ def _answers(value: object) -> object:
   if answers and isinstance(answers[0], Mapping):  # the turn of one
     answers = [answers]
 
-  def text_of(answer: Any) -> object:  # whatever stands in a user's column
+  def text_of(answer: object) -> object:
     if isinstance(answer, str) or not isinstance(answer, Sequence):
       return answer
     turns = [turn for turn in answer if isinstance(turn, Mapping)]

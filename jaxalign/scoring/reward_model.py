@@ -53,7 +53,7 @@ class RewardModel:
   def start(
     self, prompts: Sequence[PromptRow], completions: Sequence[str]
   ) -> list[Started | None]:
-    """Has the devices begin with what the models say; None for a function."""
+    """Starts scoring on the devices without waiting; None for a function."""
     return [
       None if isinstance(s, RewardFunction) else s.start(prompts, completions)
       for s in self.scorers

@@ -146,17 +146,21 @@ class ModelSpec:
     found = {"config": config, "parameters": f"seed {self.seed}"}
     if self.pretrained is not None:
       # The lead alone reads the files for it.
-      digest = hosts.from_lead(self._digest, np.zeros(32, np.uint8))
+      digest = hosts.from_lead(self._sha256, np.zeros(32, np.uint8))
       found["parameters"] = digest.tobytes().hex()
     return found
 
-  def _digest(self) -> np.ndarray:
+  def _weight_files(self) -> list[paths.Folder]:
+    assert self.pretrained is not None
+    tensors = self.pretrained.tensors.values()
+    return sorted({part.path for leaf in tensors for part in leaf})
+
+  def _sha256(self) -> np.ndarray:
     """SHA-256 of the weight files, as 32 bytes."""
     assert self.pretrained is not None
     # Parameters of another type are rounded from the same files.
     total = hashlib.sha256(self.pretrained.dtype.encode())
-    tensors = self.pretrained.tensors.values()
-    for path in sorted({part.path for leaf in tensors for part in leaf}):
+    for path in self._weight_files():
       one = hashlib.sha256()
       with path.open("rb") as file:
         while block := file.read(2**24):
@@ -172,8 +176,7 @@ class ModelSpec:
     """
     if self.pretrained is None:
       return ""
-    tensors = self.pretrained.tensors.values()
-    files = sorted({part.path for leaf in tensors for part in leaf})
+    files = self._weight_files()
     total = hashlib.blake2b(digest_size=16)
     for config in sorted({path.parent / "config.json" for path in files}):
       total.update(config.read_bytes() if config.is_file() else b"")

@@ -186,16 +186,16 @@ def digest_of_run(spec: RunSpec[C]) -> str:
 
 
 def digests_of_models(spec: RunSpec[C]) -> dict[str, str]:
-  """Of the models that every start of a run reads anew; see `ModelSpec.digest`.
+  """Digests of the models that each start reads from files again.
 
-  Those that it trains are in its checkpoints. A policy is read anew where it is
-  the reference, or the base of adapters.
+  Models that are trained come from the checkpoint instead. The policy's files
+  are read too where it is the reference or the base of adapters.
   """
-  anew = spec.live_reference or bool(spec.policy.model.lora)
+  reread = spec.live_reference or bool(spec.policy.model.lora)
   found = {
     name: model.digest()
     for name, model in spec.models.items()
-    if "reward_model" in name or (name == "policy" and anew)
+    if "reward_model" in name or (name == "policy" and reread)
   }
   return {name: digest for name, digest in found.items() if digest}
 

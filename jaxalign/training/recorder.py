@@ -67,7 +67,7 @@ class Recorder:
     every: steps between lines of metrics.jsonl.
     best_metric: what `checkpoint.keep_best` goes by; "" = off.
     digest: of the rows that are trained on; saved with the state.
-    models: digests of those that every start reads anew; the same.
+    models: digests of what each start reads again; saved as well.
     past: the lines of metrics.jsonl so far.
   """
 

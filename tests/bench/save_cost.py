@@ -3,9 +3,9 @@
 Random weights in Pythia-70M's shape, float32, AdamW (a state of 0.8 GB), SFT
 steps on 8 rows of 128 tokens. Groups of steps with a save after the first one
 and groups without take turns; the difference of their medians is what a save
-costs, the wait for the writer's end included. Prints one JSON line, with the
-share of the time of `--every` steps; CPU seconds beside the clock's, for busy
-machines.
+costs, the wait for the writer to finish included. Prints one JSON line: the
+cost as a share of `--every` steps, in wall time and, for busy machines, in CPU
+time.
 
     python tests/bench/save_cost.py [--group 3] [--repeats 3] [--every 50]
 """
