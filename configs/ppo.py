@@ -62,7 +62,7 @@ own. A sum over the shapes, not a measurement.
 from ml_collections import ConfigDict
 
 from jaxalign.config import choose_preset
-from jaxalign.text.templates import SYSTEM_CS224N
+from jaxalign.text.templates import SYSTEM_CS224N_RLHF
 
 SETS = ",".join(
   (
@@ -156,7 +156,7 @@ def trl_041() -> ConfigDict:
   config.policy = "theblackcat102/pythia-1b-deduped-sft"
   config.prompts = SETS
   config.reward_model = "OpenAssistant/reward-model-deberta-v3-large-v2"
-  config.system_prompt = SYSTEM_CS224N
+  config.system_prompt = SYSTEM_CS224N_RLHF
   config.max_prompt_chars = 1023
   config.deduplicate = False
   config.holdout = 0

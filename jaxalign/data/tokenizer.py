@@ -257,19 +257,6 @@ class Tokenizer:
       f"the chat template of {self.name} refuses the messages: {reason}"
     )
 
-  def encode_reward(
-    self,
-    prompt: str,
-    completion: str,
-    encoding: str = "concat",
-    max_length: int = 1024,
-    eos: bool = False,
-  ) -> tuple[list[int], list[int]]:
-    """`encode_rewards` of one completion."""
-    return self.encode_rewards(
-      [prompt], [completion], encoding, max_length, eos
-    )[0]
-
   def encode_rewards(
     self,
     prompts: Sequence[str],

@@ -59,15 +59,21 @@ def test_saved_tokenizers_load_the_same(real, name, tmp_path):
   )
 
 
+def encode_reward(tokenizer, prompt, completion, *rest, **options):
+  """Of one completion."""
+  rows = [prompt], [completion]
+  return tokenizer.encode_rewards(*rows, *rest, **options)[0]
+
+
 def test_reward_encodings_of_the_real_deberta(real):
   """`[CLS] text [SEP]` and `[CLS] q [SEP] a [SEP]`, the answer typed 1."""
   tokenizer = real["deberta"]
   text = tokenizer.encode(PROMPT + " yes")
-  ids, types = tokenizer.encode_reward(PROMPT, " yes \n")
+  ids, types = encode_reward(tokenizer, PROMPT, " yes \n")
   assert ids == [1, *text, 2]
   assert types == [0] * len(ids)
   question, answer = tokenizer.encode("What is it?"), tokenizer.encode("yes")
-  ids, types = tokenizer.encode_reward(PROMPT, " yes \n", "pair")
+  ids, types = encode_reward(tokenizer, PROMPT, " yes \n", "pair")
   assert ids == [1, *question, 2, *answer, 2]
   assert types == [0] * (len(question) + 2) + [1] * (len(answer) + 1)
 
@@ -76,18 +82,18 @@ def test_an_empty_completion_is_a_segment_too(real):
   """`[CLS] q [SEP] [SEP]`: the second end is not a repetition."""
   tokenizer = real["deberta"]
   question = tokenizer.encode("What is it?")
-  ids, _ = tokenizer.encode_reward(PROMPT, "", "pair")
+  ids, _ = encode_reward(tokenizer, PROMPT, "", "pair")
   assert ids == [1, *question, 2, 2]
 
 
 def test_reward_text_is_cut_on_the_right(real):
   tokenizer = real["deberta"]
-  full, _ = tokenizer.encode_reward(PROMPT, "yes " * 50)
-  ids, types = tokenizer.encode_reward(PROMPT, "yes " * 50, max_length=20)
+  full, _ = encode_reward(tokenizer, PROMPT, "yes " * 50)
+  ids, types = encode_reward(tokenizer, PROMPT, "yes " * 50, max_length=20)
   assert ids == [*full[:19], 2]
   assert len(types) == 20
-  ids, types = tokenizer.encode_reward(PROMPT, "yes " * 50, "pair", 12)
-  assert ids[:6] == tokenizer.encode_reward(PROMPT, "no", "pair")[0][:6]
+  ids, types = encode_reward(tokenizer, PROMPT, "yes " * 50, "pair", 12)
+  assert ids[:6] == encode_reward(tokenizer, PROMPT, "no", "pair")[0][:6]
   assert len(ids) == len(types) == 12
   assert ids[-1] == 2
 
@@ -95,7 +101,7 @@ def test_reward_text_is_cut_on_the_right(real):
 def test_what_a_chat_template_wrote_is_not_written_twice(make_tiny):
   """Neither the bos, nor is its last newline cut or a seam moved."""
   tokenizer = make_tiny(bos=True, template="{{ messages }}")
-  ids, types = tokenizer.encode_reward("<s>[user]ab[assistant]", "cd</s>\n")
+  ids, types = encode_reward(tokenizer, "<s>[user]ab[assistant]", "cd</s>\n")
   wanted = tokenizer.encode("[user]ab[assistant]cd</s>\n")
   assert ids == [0, *wanted]
   assert len(types) == len(ids)
@@ -105,21 +111,21 @@ def test_what_a_chat_template_wrote_is_not_written_twice(make_tiny):
   text = tokenizer.render_chat([{"role": "user", "content": "ab"}])
   plain = tokenizer.encode(text)
   assert tokenizer.encode_prompts([text, "ab"]) == [plain, [0, *plain[-2:]]]
-  ids, _ = tokenizer.encode_reward(text, "cd")
+  ids, _ = encode_reward(tokenizer, text, "cd")
   assert ids == tokenizer.encode(text + "cd")
 
 
 def test_reward_text_may_end_with_the_eos(tiny_bos):
-  ids, types = tiny_bos.encode_reward("ab", " cd", eos=True)
+  ids, types = encode_reward(tiny_bos, "ab", " cd", eos=True)
   assert ids == [0, *tiny_bos.encode("ab cd"), 1]
   assert types == [0] * len(ids)
-  ids, _ = tiny_bos.encode_reward("ab", " cd", max_length=4, eos=True)
+  ids, _ = encode_reward(tiny_bos, "ab", " cd", max_length=4, eos=True)
   assert ids == [0, *tiny_bos.encode("ab"), 1]
 
 
 def test_reward_encoding_must_be_known(tiny):
   with pytest.raises(UserError, match="one of concat, pair, got 'both'"):
-    tiny.encode_reward("a", "b", "both")
+    encode_reward(tiny, "a", "b", "both")
   assert tiny.encode_rewards([], []) == []
 
 
@@ -249,7 +255,7 @@ def test_unknown_text_without_a_token_for_it(model, text, what):
     with pytest.raises(UserError, match=f"few has no token for {what}, and no"):
       call(text)
   with pytest.raises(UserError, match=f"few has no token for {what}, and no"):
-    tokenizer.encode_reward("b", text)
+    encode_reward(tokenizer, "b", text)
 
 
 def test_a_missing_byte(tiny):

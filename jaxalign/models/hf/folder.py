@@ -78,15 +78,12 @@ class Pretrained:
       found[path] = jax.ShapeDtypeStruct(leaf.shape, dtype)
     return table.unflatten(found)
 
-  def read(
-    self, shardings: Params | None = None, *, stage_bytes: int | None = None
-  ) -> Params:
+  def read(self, shardings: Params | None = None) -> Params:
     """Reads the parameters, which takes the time.
 
     Args:
       shardings: a `Sharding` for every leaf of `model.shapes`; None = one
         device.
-      stage_bytes: see `place.place`.
     """
     shapes = table.flatten(self.shapes)
     where = table.flatten(shardings) if shardings else {}
@@ -107,7 +104,6 @@ class Pretrained:
         shapes[path].shape,
         shapes[path].dtype,
         where.get(path),
-        stage_bytes,
       )
     # In the model's order, whichever way a leaf came.
     return table.unflatten({path: leaves[path] for path in shapes})

@@ -11,8 +11,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxalign.models.hf.weights import FileTensor, SafeTensor
 
 # Above this many bytes of this host's shards a leaf is filled on the devices,
-# so that the host never holds all of it.
+# so that the host never holds all of it. On a CPU the host's array becomes the
+# parameter, whatever its size.
 STAGE_BYTES = 256 * 2**20
+CPU_STAGE_BYTES = math.inf
 # The most bytes of a file that are looked at together; the second number is for
 # files on object stores, where every request takes its time.
 BLOCK_BYTES = 8 * 2**20
@@ -29,7 +31,6 @@ def place(
   shape: tuple[int, ...],
   dtype: np.dtype,
   sharding: jax.sharding.Sharding | None = None,
-  stage_bytes: int | None = None,
 ) -> jax.Array:
   """One parameter from its tensors in the files.
 
@@ -44,9 +45,6 @@ def place(
     shape: of the whole parameter, with the layer axis if it is stacked.
     dtype: of the parameter.
     sharding: of the parameter; None = the default device.
-    stage_bytes: a leaf of which this host has more is filled on the devices;
-      None = `STAGE_BYTES`, and no limit on a CPU, where the array on the host
-      becomes the parameter.
   """
   stacked = len(shape) > len(tensors[0].shape)
   # Axis i of ours is axis order[i] in the file, whose first axis is its rows.
@@ -56,10 +54,10 @@ def place(
     divides = shape[rows] % sharding.mesh.size == 0
     if divides and math.prod(shape) * dtype.itemsize > SMALL_BYTES:
       by_rows, gathered = _by_rows(sharding, rows)
-      array = _fill(tensors, order, shape, dtype, by_rows, stage_bytes)
+      array = _fill(tensors, order, shape, dtype, by_rows)
       # In two moves, as XLA would replicate the whole array for both at once.
       return jax.device_put(jax.device_put(array, gathered), sharding)
-  return _fill(tensors, order, shape, dtype, sharding, stage_bytes)
+  return _fill(tensors, order, shape, dtype, sharding)
 
 
 def _by_rows(
@@ -89,7 +87,6 @@ def _fill(
   shape: tuple[int, ...],
   dtype: np.dtype,
   sharding: jax.sharding.Sharding | None,
-  stage_bytes: int | None,
 ) -> jax.Array:
   """The parameter, each device's shard read from the files."""
   # What this host's devices hold of it, and the box around all of that. The
@@ -123,9 +120,7 @@ def _fill(
     for ends in held
   }
   total = dtype.itemsize * sum(math.prod(size) for size in sizes.values())
-  if stage_bytes is None:
-    stage_bytes = total if platform == "cpu" else STAGE_BYTES
-  staged = total > stage_bytes
+  staged = total > (CPU_STAGE_BYTES if platform == "cpu" else STAGE_BYTES)
   on_device = {
     device: jnp.zeros(sizes[ends], dtype, device=device)
     for device, ends in shards.items()

@@ -90,10 +90,11 @@ def test_adapters_are_drawn_afresh(saved):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_layer_by_layer_filling_gives_the_same(saved, dtype):
+def test_layer_by_layer_filling_gives_the_same(saved, dtype, monkeypatch):
   path, _, _ = saved
   whole = folder.load(path, dtype=dtype)[1]
-  by_layer = folder.open_pretrained(path, dtype=dtype).read(stage_bytes=0)
+  monkeypatch.setattr(place, "CPU_STAGE_BYTES", 0)
+  by_layer = folder.load(path, dtype=dtype)[1]
   assert by_layer["embedding"]["embedding"].dtype == dtype
   jax.tree.map(np.testing.assert_array_equal, whole, by_layer)
 
@@ -261,7 +262,7 @@ def test_placing_turns_and_stacks(tmp_path):
 SHARDED = """
 import jax, numpy as np, sys
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from jaxalign.models.hf import folder
+from jaxalign.models.hf import folder, place
 mesh = Mesh(np.array(jax.devices()).reshape(2, 2), ("a", "b"))
 def shardings(shapes):
   def one(leaf):
@@ -270,10 +271,10 @@ def shardings(shapes):
     return NamedSharding(mesh, P(*axes))
   return jax.tree.map(one, shapes)
 _, plain = folder.load(sys.argv[1])
-for stage in (None, 0):
+for place.CPU_STAGE_BYTES in (float("inf"), 0):
   opened = folder.open_pretrained(sys.argv[1])
   model = opened.model
-  params = opened.read(shardings(model.shapes), stage_bytes=stage)
+  params = opened.read(shardings(model.shapes))
   jax.tree.map(np.testing.assert_array_equal, params, plain)
   kernel = params["blocks"]["q_proj"]["kernel"]
   assert kernel.sharding.spec == P("a", "b"), kernel.sharding
