@@ -189,48 +189,54 @@ class Module:
 
   def _fused(self, line: Instruction, operands: list[Instruction]) -> int:
     """Of a fusion: what it reads of its operands, and what it writes."""
-    body = self.computations[line.called]
-    users: dict[str, list[Instruction]] = {}
-    for inner in body.values():
-      for name in inner.operands:
-        users.setdefault(name, []).append(inner)
     total = 0
-    for inner in body.values():
-      if inner.opcode != "parameter":
-        continue
-      number = int(inner.line.partition(" parameter(")[2].partition(")")[0])
-      whole = operands[number].bytes if number < len(operands) else 0
-      total += min(whole, _read(inner.name, users, whole))
-    # A slice that is written in place costs itself, not the whole array.
+    for number, operand in enumerate(operands):
+      read = self._read(line.called, number, operand.bytes)
+      total += min(operand.bytes, read)
+    # Less where the result is kept in another memory.
+    return total + min(self._written(line.called), line.bytes)
+
+  def _read(self, called: str, number: int, whole: int) -> int:
+    """Bytes of a parameter that a fusion reads, of `whole` ones."""
+    body = self.computations[called]
+    wanted = f" parameter({number})"
+    names = [x.name for x in body.values() if wanted in x.line]
+    total = 0
+    while names:
+      name = names.pop()
+      for user in body.values():
+        if name not in user.operands:
+          continue
+        if user.opcode in ("dynamic-slice", "slice", "gather"):
+          total += user.bytes
+        elif user.opcode in ("bitcast", "reshape"):
+          names.append(user.name)
+        elif user.opcode == "fusion":  # fusions nest on TPUs
+          for inner, operand in enumerate(user.operands):
+            if operand == name:
+              total += self._read(user.called, inner, whole)
+        elif user.opcode != "dynamic-update-slice" or user.operands[0] != name:
+          return whole  # such an update leaves the rest of the array as it is
+    return total
+
+  def _written(self, called: str) -> int:
+    """Bytes that a fusion writes; of a slice in place the slice alone."""
+    body = self.computations[called]
     (root,) = (x for x in body.values() if x.is_root)
     parts = [root]
     if root.opcode == "tuple":
       parts = [body[x] for x in root.operands]
-    written = 0
+    total = 0
     for part in parts:
       while part.opcode in ("bitcast", "convert", "copy") and part.operands:
         part = body[part.operands[0]]
       if part.opcode == "dynamic-update-slice":
-        written += body[part.operands[1]].bytes
+        total += body[part.operands[1]].bytes
+      elif part.opcode == "fusion":
+        total += self._written(part.called)
       elif part.opcode != "parameter":
-        written += part.bytes
-    # Less where the result is kept in another memory.
-    return total + min(written, line.bytes)
-
-
-def _read(name: str, users: dict[str, list[Instruction]], whole: int) -> int:
-  """Bytes of an operand that its users in a fusion read."""
-  total = 0
-  for user in users.get(name, ()):
-    if user.opcode in ("dynamic-slice", "slice", "gather"):
-      total += user.bytes
-    elif user.opcode in ("bitcast", "reshape"):
-      total += _read(user.name, users, whole)
-    elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-      total += 0  # the rest of the array stays as it is
-    else:
-      return whole
-  return total
+        total += part.bytes
+    return total
 
 
 def parse(text: str, trips: int) -> Module:

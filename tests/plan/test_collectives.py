@@ -122,9 +122,7 @@ def test_a_reduction_in_a_fusion_of_that_name_is_a_reduce_scatter():
   assert [(x.kind, x.bytes) for x in found] == [("reduce-scatter", 32)]
 
 
-def test_traffic_counts_a_slice_of_an_array_and_not_the_array():
-  """Reads one of 6 layers (64 B), writes it in place; skips on-chip memory."""
-  fused = """
+FUSED = """
 %slice (q: f32[6,16], i: s32[]) -> f32[6,16] {
   %q = f32[6,16]{1,0} parameter(0)
   %i = s32[] parameter(1)
@@ -132,14 +130,33 @@ def test_traffic_counts_a_slice_of_an_array_and_not_the_array():
   ROOT %u = f32[6,16]{1,0} dynamic-update-slice(%q, %one, %i, %i)
 }
 """
+# A TPU's compiler puts fusions into fusions.
+NESTED = """
+%outer (j: s32[], r: f32[6,16]) -> f32[6,16] {
+  %r = f32[6,16]{1,0} parameter(1)
+  %j = s32[] parameter(0)
+  ROOT %inner = f32[6,16]{1,0} fusion(%r, %j), kind=kLoop, calls=%slice
+}
+"""
+
+
+@pytest.mark.parametrize(
+  ("called", "before"),
+  [
+    ("(%p, %i), kind=kLoop, calls=%slice", FUSED),
+    ("(%i, %p), kind=kOutput, calls=%outer", FUSED + NESTED),
+  ],
+)
+def test_traffic_counts_a_slice_of_an_array_and_not_the_array(called, before):
+  """Reads one of 6 layers (64 B), writes it in place; skips on-chip memory."""
   text = entry(
     "%p = f32[6,16]{1,0} parameter(0)",
     "%i = s32[] constant(0)",
-    "%f = f32[6,16]{1,0} fusion(%p, %i), kind=kLoop, calls=%slice",
+    f"%f = f32[6,16]{{1,0}} fusion{called}",
     "%a = ((f32[6,16]{1,0}), f32[1,16]{1,0:S(1)}, s32[]{:S(2)}) "
     "slice-start(%f), slice={[0:1], [0:16]}",
     "ROOT %v = f32[6,16]{1,0:T(8,128)S(1)} copy(%f)",
-    before=fused,
+    before=before,
   )
   module = hlo.parse(text, 1)
   moved = {
