@@ -5,6 +5,7 @@ import errno
 import gc
 import json
 import logging
+import math
 import os
 import pathlib
 import signal
@@ -108,10 +109,10 @@ def test_keeps_the_newest(saver):
 
 def test_keeps_the_best_too(tmp_path):
   saver = Checkpointer(tmp_path, keep=1, keep_best=True)
-  for step, score in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7)):
+  for step, score in ((1, 0.5), (2, 0.9), (3, None), (4, math.nan), (5, 0.7)):
     saver.save(step, {"x": jnp.zeros(2)}, {}, score=score)
   saver.close()
-  assert names(saver) == ["00000002", "00000004"]
+  assert names(saver) == ["00000002", "00000005"]
 
 
 def test_the_best_of_an_earlier_start_stays(tmp_path):
