@@ -328,7 +328,8 @@ def _run(
       aside = workdir.move_aside(folder)
     if source is not None and hosts.is_lead():
       start.copy(config, folder, source, read_config(source.config))
-    hosts.barrier("the folder is ready", seconds=600)
+    # The others wait for the lead, however long it copies.
+    hosts.broadcast(True)
     if config.init_from:
       config = start.begin(config, folder)
     spec = describe(config)

@@ -313,7 +313,8 @@ def finish(
       "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),
     },
   )
-  hosts.barrier("the run is finished", seconds=600)
+  # The others wait for the lead, however long it writes.
+  hosts.broadcast(True)
   if hosts.is_lead():
     place = paths.location(folder)
     print(f"model: {place / 'model'}\nreport: {place / 'report.html'}")
