@@ -258,7 +258,7 @@ def test_wrong_starts_are_one_line(sft, start, tmp_path):
     assert status == 2
     assert "= 2 devices, but a run on 2 hosts needs all 4" in error
   ((status, error),) = errors(no_lead)
-  assert status == 2
+  assert status == 1
   assert "cannot be reached within 5 s: [Errno 111]" in error
   ((status, error),) = errors(no_other)
   assert status == 1
