@@ -107,7 +107,9 @@ def test_the_best_is_shown_and_no_empty_answer_if_there_is_another(capsys):
   # A reward that is not finite, which a function may give.
   scores = [math.nan, math.inf, 1.0, 2.0]
   assert chat.show_best(["a", "b", "c", "d"], scores) == "d"
-  assert "[score 2.00, best of 4, their mean is 1.50]" in capsys.readouterr().out
+  assert (
+    "[score 2.00, best of 4, their mean is 1.50]" in capsys.readouterr().out
+  )
 
 
 def test_a_function_chooses_the_best(capsys):

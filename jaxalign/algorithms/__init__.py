@@ -314,7 +314,8 @@ def _run(
     return workdir.read_finished(folder) is not None, new
 
   is_finished, copies = hosts.from_lead(look, (False, False))
-  finished = f"{folder} holds a finished run; read {folder / 'report.html'}"
+  place = paths.location(folder)  # what people are told
+  finished = f"{place} holds a finished run; read {place / 'report.html'}"
   if is_finished and not (extend or fresh):
     print(finished)
     return 0
