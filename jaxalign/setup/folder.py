@@ -297,8 +297,8 @@ def extend_run(spec: RunSpec[C], folder: pathlib.Path) -> bool:
   if shape != "constant":
     stretched = f", stretched over {now} steps and {last:.3g} at the last"
   print(
-    f"{paths.location(folder)}: extended from {before} to {now} steps, {done} are done; the "
-    f"{shape} learning rate was {was:.3g} at step "
+    f"{paths.location(folder)}: extended from {before} to {now} steps, {done} "
+    f"are done; the {shape} learning rate was {was:.3g} at step "
     f"{max(done, 1)} and is {is_now:.3g} at step {done + 1}"
     f"{stretched}"
   )
