@@ -236,8 +236,8 @@ def _find_config(path: pathlib.Path) -> pathlib.Path | None:
     )
     if strangers:
       raise UserError(
-        f"{paths.location(path)} is not empty ({', '.join(strangers[:3])}) "
-        "and holds no config.json of a run; give --workdir a new or empty folder"
+        f"{paths.location(path)} is not empty ({', '.join(strangers[:3])}) and "
+        "holds no config.json of a run; give --workdir a new or empty folder"
       )
     return None
   return place
