@@ -16,6 +16,7 @@ It may also be a function, FILE.py:FUNCTION, and several with commas.
 """
 
 import argparse
+import math
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -244,10 +245,15 @@ def fit(tokenizer: "Tokenizer", messages: Messages, context: int) -> str:
 
 
 def show_best(texts: Sequence[str], scores: Sequence[float]) -> str:
-  """Prints the answer with the highest score; an empty one only if all are."""
-  best = max(range(len(texts)), key=lambda i: (bool(texts[i]), scores[i]))
+  """Prints the answer with the highest score; an empty one only if all are.
+
+  A score that is not finite is lower than all others and not in the mean.
+  """
+  finite = [score for score in scores if math.isfinite(score)]
+  ranks = [s if math.isfinite(s) else -math.inf for s in scores]
+  best = max(range(len(texts)), key=lambda i: (bool(texts[i]), ranks[i]))
   print(texts[best])
-  mean = sum(scores) / len(scores)
+  mean = sum(finite) / len(finite) if finite else math.nan
   among = f"best of {len(texts)}, their mean is {mean:.2f}"
   print(f"[score {scores[best]:.2f}, {among}]", flush=True)
   return texts[best]

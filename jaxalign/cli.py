@@ -20,7 +20,7 @@ import types
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
-from jaxalign.errors import DISK_FULL, UserError
+from jaxalign.errors import DISK_FULL, HostError, UserError
 
 INTERRUPTED = 130  # 128 + SIGINT
 
@@ -248,7 +248,7 @@ def explain(error: BaseException) -> int | None:
   """Prints what ended a command, if that is no fault of the program.
 
   A `UserError` is one line and status 2, as is a full disk, wherever it is met;
-  Ctrl-C gives `INTERRUPTED`.
+  a `HostError` is one line and status 1; Ctrl-C gives `INTERRUPTED`.
 
   Returns:
     The exit status, or None if the error is not for people.
@@ -265,11 +265,11 @@ def explain(error: BaseException) -> int | None:
       f"{error.filename or 'a file'}: the disk (or the quota) is full; free "
       "some space and start the same command again"
     )
-  elif not isinstance(error, UserError):
+  elif not isinstance(error, UserError | HostError):
     return None
   # One line, although the message may quote several.
   print("error:", " ".join(message.splitlines()), file=sys.stderr)
-  return 2
+  return 1 if isinstance(error, HostError) else 2
 
 
 def version() -> str:

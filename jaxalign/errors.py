@@ -1,4 +1,4 @@
-"""The one exception that is meant for people."""
+"""The exceptions that are meant for people."""
 
 import errno
 
@@ -10,7 +10,7 @@ class UserError(ValueError):
 
   The message says where (field, file and line), what was found, which rule it
   breaks and what to do. A command prints it and exits with status 2; every
-  other exception is a bug of ours and keeps its traceback.
+  exception of another kind than these is a bug of ours and keeps its traceback.
   """
 
 
@@ -19,4 +19,12 @@ class StepError(UserError):
 
   A reward function that raised or took too long, say. It counts against
   `max_exception_count`; one too many ends the run like any `UserError`.
+  """
+
+
+class HostError(RuntimeError):
+  """Another process of the run is gone, or did not come.
+
+  A command prints it and exits with status 1: it is no mistake in the input,
+  and the same command may succeed the next time.
   """

@@ -3,7 +3,7 @@
 #
 #   launch/local.sh --config configs/superhf.py:pythia-1b
 #
-# PROCESSES=2 starts so many on the CPU, each with DEVICES=4 pretended devices,
+# PROCESSES=2 starts so many on the CPU, each with DEVICES=4 simulated devices,
 # which find each other over loopback: a job on several hosts, without hosts.
 # DRY_RUN=1 prints the commands instead.
 set -euo pipefail
@@ -26,12 +26,12 @@ if ((processes == 1)); then
   exit
 fi
 
-pretended="--xla_force_host_platform_device_count=$devices"
+simulated="--xla_force_host_platform_device_count=$devices"
 # Each device's collectives in one order, or two of them can wait for each other.
-pretended+=" --xla_cpu_enable_concurrency_optimized_scheduler=false"
+simulated+=" --xla_cpu_enable_concurrency_optimized_scheduler=false"
 started=()
 for ((id = 0; id < processes; id++)); do
-  call env JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} $pretended" \
+  call env JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} $simulated" \
     "${command[@]}" --coordinator="localhost:$port" \
     --num_processes="$processes" --process_id="$id" &
   started+=("$!")

@@ -9,7 +9,8 @@
 #   launch/tpu_vm.sh delete       gives the slice back
 #   launch/tpu_vm.sh keep --config ... --workdir ...
 #       create, copy, start and logs, and again each time a spot slice is taken
-#       away, until the run has ended; Ctrl-C ends only the watching
+#       away or a host shuts down, until the run has ended by itself or by
+#       `stop`; Ctrl-C ends only the watching
 #
 # The slice is named by variables: NAME=jaxalign, ZONE=us-west4-a,
 # TYPE=v5litepod-16, RUNTIME=v2-alpha-tpuv5-lite (v5p: v2-alpha-tpuv5; v6e:
@@ -80,7 +81,7 @@ start() {
     if kill -0 \$(cat run.pid) 2> /dev/null; then
       echo it runs already
     else
-      rm -f run.status run.pid
+      rm -f run.status run.pid run.stopped
       setsid bash -c $(printf '%q' "$run") < /dev/null > /dev/null 2>&1 &
       until [ -s run.pid ]; do sleep 0.1; done
     fi"
@@ -95,7 +96,7 @@ logs() {
 }
 
 stop() {
-  on all "kill -TERM \$(cat jaxalign/run.pid)"
+  on all "cd jaxalign && touch run.stopped && kill -TERM \$(cat run.pid)"
 }
 
 delete() {
@@ -120,10 +121,16 @@ keep() {
         fi
         ;;
     esac
-    # 143: told to stop, as before the slice is taken away.
+    # The exit status, and a second line after `stop`.
     if [[ -n "$begun" ]]; then
-      status="$(on 0 'cat jaxalign/run.status' 2> /dev/null || true)"
-      [[ "$status" =~ ^(|143)$ ]] || return "$status"
+      status="$(on 0 'cd jaxalign && cat run.status && ls run.stopped' \
+        2> /dev/null || true)"
+      case "$status" in
+        "") ;;
+        # Told to stop by the machine: it goes on, here or on the next slice.
+        143) begun="" ;;
+        *) return "${status%%$'\n'*}" ;;
+      esac
     fi
     sleep "$poll"
   done
@@ -131,5 +138,5 @@ keep() {
 
 case "${1:-}" in
   create | copy | start | logs | stop | delete | keep) "$@" ;;
-  *) sed -n '2,20s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+  *) sed -n '2,21s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac

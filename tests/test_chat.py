@@ -1,3 +1,4 @@
+import math
 import os
 import pathlib
 import pty
@@ -103,6 +104,12 @@ def test_the_best_is_shown_and_no_empty_answer_if_there_is_another(capsys):
   out = capsys.readouterr().out
   assert out == "b\n[score 1.50, best of 3, their mean is 3.67]\n"
   assert chat.show_best(["", ""], [1.0, 2.0]) == ""
+  # A reward that is not finite, which a function may give.
+  scores = [math.nan, math.inf, 1.0, 2.0]
+  assert chat.show_best(["a", "b", "c", "d"], scores) == "d"
+  assert (
+    "[score 2.00, best of 4, their mean is 1.50]" in capsys.readouterr().out
+  )
 
 
 def test_a_function_chooses_the_best(capsys):

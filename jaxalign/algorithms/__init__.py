@@ -314,7 +314,8 @@ def _run(
     return workdir.read_finished(folder) is not None, new
 
   is_finished, copies = hosts.from_lead(look, (False, False))
-  finished = f"{folder} holds a finished run; read {folder / 'report.html'}"
+  place = paths.location(folder)  # what people are told
+  finished = f"{place} holds a finished run; read {place / 'report.html'}"
   if is_finished and not (extend or fresh):
     print(finished)
     return 0
@@ -328,7 +329,8 @@ def _run(
       aside = workdir.move_aside(folder)
     if source is not None and hosts.is_lead():
       start.copy(config, folder, source, read_config(source.config))
-    hosts.barrier("the folder is ready", seconds=600)
+    # The others wait for the lead, however long it copies.
+    hosts.broadcast(True)
     if config.init_from:
       config = start.begin(config, folder)
     spec = describe(config)

@@ -48,8 +48,9 @@ def find_cluster(
       SLURM's, Open MPI's.
 
   Returns:
-    None where nothing says that there are several processes. TPU slices are
-    found by `hosts.start`, which asks the machine.
+    None without flags and JAX's variables, unless a launcher has started
+    several processes. TPU slices are found by `hosts.start`, which asks the
+    machine.
 
   Raises:
     UserError: some of the flags are missing, or one is wrong.
@@ -97,7 +98,7 @@ def _from_variables(env: Mapping[str, str]) -> Cluster | None:
 def _from_slurm(env: Mapping[str, str]) -> Cluster | None:
   """A step of several tasks, which `srun` starts."""
   count, nodes = env.get("SLURM_NTASKS"), env.get("SLURM_STEP_NODELIST")
-  if not nodes or not count or "SLURM_PROCID" not in env:
+  if not nodes or count in (None, "", "1") or "SLURM_PROCID" not in env:
     return None
   # The first of `node001`, `node001,host2`, `node[001-015,020],host2`.
   match = re.match(r"([^,\[]+)(?:\[([^,\-\]]+))?", nodes)
@@ -114,9 +115,9 @@ def _from_slurm(env: Mapping[str, str]) -> Cluster | None:
 
 
 def _from_open_mpi(env: Mapping[str, str]) -> Cluster | None:
-  """A process of `mpirun`, version 4 or 5."""
+  """One of several processes of `mpirun`, version 4 or 5."""
   count = env.get("OMPI_COMM_WORLD_SIZE")
-  if not count:
+  if count in (None, "", "1"):
     return None
   # 1531576320.0;tcp://10.96.0.1,10.148.0.1:34911, or tcp6://[fe80::b9b]:43370
   uri = env.get("OMPI_MCA_orte_hnp_uri") or env.get("PMIX_SERVER_URI2", "")

@@ -1,9 +1,10 @@
 """What the processes of a run, one per host, have to agree on.
 
-All processes must call these functions, in the same order, because they wait
-for each other; only `is_lead` may be called anywhere. With one process they
-return at once and touch no device. What they say to each other goes through the
-key-value store of `jax.distributed`, so no device waits for it.
+All processes must call these functions in the same order, because they wait for
+each other; `count`, `is_lead` and `name_of` may be called anywhere. With one
+process they exchange nothing and touch no device. What they say to each other
+goes through the key-value store of `jax.distributed`, so no device waits for
+it.
 """
 
 import contextlib
@@ -26,11 +27,11 @@ from typing import Any, TypeVar
 
 import jax
 import numpy as np
-from jax._src import clusters, distributed  # no public name has these
+from jax._src import clusters, distributed, xla_bridge  # have no public names
 from jaxtyping import PyTree
 
 from jaxalign import cli
-from jaxalign.errors import StepError, UserError
+from jaxalign.errors import HostError, StepError, UserError
 from jaxalign.parallel.cluster import Cluster
 
 T = TypeVar("T")
@@ -48,10 +49,6 @@ _PREFIX = "jaxalign/"
 _numbers = itertools.count()  # of the calls, the same on every process
 _done: list[str] = []  # own keys of earlier calls, not yet deleted
 _handlers: list[object] = []  # of C, which must outlive the process
-
-
-class HostError(RuntimeError):
-  """Another process is gone, or did not come; a command ends with status 1."""
 
 
 @dataclasses.dataclass
@@ -76,7 +73,8 @@ def start(cluster: Cluster | None) -> None:
     cluster: from `find_cluster`; None = alone, unless this is a TPU slice.
 
   Raises:
-    UserError: the coordinator cannot be reached.
+    HostError: the coordinator cannot be reached in time, or not be joined.
+    UserError: process 0 cannot listen, or this process has used JAX already.
   """
   global _watch
   # A user's program may have done so, or may run a second time.
@@ -85,7 +83,8 @@ def start(cluster: Cluster | None) -> None:
     if cluster is None or cluster.num_processes == 1:
       return
     _join(cluster)
-  if count() == 1 or _watch is not None:
+  # The watch of an earlier run has ended with it.
+  if count() == 1 or (_watch is not None and not _watch.stop.is_set()):
     return
   me = f"host {_me()} ({platform.node()})"
   _watch = _Watch([row["name"] for row in _exchange_json({"name": me})])
@@ -96,6 +95,10 @@ def start(cluster: Cluster | None) -> None:
 
 
 def _join(cluster: Cluster) -> None:
+  if xla_bridge.backends_are_initialized():
+    raise UserError(
+      "JAX was used before the hosts joined; start the run before any JAX call"
+    )
   config = jax.config
   # The collectives of several CPUs; other platforms have their own.
   config.update("jax_cpu_collectives_implementation", "gloo")
@@ -113,9 +116,13 @@ def _join(cluster: Cluster) -> None:
       initialization_timeout=START_SECONDS,
     )
   except RuntimeError as error:
+    where = f"{cluster.coordinator} ({cluster.source}): {_first_line(error)}"
+    if cluster.process_id > 0:
+      raise HostError(
+        f"process {cluster.process_id} cannot join process 0 at {where}"
+      ) from error
     raise UserError(
-      f"process 0 cannot listen at {cluster.coordinator} ({cluster.source}): "
-      f"{_first_line(error)}; give --coordinator a free port"
+      f"process 0 cannot listen at {where}; give --coordinator a free port"
     ) from error
 
 
@@ -170,7 +177,8 @@ def _check_address(cluster: Cluster) -> None:
       return
     except OSError as error:
       if time.monotonic() > end:
-        raise UserError(
+        # Its machine may only be slow to start, so this is no mistake.
+        raise HostError(
           f"the coordinator {cluster.coordinator} ({cluster.source}) cannot be "
           f"reached within {START_SECONDS} s: {error}; start process 0 there, "
           "open its port between the hosts, or correct --coordinator"
@@ -405,9 +413,6 @@ def _explain(error: BaseException) -> int:
   status = cli.explain(error)
   if status is not None:
     return status
-  if isinstance(error, HostError):
-    print("error:", error, file=sys.stderr)
-    return 1
   # A collective fails at once where another process died, which the watch
   # finds out a little later and then ends this process.
   if isinstance(error, jax.errors.JaxRuntimeError) and _watch:

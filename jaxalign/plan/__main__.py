@@ -38,9 +38,12 @@ def main(argv: Sequence[str]) -> int:
   from jaxalign.algorithms import read_config, with_its_model
   from jaxalign.plan import measure, page, search, standins, targets
 
-  if not 0 < args.memory_share <= 1:
+  share = args.memory_share
+  if share is None:
+    share = targets.GPU_SHARE
+  if not 0 < share <= 1:
     raise UserError(
-      f"--memory_share must be in (0, 1], got {args.memory_share}; 0.75 is "
+      f"--memory_share must be in (0, 1], got {share}; {targets.GPU_SHARE} is "
       "what JAX takes of a GPU by default"
     )
   if not args.on:
@@ -48,9 +51,7 @@ def main(argv: Sequence[str]) -> int:
       f"--on is missing; give a target such as {', '.join(targets.names())}"
     )
   chosen = [
-    dataclasses.replace(
-      targets.find(name, args.memory_share), estimated=args.estimate
-    )
+    dataclasses.replace(targets.find(name, share), estimated=args.estimate)
     for name in args.on.split(",")
     if name
   ]
@@ -65,17 +66,19 @@ def main(argv: Sequence[str]) -> int:
     )
 
     def plan(target: targets.Target) -> measure.RunPlan:
-      # What describing a run prints is of the run, not of the plan; but for
-      # what it chose.
-      said = io.StringIO()
-      with contextlib.redirect_stdout(said):
+      # `describe` prints lines about the run; the plan keeps only what `auto`
+      # chose.
+      printed = io.StringIO()
+      with contextlib.redirect_stdout(printed):
         found = measure.plan(there.config, target, there.notes)
-      auto = [x for x in said.getvalue().splitlines() if ": auto takes" in x]
+      auto = [x for x in printed.getvalue().splitlines() if ": auto takes" in x]
       return dataclasses.replace(found, notes=(*found.notes, *auto))
 
     plans = [plan(target) for target in chosen]
     advice = []
-    if not args.quick and len(plans) == 1:
+    # Only the text has room for it, and it takes minutes of compiling.
+    as_text = not (args.json or args.compare)
+    if as_text and not args.quick and len(plans) == 1:
       with contextlib.redirect_stdout(io.StringIO()):
         advice = search.advise(there.config, plans[0], plan)
   if args.json:
@@ -103,10 +106,12 @@ def make_parser() -> cli.Parser:
   parser.add_argument(
     "--compare",
     action="store_true",
-    help="prints the targets side by side, a row each",
+    help="prints the targets side by side, a row each; implies --quick",
   )
   parser.add_argument(
-    "--json", action="store_true", help="prints the plan as JSON"
+    "--json",
+    action="store_true",
+    help="prints the plan as JSON; implies --quick",
   )
   parser.add_argument(
     "--quick",
@@ -123,10 +128,10 @@ def make_parser() -> cli.Parser:
   parser.add_argument(
     "--memory_share",
     type=float,
-    default=0.75,
+    default=None,
     metavar="SHARE",
     help="part of a GPU's memory that the run takes, as "
-    "XLA_PYTHON_CLIENT_MEM_FRACTION will say; default 0.75",
+    "XLA_PYTHON_CLIENT_MEM_FRACTION will say; default: what JAX takes",
   )
   parser.add_argument(
     "--tokens",

@@ -56,7 +56,7 @@ class ProgramPlan:
     arguments: bytes that it is called with and that do not stay in memory.
     cache: bytes of keys and values while it samples, a part of `temporary`.
     temporary: bytes beyond arguments and results: activations, gradients.
-    beside: bytes of other programs' parameters, which stay in memory.
+    other_resident: bytes of other programs' parameters, which stay in memory.
     peak: bytes in use at most.
     flops: multiplications and additions by kind.
     moved: bytes to and from the chip's memory.
@@ -72,7 +72,7 @@ class ProgramPlan:
   arguments: int
   cache: int
   temporary: int
-  beside: int
+  other_resident: int
   peak: int
   flops: arithmetic.Flops
   moved: int
@@ -427,7 +427,7 @@ def measure(
   program = compiled.program
   flops = roofline.per_chip(compiled.flops, spec.mesh.size)
   own = {id(leaf) for _, leaf in _resident_leaves(program)}
-  beside = sum(size for key, (_, size) in resident.items() if key not in own)
+  others = sum(size for key, (_, size) in resident.items() if key not in own)
   kept = sum(size for key, (_, size) in resident.items() if key in own)
   # An array may be passed twice, as the base under adapters that is the
   # reference too; in memory it is once.
@@ -437,7 +437,7 @@ def measure(
   twice = sum(map(device_bytes, leaves))
   twice -= sum(map(device_bytes, unique.values()))
   if compiled.found is None:
-    moved, exchanged, peak = 0, (), compiled.needed + beside
+    moved, exchanged, peak = 0, (), compiled.needed + others
     temporary = max(compiled.needed - kept - passed, 0)
   else:
     stats = compiled.found.memory_analysis()
@@ -458,7 +458,7 @@ def measure(
     # What a program does not read is no argument to XLA, and in memory too.
     given = max(given, kept + passed)
     code = stats.generated_code_size_in_bytes
-    peak = given + made + temporary + code + beside
+    peak = given + made + temporary + code + others
     module = hlo.parse(text, max(program.iterations, 1))
     moved = module.traffic()
     exchanged = tuple(
@@ -470,7 +470,7 @@ def measure(
     arguments=passed,
     cache=cache_bytes(program, spec),
     temporary=temporary,
-    beside=beside,
+    other_resident=others,
     peak=peak,
     flops=flops,
     moved=moved,

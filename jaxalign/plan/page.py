@@ -165,7 +165,7 @@ def as_json(plan: RunPlan) -> JsonObject:
         "arguments_bytes": program.arguments,
         "cache_bytes": program.cache,
         "temporary_bytes": program.temporary,
-        "beside_bytes": program.beside,
+        "other_resident_bytes": program.other_resident,
         "peak_bytes": program.peak,
         "flops": dict(program.flops),
         "memory_traffic_bytes": program.moved,
@@ -224,7 +224,7 @@ def _by_axis(exchanged: Sequence[collectives.Traffic]) -> dict[str, int]:
 
 
 def _number(value: float) -> str:
-  """Three digits, and nothing for zero."""
+  """Three digits; a dash for zero."""
   return f"{value:.3g}" if value else "-"
 
 

@@ -32,7 +32,7 @@ def advise(
   lines = other_remat(config, plan) if config.remat == "auto" else []
   rows = largest_rows(config, target, target.memory - plan.process)
   lines += [
-    f"largest pass that fits: {rows} rows, of which this run has {plan.rows}"
+    f"largest pass that fits: {rows} rows; this run uses {plan.rows}"
     if rows
     else "no pass fits, however few rows it has"
   ]

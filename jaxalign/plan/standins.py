@@ -33,6 +33,10 @@ _TOKENIZERS = ("tokenizer*", "*.model", "special_tokens_map.json", "*.jinja")
 _ONE_FILE = 2**63  # no model needs a second
 # What the format of a conversation adds to a prompt, at most.
 _FRAME_TOKENS, _FRAME_CHARS = 16, 1000
+_NO_VALIDATION: dict[str, Any] = {  # fields of several types
+  "validation_data": "",
+  "validation_interval": 0,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,8 +195,12 @@ def _data(
 ) -> tuple[TrainingConfig, str]:
   """The config with rows of one length where its data are not here; a note."""
   source = getattr(config, "prompts", "") or getattr(config, "data", "")
-  if all(_is_here(name) for name in sources.part_names(source)):
-    return config, ""
+  held_out = getattr(config, "validation_data", "")
+  if _all_here(source):
+    if not held_out or _all_here(held_out):
+      return config, ""
+    note = f"validation_data is not here and left out: {held_out}"
+    return dataclasses.replace(config, **_NO_VALIDATION), note
   if isinstance(config, OnlineConfig):
     tokens = tokens or max(config.max_prompt_chars // 4, 1)
     tokens = min(tokens, config.max_length - 1)
@@ -239,14 +247,15 @@ def _data(
     )
     return config, note
   assert isinstance(config, SupervisedConfig)
-  config = dataclasses.replace(
-    config, data=str(path), validation_data="", validation_interval=0
-  )
-  return config, note
+  return dataclasses.replace(config, data=str(path), **_NO_VALIDATION), note
+
+
+def _all_here(source: str) -> bool:
+  """Whether all parts of a source can be read without a network."""
+  return all(_is_here(name) for name in sources.part_names(source))
 
 
 def _is_here(name: str) -> bool:
-  """Whether a part of a source can be read without a network."""
   head = name
   if not os.path.exists(os.path.expanduser(name)):
     head = name.rpartition("@")[0] or name

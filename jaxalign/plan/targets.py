@@ -432,8 +432,8 @@ COMPILERS = {
 def prepare(chosen: Sequence[Target]) -> None:
   """Sets up this process to compile for targets; before the first jax call.
 
-  It takes no accelerator, and pretends to have CPU devices where a compiler is
-  missing.
+  It takes no accelerator, and simulates CPU devices where a compiler is not
+  installed.
   """
   os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
   # Else libtpu asks the cloud which machine it is on.
@@ -497,13 +497,16 @@ def find(name: str, share: float = GPU_SHARE) -> Target:
     if gpu[2] is None:  # one number is of cards
       parts, cards = 1, parts
     if not (1 <= cards <= NODE and parts >= 1):
-      nodes = -(-cards // NODE)
+      nodes = max(-(-parts * cards // NODE), 1)
       raise UserError(
         f"--on {name}: a node has 1 to {NODE} cards, got {cards}; did you mean "
         f"{nodes}x{NODE}x{gpu[3]}?"
       )
     return dataclasses.replace(
-      gpu_target(gpu[3], parts * cards, share), shape=(cards,), parts=parts
+      gpu_target(gpu[3], parts * cards, share),
+      name=text,
+      shape=(cards,),
+      parts=parts,
     )
   # Nearest first, then all.
   stem = re.sub(r"^(\d+x)*", "", text)

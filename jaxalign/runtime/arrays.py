@@ -79,9 +79,10 @@ def sums(named: Mapping[str, AnyArray]) -> dict[str, int]:
     # On accelerators all are started before one is waited for.
     parts = jax.device_get({n: _partial_sums(x) for n, x in named.items()})
   total = np.array([np.sum(p, dtype=np.uint64) for p in parts.values()])
+  leaves = [named[name] for name in parts]  # `device_get` has sorted the names
   shared = [
     isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-    for leaf in named.values()
+    for leaf in leaves
   ]
   if any(shared):
     # What every process has for itself counts once.

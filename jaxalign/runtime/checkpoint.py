@@ -11,6 +11,7 @@ matches its manifest is passed over with a warning, and the one before is used.
 import dataclasses
 import json
 import logging
+import math
 import os
 import pathlib
 import shutil
@@ -67,7 +68,12 @@ class _Retention(checkpoint_managers.PreservationPolicy):
     kept = set(steps[-self.keep :])
     if self.keep_best:
       known = {step: self.scores.get(step) for step in steps}
-      scored = {step: s for step, s in known.items() if s is not None}
+      # A score that is not finite is no score: NaN has no place in an order.
+      scored = {
+        step: score
+        for step, score in known.items()
+        if score is not None and math.isfinite(score)
+      }
       kept |= set(sorted(scored, key=scored.__getitem__)[-1:])
     return [step in kept for step in steps]
 
@@ -128,7 +134,7 @@ class Checkpointer:
       item_handlers={"arrays": arrays.handler()},
     )
     self._body: JsonObject | None = None  # of the save in flight
-    self._told = False  # whether a failure was raised
+    self._raised = False  # whether a failure was
     self._given_up: set[int] = set()  # steps that a resume did not go on from
     self._last_save = time.monotonic()
 
@@ -156,7 +162,8 @@ class Checkpointer:
       step: steps done, >= 0; an older checkpoint of it is replaced.
       state: tree of jax or numpy arrays.
       extra: JSON object: file offsets, counters, whatever a resume needs.
-      score: higher is better; what `keep_best` goes by.
+      score: higher is better; what `keep_best` goes by. None or not finite: it
+        is not the best.
 
     Raises:
       UserError: the disk is full, now or during the save before.
@@ -258,8 +265,9 @@ class Checkpointer:
         self._manager.close()
       except Exception:
         # Arrays and metadata are written by threads of their own: where both
-        # fail, Orbax raises the second failure here, after `wait` told of it.
-        if not self._told:
+        # fail, Orbax raises the second failure here, after `wait` has raised
+        # the first.
+        if not self._raised:
           raise
 
   def _seal(self) -> None:
@@ -273,7 +281,7 @@ class Checkpointer:
 
   def _failed(self, step: int, error: Exception) -> Exception:
     """Removes what a failed save wrote; the error to raise."""
-    self._body, self._told = None, True
+    self._body, self._raised = None, True
     if hosts.is_lead():
       for draft in self.folder.glob(f"{step:08d}.*"):
         if isinstance(draft, pathlib.Path):

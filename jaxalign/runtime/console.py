@@ -251,7 +251,7 @@ def sparkline(values: Sequence[int | float], width: int) -> str:
 
 
 def short(value: int | float) -> str:
-  """Three to four significant digits, without exponents where possible."""
+  """At least three significant digits, no exponent from 0.001 to 1e6."""
   size = abs(value)
   if not math.isfinite(value):
     return str(value)

@@ -31,7 +31,8 @@ def write(folder: pathlib.Path) -> None:
   """Writes `environment.json` into a run's folder; starts JAX's backend.
 
   No user names and addresses, because reports get published; paths only as
-  they stand in the command and in the config.
+  they stand in the command and in the config. So `--coordinator` is left out
+  of the command.
   """
   devices = jax.devices()
   installed = {
@@ -64,4 +65,11 @@ def _command() -> str:
   spec = getattr(sys.modules["__main__"], "__spec__", None)
   if spec is None or not spec.name.startswith("jaxalign."):
     return ""
-  return shlex.join(["python", "-m", spec.name, *sys.argv[1:]])
+  words, left = [], list(sys.argv[1:])
+  while left:
+    word = left.pop(0)
+    if word == "--coordinator":
+      del left[:1]  # its value is the next word
+    elif not word.startswith("--coordinator="):
+      words.append(word)
+  return shlex.join(["python", "-m", spec.name, *words])

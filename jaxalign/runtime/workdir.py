@@ -236,8 +236,8 @@ def _find_config(path: pathlib.Path) -> pathlib.Path | None:
     )
     if strangers:
       raise UserError(
-        f"{path} is not empty ({', '.join(strangers[:3])}) and holds no "
-        "config.json of a run; give --workdir a new or empty folder"
+        f"{paths.location(path)} is not empty ({', '.join(strangers[:3])}) and "
+        "holds no config.json of a run; give --workdir a new or empty folder"
       )
     return None
   return place
@@ -285,13 +285,13 @@ def _checked_config(
       f"{name} was {_show(old, name)}, now {_show(new, name)}"
       for name in differing
     )
-    longer = ""
+    longer, shown = "", paths.location(path)
     if set(differing) <= set(LENGTH):
       longer = "--extend to train that run for longer, "
     raise OtherConfigError(
-      f"{path} holds a run with another config: {changes}; give {longer}"
+      f"{shown} holds a run with another config: {changes}; give {longer}"
       "another --workdir, --fresh to move that run aside, another --workdir "
-      f"with --init_from={path} to start from its weights, or the old values "
+      f"with --init_from={shown} to start from its weights, or the old values "
       "to go on with it"
     )
   return found

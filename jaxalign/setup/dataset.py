@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from jaxalign.config.supervised import SupervisedConfig
+from jaxalign.data import sources
 from jaxalign.data.rows import LoadedRows
 from jaxalign.data.tokenizer import Tokenizer
 from jaxalign.errors import UserError
@@ -24,7 +25,7 @@ def source_of(
     lab: file that `lab` stands for, alone or among others.
   """
   source = config.validation_data if validation else config.data
-  names = [name.strip() for name in source.split(",")]
+  names = sources.part_names(source)
   return ",".join(locate(name, lab) for name in names), {
     "tokenizer": tokenizer,
     "split": "test" if validation else "train",
@@ -73,8 +74,8 @@ def account(
     raise UserError(
       f"{source}: no row is left of {count}: {short} are within "
       f"config.max_example_chars={config.max_example_chars}, {encoded} of "
-      f"these have a prompt below {length} tokens, and none differs within "
-      "them; raise it or config.max_length"
+      f"these have a prompt below {length} tokens, and their completions are "
+      "equal after the cut; raise config.max_example_chars or config.max_length"
     )
   reasons = (
     *found.dropped,

@@ -99,7 +99,7 @@ def check_folder(
     near = sorted(folder.parent.glob(f"{folder.name}*/config.json"))
     found = " or ".join(f"--workdir={path.parent}" for path in near[:3])
     raise UserError(
-      f"--extend: {folder} holds no run; "
+      f"--extend: {paths.location(folder)} holds no run; "
       + (f"did you mean {found}?" if found else "name its folder by --workdir")
     )
 
@@ -134,7 +134,7 @@ def summary(
     state = "new; the run that is there would be moved aside"
   lines = [
     ("run", f"{config.algorithm}, {config.steps} steps"),
-    ("folder", f"{folder} ({state})"),
+    ("folder", f"{paths.location(folder)} ({state})"),
   ]
   # The models, and what of the policy is trained.
   rewards = spec.rewards
@@ -207,7 +207,7 @@ def check_unchanged(
   Raises:
     UserError: they differ, and `checkpoint.allow_other_data` is off.
   """
-  old = extra.get("rows", digest)
+  old, place = extra.get("rows", digest), paths.location(folder)
   if spec.config.checkpoint.allow_other_data:
     return
   # Checkpoints of earlier versions say nothing of the models.
@@ -215,16 +215,16 @@ def check_unchanged(
   for name, now in digests.items():
     if before.get(name, now) != now:
       raise UserError(
-        f"config.{name} is no longer the model that {folder} began with: a "
+        f"config.{name} is no longer the model that {place} began with: a "
         "file has changed; restore it, start again in another --workdir, or "
         "continue with --config.checkpoint.allow_other_data=true"
       )
   if old == digest:
     return
   field = "config.prompts" if spec.rollout else "config.data"
-  what = f"{field} no longer gives the rows of {folder}: a file"
+  what = f"{field} no longer gives the rows of {place}: a file"
   if old.partition(" ")[0] == digest.partition(" ")[0]:
-    what = f"the file of a reward function or of a judge of {folder}"
+    what = f"the file of a reward function or of a judge of {place}"
   raise UserError(
     f"{what} has changed; restore it, start again in another --workdir, or "
     "continue with --config.checkpoint.allow_other_data=true"
@@ -243,13 +243,13 @@ def check_extension(spec: RunSpec[C], folder: pathlib.Path) -> int:
       on with other rows or functions.
   """
   config = spec.config
-  old = workdir.read_config(folder)
+  old, place = workdir.read_config(folder), paths.location(folder)
   assert old is not None, folder
   before, now = old["steps"], config.steps
   if now < before:
     raise UserError(
       f"--extend: config.steps must be >= {before}, the length of the run in "
-      f"{folder}, got {now}; raise config.steps, or config.epochs where steps "
+      f"{place}, got {now}; raise config.steps, or config.epochs where steps "
       "follow from the data"
     )
   if now == before:
@@ -259,8 +259,8 @@ def check_extension(spec: RunSpec[C], folder: pathlib.Path) -> int:
   newest = checkpoint.newest_whole(saves)
   if finished and newest < 0:
     raise UserError(
-      f"--extend: {folder} is finished and has no checkpoint left to go on "
-      f"from; begin another run with --init_from={folder}"
+      f"--extend: {place} is finished and has no checkpoint left to go on "
+      f"from; begin another run with --init_from={place}"
     )
   if newest >= 0:
     extra = checkpoint.read_extra(saves, newest)
@@ -297,8 +297,8 @@ def extend_run(spec: RunSpec[C], folder: pathlib.Path) -> bool:
   if shape != "constant":
     stretched = f", stretched over {now} steps and {last:.3g} at the last"
   print(
-    f"{folder}: extended from {before} to {now} steps, {done} are done; the "
-    f"{shape} learning rate was {was:.3g} at step "
+    f"{paths.location(folder)}: extended from {before} to {now} steps, {done} "
+    f"are done; the {shape} learning rate was {was:.3g} at step "
     f"{max(done, 1)} and is {is_now:.3g} at step {done + 1}"
     f"{stretched}"
   )

@@ -196,7 +196,7 @@ def open_run(
       begins = f"{config.steps} step{'s' * (config.steps != 1)}"
       if done:
         begins = f"goes on after step {done} of {config.steps}"
-      print(f"{run.path}: {begins}", flush=True)
+      print(f"{paths.location(run.path)}: {begins}", flush=True)
       if policy.model.lora:
         print(adapter_line(policy.model))
       choice = policy_attention(spec)
@@ -226,7 +226,7 @@ def open_run(
       ) as profiler,
       console.Console(
         config.steps,
-        f"{config.algorithm} {run.path}",
+        f"{config.algorithm} {paths.location(run.path)}",
         done=done,
         stop=stop,
       ) as screen,
@@ -271,16 +271,18 @@ def finish(
     run before it is finished.
   """
   stop, steps = run.recorder.stop, run.config.steps
+  place = paths.location(folder)  # what people are told
   if stop.agree():
     if hosts.is_lead():
       saved = run.recorder.saved
       print(
         f"stopped after step {saved} of {steps}, which is saved in "
-        f"{folder / 'checkpoints'}"
+        f"{place / 'checkpoints'}"
         if saved
         else "stopped before the first step was done; nothing is saved"
       )
-      print(f"report: {page.write_report(folder)}")
+      page.write_report(folder)
+      print(f"report: {place / 'report.html'}")
       print("the same command goes on from there", flush=True)
     return stop.exit_status
   # From the log, because a resumed run has seen only its own part.
@@ -313,9 +315,9 @@ def finish(
       "finished_at": time.strftime("%Y-%m-%d %H:%M:%S"),
     },
   )
-  hosts.barrier("the run is finished", seconds=600)
+  # The others wait for the lead, however long it writes.
+  hosts.broadcast(True)
   if hosts.is_lead():
-    place = paths.location(folder)
     print(f"model: {place / 'model'}\nreport: {place / 'report.html'}")
     print(f"next: {next_command(run.model, place)}", flush=True)
   return 0

@@ -308,7 +308,9 @@ def restore(
   if config.init_from:  # the run may have been moved since
     config = dataclasses.replace(config, policy=str(run_folder / FOLDER))
   head = getattr(config, "head", "lm")
-  opened = models.open_policy(config, make_mesh(), head)
+  # On a device of this process: of several, the lead alone is here.
+  mesh = make_mesh(devices=jax.local_devices()[:1])
+  opened = models.open_policy(config, mesh, head)
   loaded = models.with_groups(opened, getattr(config, "groups", ())).load()
   if loaded.model.lora is not None:
     trained = lora.join(trained, lora.split(loaded.params)[1])

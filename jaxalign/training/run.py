@@ -87,7 +87,7 @@ class Run(Generic[C]):
       none.
     optimizer: without its learning rate.
     schedule: step -> learning rate.
-    shardings: of the state; None = one device, nothing is donated (tests).
+    shardings: of the state.
     evaluators: called where they are due.
     key: of the run; see `step_key` and `update_key`.
   """
@@ -101,7 +101,7 @@ class Run(Generic[C]):
   recorder: Recorder
   optimizer: optax.GradientTransformation
   schedule: optax.Schedule
-  shardings: TrainState | None = None
+  shardings: TrainState
   evaluators: list[Evaluator] = dataclasses.field(default_factory=list)
   key: Array = dataclasses.field(init=False)
 
@@ -151,9 +151,7 @@ class Run(Generic[C]):
     return meshes.put_rows(batch, self.mesh)
 
   def jit(self, update: Update) -> "Step":
-    """Compiles an update; with shardings, keeps them and donates the state."""
-    if self.shardings is None:
-      return Step(self, jax.jit(update))
+    """Compiles an update, which keeps the state's shardings and donates it."""
     on_cpu = meshes.platform(self.mesh) == "cpu"
     compiled = meshes.jit(
       update,

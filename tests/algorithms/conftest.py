@@ -123,6 +123,7 @@ _programs = {}
 class CachedRun(Run):
   """A run that compiles an update once for all runs that are like it.
 
+  It donates nothing, as tests look at old states.
   An update depends on its method, the config and the models; all else is an
   argument.
   """
@@ -140,18 +141,20 @@ class CachedRun(Run):
 def run_of(config, model, params, reference=None, extra_state=None):
   """A run whose reports and states are kept in `run.recorder`, a `Log`."""
   trained, frozen = lora.split(params) if model.lora else (params, {})
-  optimizer = optimizer_of(config)
+  optimizer, mesh = optimizer_of(config), meshes.make_mesh()
+  ema = config.optimizer.ema
+  state = optim.init_state(trained, optimizer, ema, extra_state)
   return CachedRun(
     config,
     model,
-    optim.init_state(trained, optimizer, config.optimizer.ema, extra_state),
+    state,
     frozen,
     reference,
-    meshes.make_mesh(),
+    mesh,
     Log(config),
     optimizer,
     schedule_of(config),
-    # Without shardings nothing is donated: tests look at old states.
+    meshes.shardings(state, mesh),
   )
 
 

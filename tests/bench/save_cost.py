@@ -17,6 +17,7 @@ import time
 
 import jax
 import numpy as np
+import versus
 
 from jaxalign.algorithms.sft.config import SFTConfig
 from jaxalign.algorithms.sft.train import make_update
@@ -25,9 +26,7 @@ from jaxalign.core.types import TextBatch
 from jaxalign.models.model import Model
 from jaxalign.models.neox import NeoXConfig
 from jaxalign.parallel import cpu
-from jaxalign.parallel import mesh as meshes
 from jaxalign.runtime.checkpoint import Checkpointer
-from jaxalign.training.run import Run
 
 ROWS, LENGTH = 8, 128
 
@@ -35,25 +34,11 @@ ROWS, LENGTH = 8, 128
 def make_run():
   """A run with its first state; no folder."""
   model = Model.build(NeoXConfig(50304, 512, 6, 8, 2048))
-  mesh = meshes.make_mesh()
   optimizer = optim.make_optimizer(
     "adamw", beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.01, clip_norm=0.0
   )
-  state = optim.init_state(model.init(jax.random.key(0)), optimizer)
-  return Run(
-    SFTConfig(),
-    model,
-    state,
-    frozen={},
-    reference=None,
-    mesh=mesh,
-    recorder=None,
-    optimizer=optimizer,
-    schedule=optim.make_schedule(
-      "constant", peak=1e-5, warmup_steps=0, steps=1000
-    ),
-    shardings=meshes.shardings(state, mesh),
-  )
+  params = model.init(jax.random.key(0))
+  return versus.bare_run(SFTConfig(), model, params, optimizer, 1e-5)
 
 
 def now():

@@ -21,14 +21,13 @@ import jax
 import numpy as np
 import torch
 import transformers
+import versus
 
 from jaxalign.algorithms.sft.config import SFTConfig
 from jaxalign.algorithms.sft.train import make_update
 from jaxalign.core import optim
 from jaxalign.core.types import TextBatch
 from jaxalign.models.hf import folder
-from jaxalign.parallel import mesh as meshes
-from jaxalign.training.run import Run
 
 SIZE = {"vocab_size": 50304, "hidden_size": 512, "intermediate_size": 2048}
 LAYERS, HEADS, ROWS, LENGTH = 6, 8, 8, 128
@@ -54,25 +53,9 @@ def ours(path):
     weight_decay=DECAY,
     clip_norm=0.0,
   )
-  schedule = optim.make_schedule(
-    "constant", peak=RATE, warmup_steps=0, steps=1000
-  )
-  mesh = meshes.make_mesh()
-  state = optim.init_state(params, optimizer)
-  run = Run(
-    SFTConfig(),
-    model,
-    state,
-    frozen={},
-    reference=None,
-    mesh=mesh,
-    recorder=None,
-    optimizer=optimizer,
-    schedule=schedule,
-    shardings=meshes.shardings(state, mesh),
-  )
+  run = versus.bare_run(SFTConfig(), model, params, optimizer, RATE)
   update = run.jit(make_update(run))
-  held = {"state": state}
+  held = {"state": run.state}
 
   def step(tokens, mask):
     positions = np.broadcast_to(np.arange(LENGTH, dtype=np.int32), mask.shape)

@@ -142,6 +142,29 @@ def ours(method, noted, config, workdir, **fields):
   return main.main(["--config", config, *words, "--workdir", str(workdir)])
 
 
+def bare_run(config, model, params, optimizer, rate):
+  """A run with its first state and a constant rate: no folder, no recorder."""
+  from jaxalign.core import optim
+  from jaxalign.parallel import mesh as meshes
+  from jaxalign.training.run import Run
+
+  mesh, state = meshes.make_mesh(), optim.init_state(params, optimizer)
+  return Run(
+    config,
+    model,
+    state,
+    frozen={},
+    reference=None,
+    mesh=mesh,
+    recorder=None,
+    optimizer=optimizer,
+    schedule=optim.make_schedule(
+      "constant", peak=rate, warmup_steps=0, steps=1000
+    ),
+    shardings=meshes.shardings(state, mesh),
+  )
+
+
 def _take_turns(turns, *names):
   """Gives each step of a run a turn; notes the metrics `names`."""
   import jax

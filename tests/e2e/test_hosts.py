@@ -170,6 +170,21 @@ def test_online_methods_equal_one_process(
   assert_equal_runs(tmp_path / "one", tmp_path / "two", read, 1e-4)
 
 
+@pytest.mark.slow
+def test_two_processes_begin_from_a_checkpoint(
+  whole, sft, start, tmp_path, read
+):
+  """The lead alone copies its weights."""
+  _, two = whole
+  place = two / "checkpoints" / "00000045"
+  words = [w for w in sft(1) if not w.startswith("--config.policy=")]
+  for status, _, errors in end(
+    start([*words, f"--init_from={place}"], tmp_path / "run")
+  ):
+    assert status == 0, errors
+  assert len(read(tmp_path / "run" / "metrics.jsonl")) == 1
+
+
 def wait_for(path, running):
   until = time.monotonic() + 240
   while not path.exists():
@@ -243,7 +258,7 @@ def test_wrong_starts_are_one_line(sft, start, tmp_path):
     assert status == 2
     assert "= 2 devices, but a run on 2 hosts needs all 4" in error
   ((status, error),) = errors(no_lead)
-  assert status == 2
+  assert status == 1
   assert "cannot be reached within 5 s: [Errno 111]" in error
   ((status, error),) = errors(no_other)
   assert status == 1

@@ -10,6 +10,7 @@ import time
 import pytest
 
 from jaxalign import main
+from jaxalign.training.run import Run
 
 NOT_COMPARED = ("time/", "throughput/", "memory/")
 
@@ -136,6 +137,12 @@ def test_killed_against_a_stored_reference(
   assert result(cut, read) == result(whole, read)
 
 
+def interrupted(run):
+  """In the place of `Run.steps`: Ctrl-C, which lets one step end."""
+  os.kill(os.getpid(), signal.SIGINT)
+  return run.recorder.steps()
+
+
 def test_a_run_on_an_object_store_goes_on(
   bucket, supervised, lab, read, tmp_path, capsys, monkeypatch
 ):
@@ -167,16 +174,23 @@ def test_a_run_on_an_object_store_goes_on(
   assert main.main(command) == 0
   before = left()
   assert {"config.json", "finished.json", "report.html"} < set(before[0])
-  # As if it had been killed after step 1.
+  # As if it had been killed after step 1, and then stopped before the end.
   (folder / "finished.json").unlink()
   (folder / "model").rmtree()
   (folder / "checkpoints" / "00000002" / "manifest.json").unlink()
+  with monkeypatch.context() as patch:
+    patch.setattr(Run, "steps", interrupted)
+    assert main.main(command) == 130
+  out = capsys.readouterr().out
+  # The store is named, not the temporary folder of this machine.
+  assert f"which is saved in {folder}/checkpoints\n" in out
+  assert f"report: {folder}/report.html\n" in out
+  assert f"{folder}: goes on after step 1 of 2" in out
   assert main.main(command) == 0
-  assert "goes on after step 1 of 2" in capsys.readouterr().out
   assert left() == before
   # What is done is not done again, and nothing of it is left here.
   assert main.main(command) == 0
-  assert "holds a finished run" in capsys.readouterr().out
+  assert f"read {folder}/report.html" in capsys.readouterr().out
   assert main.main([*command, "--fresh"]) == 2
   assert "need a folder of this machine" in capsys.readouterr().err
   assert [path.name for path in tmp_path.iterdir()] == ["stores"]

@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from concurrent import futures
 
 import pytest
 
@@ -214,7 +215,7 @@ def test_a_spot_slice_is_asked_for_again(machine):
     assert (folder / "host1" / "jaxalign" / path).exists()
 
 
-def test_a_second_start_leaves_the_run_alone(machine):
+def test_a_second_start_leaves_the_run_alone_and_stop_ends_it(machine):
   (machine.folder / "host0" / "jaxalign").mkdir(parents=True)
   (machine.folder / "host1" / "jaxalign").mkdir(parents=True)
   for host in ("host0", "host1"):
@@ -228,6 +229,13 @@ def test_a_second_start_leaves_the_run_alone(machine):
   wait_for(lambda: len(machine.calls) == 3)
   out = machine.run("tpu_vm.sh", "start", *FLAGS)
   assert out.stdout.count("it runs already") == 2
-  assert machine.run("tpu_vm.sh", "stop").returncode == 0
+  # `keep` looks on, and ends when the run is stopped.
+  (machine.folder / "state").write_text("ACTIVE\n")
+  seen = len(machine.calls)
+  with futures.ThreadPoolExecutor() as pool:
+    kept = pool.submit(machine.run, "tpu_vm.sh", "keep", *FLAGS, POLL="0.1")
+    wait_for(lambda: len(machine.calls) >= seen + 3)
+    assert machine.run("tpu_vm.sh", "stop").returncode == 0
+    assert kept.result(60).returncode == 143
   status = at[1] / "run.status"
   wait_for(lambda: status.exists() and status.read_text() == "143\n")

@@ -10,6 +10,9 @@ def test_nothing_says_so():
   assert find_cluster(env={}) is None
   # A shell within a job, and a single task of it, are no step of several.
   assert find_cluster(env={"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}) is None
+  env = {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "a", "SLURM_PROCID": "0"}
+  assert find_cluster(env=env) is None
+  assert find_cluster(env={"OMPI_COMM_WORLD_SIZE": "1"}) is None
 
 
 def test_flags_win_over_the_environment():

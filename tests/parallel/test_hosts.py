@@ -6,11 +6,14 @@ import socket
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 
-from jaxalign.errors import UserError
+from jaxalign import cli
+from jaxalign.errors import HostError, UserError
 from jaxalign.parallel import hosts
+from jaxalign.parallel.cluster import Cluster
 
 
 def test_one_process_agrees_with_itself():
@@ -32,10 +35,28 @@ def mistaken():
   raise UserError("as it was said")
 
 
+def test_a_coordinator_that_is_late_is_no_mistake(monkeypatch, capsys):
+  """Status 1, on which launchers start again; 2 would end the job."""
+  monkeypatch.setattr(hosts, "START_SECONDS", 0)
+  with socket.socket() as probe:  # bound, but it does not listen
+    probe.bind(("127.0.0.1", 0))
+    address = f"127.0.0.1:{probe.getsockname()[1]}"
+    with pytest.raises(HostError, match="cannot be reached within 0 s") as late:
+      hosts._check_address(Cluster(address, 2, 1, "the flags"))
+  assert cli.explain(late.value) == 1
+  assert capsys.readouterr().err.startswith(f"error: the coordinator {address}")
+
+
+def test_jax_must_not_be_used_before_the_hosts_join():
+  jax.devices()
+  with pytest.raises(UserError, match="JAX was used before the hosts joined"):
+    hosts.start(Cluster("127.0.0.1:1", 2, 0, "the flags"))
+
+
 TWO = """
 import sys, time
 import jax, numpy as np
-from jaxalign.errors import StepError, UserError
+from jaxalign.errors import HostError, StepError, UserError
 from jaxalign.parallel import hosts
 from jaxalign.parallel.cluster import find_cluster
 
@@ -45,6 +66,12 @@ hosts.start(find_cluster(sys.argv[1], 2, rank))
 jax.config.update("jax_transfer_guard", "disallow")
 assert hosts.count() == jax.process_count() == 2
 assert hosts.is_lead() == (rank == 0)
+
+# A second run in the same process is watched again.
+with hosts.together():
+  pass
+hosts.start(None)
+assert not hosts._watch.stop.is_set()
 
 # Every bit of 64 arrives; numbers stay numbers.
 mine = {"step": 2**40 + rank, "late": rank == 1, "loss": 0.1 + rank,
@@ -112,7 +139,7 @@ for _ in range(2):
 if rank == 0:
   try:
     hosts.barrier("alone", 0.5)
-  except hosts.HostError as error:
+  except HostError as error:
     assert str(error).startswith("host 1 (")
     assert str(error).endswith(") did not reach alone within 0.5 s")
   else:

@@ -81,16 +81,20 @@ def text_batch(texts, kind=TextBatch):
 
 def make_run(config, params, reference, optimizer, extra_state=None):
   """What an update reads of a run, and nothing that a run would do."""
+  # A copy, as updates donate the state.
+  params, mesh = jax.tree.map(jnp.copy, params), meshes.make_mesh()
+  state = optim.init_state(params, optimizer, extra_state=extra_state)
   return Run(
     config,
     Sum(),
-    optim.init_state(params, optimizer, extra_state=extra_state),
+    state,
     frozen={},
     reference=(Sum(), reference),
-    mesh=meshes.make_mesh(),
+    mesh=mesh,
     recorder=object.__new__(Recorder),  # nothing is recorded
     optimizer=optimizer,
     schedule=lambda _: jnp.float32(1),
+    shardings=meshes.shardings(state, mesh),
   )
 
 

@@ -86,7 +86,7 @@ def test_operations_of_an_update_are_six_a_parameter_and_token(planned):
 def test_peak_holds_state_gradients_and_activations(planned):
   _, plan = planned
   (update,) = plan.programs
-  assert update.beside == 0
+  assert update.other_resident == 0
   assert 12 * SIZE < update.peak - update.temporary < 12 * SIZE + 10_000
   assert plan.fits
   text = page.text(plan)
@@ -103,7 +103,7 @@ def test_peak_holds_state_gradients_and_activations(planned):
   assert "cpu" in page.side_by_side([plan, plan])
 
 
-def test_what_a_program_does_not_use_stays_beside_it(model, tmp_path):
+def test_what_a_program_does_not_use_stays_in_memory(model, tmp_path):
   """A reference in memory, AdamW's averages in the host's."""
   fields = {"algorithm": "dpo", "reference": "auto", "batch_size": 1}
   there = standins.stand_in(config(model, **fields), tmp_path)
@@ -223,7 +223,9 @@ def test_the_command_prints_json(model, tmp_path, capsys, monkeypatch):
   fields = {"algorithm": "sft", "policy": model, "data": "org/not-here"}
   fields |= {"steps": 7, "batch_size": 2, "max_length": 32}
   path.write_text(f"def get_config():\n  return {fields!r}\n")
-  argv = [f"--config={path}", "--on=cpu", "--quick", "--json"]
+  # Without the advice, which would compile other sizes and is not printed.
+  monkeypatch.setattr(search, "advise", None)
+  argv = [f"--config={path}", "--on=cpu", "--json"]
   assert command.main(argv) == 0
   found = json.loads(capsys.readouterr().out)
   assert found["trained_tokens"] == 7 * 2 * 32
@@ -307,3 +309,10 @@ def test_what_is_here_is_left_alone(tmp_path):
     {"algorithm": "superhf", "policy": str(LAB / "policy")}
   )
   assert standins.stand_in(given, tmp_path).config.policy == given.policy
+  # Held-out rows that are not are left out, not fetched.
+  fields = {"data": "lab", "validation_data": "org/held-out"}
+  there = standins.stand_in(config("lab", **fields), tmp_path)
+  assert (there.config.data, there.config.validation_data) == ("lab", "")
+  assert there.notes == (
+    "validation_data is not here and left out: org/held-out",
+  )

@@ -18,11 +18,14 @@ from jaxalign.plan.targets import GIB, find
     ("a6000", 1, (1,), 1),
     ("8xH100", 8, (8,), 1),
     ("2x8xh100", 16, (8,), 2),
+    ("2x4xh100", 8, (4,), 2),
+    ("3x5xh100", 15, (5,), 3),
   ],
 )
 def test_a_name_says_how_many_chips_stand_where(name, chips, shape, parts):
   target = find(name)
   assert (target.chips, target.shape, target.parts) == (chips, shape, parts)
+  assert target.name == name.lower()
 
 
 def test_a_gpu_gives_three_quarters_of_its_memory_unless_told_otherwise():
@@ -48,6 +51,8 @@ def test_a_size_that_is_not_sold_names_the_nearest():
   assert "did you mean v5litepod-16?" in error("v5litepod-20")
   assert "did you mean v5p-8?" in error("v5p-7")
   assert "did you mean 2x8xh100?" in error("9xh100")
+  assert "did you mean 4x8xh100?" in error("2x16xh100")
+  assert "did you mean 1x8xh100?" in error("0xh100")
 
 
 def test_sizes_grow_and_share_the_memory_of_the_target():

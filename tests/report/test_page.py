@@ -193,12 +193,15 @@ def test_the_head_says_what_was_run_and_for_how_long(tmp_path, monkeypatch):
   """40 steps of 1.5 s are a minute; a second start keeps the first's date."""
   spec = types.SimpleNamespace(name="jaxalign.main")
   monkeypatch.setattr(sys.modules["__main__"], "__spec__", spec)
-  monkeypatch.setattr(sys, "argv", ["x", "--config", "a b.py", "--fresh"])
+  # Reports get published, so the address of the lead stays out.
+  argv = ["x", "--config", "a b.py", "--coordinator", "10.0.0.1:1", "--fresh"]
+  monkeypatch.setattr(sys, "argv", argv)
   environment.write(tmp_path)
   place = tmp_path / environment.NAME
   first = json.loads(place.read_text()) | {"started_at": "2026-01-02 03:04:05"}
   files.write_json(place, first)
-  monkeypatch.setattr(sys, "argv", ["x", "--config=a.py"])
+  argv = ["x", "--coordinator=10.0.0.1:1", "--config=a.py"]
+  monkeypatch.setattr(sys, "argv", argv)
   environment.write(tmp_path)
   config = {"policy": "a/model", "prompts": "lab", "reward_model": "b<i>"}
   make_run(tmp_path, lambda step: {"time/step_s": 1.5}, config=config)

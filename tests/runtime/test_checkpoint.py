@@ -5,6 +5,7 @@ import errno
 import gc
 import json
 import logging
+import math
 import os
 import pathlib
 import signal
@@ -108,10 +109,10 @@ def test_keeps_the_newest(saver):
 
 def test_keeps_the_best_too(tmp_path):
   saver = Checkpointer(tmp_path, keep=1, keep_best=True)
-  for step, score in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7)):
+  for step, score in ((1, 0.5), (2, 0.9), (3, None), (4, math.nan), (5, 0.7)):
     saver.save(step, {"x": jnp.zeros(2)}, {}, score=score)
   saver.close()
-  assert names(saver) == ["00000002", "00000004"]
+  assert names(saver) == ["00000002", "00000005"]
 
 
 def test_the_best_of_an_earlier_start_stays(tmp_path):
@@ -553,12 +554,17 @@ TWO_PROCESSES = """
   rank = int(sys.argv[3])
   jax.distributed.initialize(sys.argv[2], num_processes=2, process_id=rank)
   from jaxalign.parallel import hosts
+  from jaxalign.runtime import arrays
   from jaxalign.runtime.checkpoint import Checkpointer
 
   split = NamedSharding(jax.make_mesh((2,), ("fsdp",)), PartitionSpec("fsdp"))
   rows = np.arange(48, dtype=np.float32).reshape(8, 6)
   state = {"w": jax.make_array_from_callback((8, 6), split, lambda i: rows[i])}
   target = {"w": jax.ShapeDtypeStruct((8, 6), jnp.float32, sharding=split)}
+  # What each process has for itself counts once, whatever it is called.
+  whole, bits = int(rows.view(np.uint32).sum(dtype=np.uint64)), 0x3F800000
+  named = {"w": state["w"], "n": np.ones(1, np.float32)}
+  assert arrays.sums(named) == {"n": bits, "w": whole}
   saver = Checkpointer(sys.argv[1], keep=2, every_minutes=1)
   assert not saver.due(1)
   assert saver.restore_latest(target) is None
