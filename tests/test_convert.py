@@ -144,7 +144,7 @@ def test_mistakes_are_one_line_and_status_2(base, tmp_path, capsys):
   for arguments, message in (
     ((tmp_path / "none", tmp_path / "out"), "does not exist"),
     ((run, tmp_path / "out"), "neither a finished model/ nor a whole"),
-    ((path, tmp_path / "full"), "holds files that are no model"),
+    ((path, tmp_path / "full"), "holds files that are not a model"),
   ):
     assert convert.main([str(a) for a in arguments]) == 2
     err = capsys.readouterr().err

@@ -238,7 +238,7 @@ def test_a_bad_model_elsewhere(command, spoil, lab, fail, tmp_path):
     (chat, [], ("required: model", "see --help")),
     (convert, ["lab"], ("required: target", "see --help")),
     (convert, ["lab", "x", "--dtype=int8"], ("--dtype", "bfloat16")),
-    (convert, ["lab", "."], ("holds files that are no model", "new or empty")),
+    (convert, ["lab", "."], ("files that are not a model", "new or empty")),
     (convert, ["lab", "a_file"], ("is a file; name a folder",)),
   ],
 )

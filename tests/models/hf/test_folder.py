@@ -226,12 +226,23 @@ def test_wrong_arguments(saved):
   refuse(path, "head 'score_context' does not exist", head="score_context")
 
 
-def test_other_files_are_not_replaced(make, tmp_path):
+@pytest.mark.parametrize(
+  ("name", "text", "message"),
+  [
+    ("thesis.txt", "mine", "holds files that are not a model"),
+    ("config.json", '{"port": 80}', "holds files that are not a model"),
+    ("config.json", '{"algorithm": "sft"}', "holds a run, not a model"),
+  ],
+)
+def test_other_files_are_not_replaced(make, tmp_path, name, text, message):
+  """A run's own `model/` is replaced, as by a run that goes on."""
   (tmp_path / "a").mkdir()
-  (tmp_path / "a" / "thesis.txt").write_text("mine")
-  with pytest.raises(UserError, match="holds files that are no model"):
+  (tmp_path / "a" / name).write_text(text)
+  for _ in range(2):
+    folder.save(*make(), tmp_path / "a" / "model")
+  with pytest.raises(UserError, match=message):
     folder.save(*make(), tmp_path / "a")
-  assert (tmp_path / "a" / "thesis.txt").read_text() == "mine"
+  assert (tmp_path / "a" / name).read_text() == text
 
 
 def test_a_failed_save_leaves_the_old_model(saved):
