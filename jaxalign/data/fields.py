@@ -537,8 +537,11 @@ def _preference_of_lists(
         "has no turns before the completions that chosen and rejected share, "
         "so no prompt; write it into a column prompt"
       )
-    if isinstance(prompt, str) and not shared:
-      shared = [{"role": "user", "content": check_text(prompt, "prompt")}]
+    # A system turn alone is no question, so the string is.
+    asks = any(turn["role"] != "system" for turn in shared)
+    if isinstance(prompt, str) and not asks:
+      question = {"role": "user", "content": check_text(prompt, "prompt")}
+      shared = [*shared, question]
   # A template may look at the completion, so the prompts may come out unequal.
   start, better = _after(shared, chosen, tokenizer, settings)
   again, worse = _after(shared, rejected, tokenizer, settings)

@@ -56,6 +56,22 @@ def test_prompt_repeated_inside_the_lists(write):
   assert row == PreferenceRow(HEAD, " a", " b")
 
 
+@pytest.mark.parametrize("own", [True, False])
+def test_a_string_prompt_stays_next_to_a_system_text(write, own):
+  """Whether the system turn is the row's or the config's."""
+  first = [SYSTEM] if own else []
+  (row,) = preferences(
+    write,
+    {
+      "prompt": "q",
+      "chosen": [*first, said("a")],
+      "rejected": [*first, said("b")],
+    },
+    system="" if own else "s",
+  )
+  assert row == PreferenceRow("s" + HEAD, " a", " b")
+
+
 def test_implicit_lists_share_all_but_the_last_turns(write):
   more = [USER, said("same"), {"role": "user", "content": "and"}]
   (row,) = preferences(
