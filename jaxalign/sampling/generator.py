@@ -159,13 +159,14 @@ class Generator:
     for token in self.sampler.stream(params, ids, self.settings, key):
       seen.append(token)
       # All tokens again: a token alone may be half a character or lose a space.
-      text = self.tokenizer.decode(seen).lstrip()
-      found = [at for turn in turns if (at := text.find(turn)) >= 0]
+      # Delimiters begin with the newlines that a shown text loses.
+      whole = self.tokenizer.decode(seen)
+      found = [at for turn in turns if (at := whole.find(turn)) >= 0]
+      text = whole[: min(found, default=None)].lstrip()
       if found:
-        text = text[: min(found)]
         break
       # Trailing blanks wait as well: the end of the text is stripped.
-      settled = min(len(text) - _unsettled(text, turns), len(text.rstrip()))
+      settled = min(len(text) - _unsettled(whole, turns), len(text.rstrip()))
       if settled > shown:
         yield text[shown:settled]
         shown = settled
