@@ -131,13 +131,15 @@ def from_messages(messages: list[Message], reply: bool = False) -> str:
 
   Raises:
     KeyError: a role other than system, user or assistant.
+    TypeError: a content that is not text.
   """
   text = ""
   for turn in messages:
     if turn["role"] == "system":
       text += turn["content"]
     else:
-      text += f"{_DELIMITER[turn['role']]} {turn['content']}"
+      # Added, not formatted: a list of parts would be written as Python does.
+      text += _DELIMITER[turn["role"]] + " " + turn["content"]
   return text + (ASSISTANT if reply else "")
 
 
