@@ -266,7 +266,7 @@ def test_a_hub_id_without_the_hub(superhf, run, fail, monkeypatch):
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
   line = fail(superhf(run, policy="EleutherAI/pythia-7m"))
-  assert "EleutherAI/pythia-7m is no folder here and cannot be" in line
+  assert "EleutherAI/pythia-7m is not a local folder and cannot be" in line
   assert "no connection; check the name and the connection" in line
 
 

@@ -50,8 +50,10 @@ def test_binary_weights_are_fetched_only_where_there_are_no_others(
 ):
   assert hub.resolve("owner/name@v1") == tmp_path
   assert [call[:2] for call in fetched] == [("owner/name", "v1")] * 2
-  assert "pytorch_model*.bin" not in fetched[0][2]
-  assert "pytorch_model*.bin" in fetched[1][2]
+  assert "model*.safetensors" in fetched[0][2]
+  for name in ("pytorch_model*.bin", "adapter_model*.bin"):
+    assert name not in fetched[0][2]
+    assert name in fetched[1][2]
   fetched.clear()
   (tmp_path / "model.safetensors").write_text("")
   hub.resolve("gpt2")
