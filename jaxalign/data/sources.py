@@ -13,6 +13,7 @@ import gzip
 import itertools
 import json
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -93,9 +94,10 @@ def part_names(source: str) -> list[str]:
   Raises:
     UserError: there is none.
   """
-  # The name of a file may hold commas.
+  # The name of a file may hold commas. `Path.exists` raises on a list that is
+  # longer than a name can be.
   path, _, _ = source.rpartition("@")
-  exists = any(name and pathlib.Path(name).exists() for name in (source, path))
+  exists = any(name and os.path.exists(name) for name in (source, path))
   whole = [source] if exists else source.split(",")
   names = [part.strip() for part in whole if part.strip()]
   if not names:
@@ -133,14 +135,14 @@ def is_local(name: str) -> bool:
     or name.startswith((".", "/", "~"))
     or name.removesuffix(".gz").endswith(SUFFIXES)
     or any(mark in name for mark in "*?[")
-    or pathlib.Path(name.partition(":")[0]).exists()
+    or os.path.exists(name.partition(":")[0])
   )
 
 
 def _read_one(name: str, split: str) -> Table:
   # A name with an @ that exists is a path.
   source, converter = name, ""
-  if not pathlib.Path(name).exists():
+  if not os.path.exists(name):
     source, converter = converters.split_name(name)
   if is_local(source):
     table = _read_local(source, split)
@@ -175,15 +177,18 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
       )
     return [LAB_PROMPTS]
   path = pathlib.Path(name).expanduser()
-  if not path.exists() and ":" in name:  # folder:subset, as a hub clone has it
+  # folder:subset, as a hub clone has it.
+  if not os.path.exists(path) and ":" in name:
     head, _, subset = name.rpartition(":")
     path = pathlib.Path(head).expanduser() / subset
-    if path.parent.is_dir() and not path.exists():  # or folder:split
+    if os.path.isdir(path.parent) and not os.path.exists(
+      path
+    ):  # or folder:split
       return _of_folder(path.parent, subset, exact=True)
-  if path.is_dir():
+  if os.path.isdir(path):
     return _of_folder(path, split)
   # A file, or a glob. A name that exists is taken literally, brackets and all.
-  if path.is_file():
+  if os.path.isfile(path):
     return [path]
   matches = sorted(pathlib.Path(p) for p in glob.glob(str(path)))
   if not matches:

@@ -74,6 +74,14 @@ def test_several_sources_and_globs_keep_their_order(write, tmp_path):
   assert [[row["x"] for row in t.rows] for t in tables] == [["c"], ["a", "b"]]
 
 
+def test_lists_and_names_longer_than_a_file_name_can_be(write, tmp_path):
+  write([{"x": 1}], "a.jsonl")
+  assert len(sources.read(",".join([f"{tmp_path}/a.jsonl"] * 200))) == 200
+  for name in ("x" * 300 + ".jsonl", "./" + "x" * 300 + ":train"):
+    with pytest.raises(UserError, match="no such file"):
+      sources.read(name)
+
+
 def test_a_comma_in_a_file_name(write):
   assert len(one(write(ROWS, "a,b.jsonl")).rows) == 2
 

@@ -49,9 +49,10 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
   folder = pathlib.Path(name).expanduser()
   # `runs/` is where this package puts its runs, and no owner of the hub.
   local = name.startswith((".", "/", "~", "runs/"))
-  if name and (folder.exists() or local):
-    if not folder.is_dir():
-      state = "is a file" if folder.exists() else "does not exist"
+  exists = os.path.exists(folder)  # `Path.exists` raises on very long names
+  if name and (exists or local):
+    if not os.path.isdir(folder):
+      state = "is a file" if exists else "does not exist"
       remedy = "check the path"
       if name.startswith("runs/") and folder.name == "model":
         remedy = "it is there once that run is trained"

@@ -31,7 +31,9 @@ def test_a_folder_is_itself_and_asks_nobody(fetched, tmp_path, monkeypatch):
   assert not fetched
 
 
-@pytest.mark.parametrize("name", ["./a/b", "/no/where", "~/no-such-folder"])
+@pytest.mark.parametrize(
+  "name", ["./a/b", "/no/where", "~/no-such-folder", "./" + "x" * 300]
+)
 def test_a_path_is_never_asked_for(fetched, name):
   with pytest.raises(UserError, match="does not exist"):
     hub.resolve(name)
