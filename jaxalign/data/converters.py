@@ -243,7 +243,7 @@ def convert(
       ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
     ) as error:  # fmt: skip
       problem = f"{type(error).__name__}: {error}"
-      bad.append(f"{place} is no row for the converter {name} ({problem})")
+      bad.append(f"{place} cannot be read by the converter {name} ({problem})")
       continue
     made += new
     where += [place] * len(new)
@@ -266,9 +266,9 @@ def _system(row: Row) -> list[Message]:
 def _turn_of_sharegpt(turn: Row) -> Message:
   speaker = turn["from"]
   if speaker not in _SPEAKERS:
-    raise ValueError(f"nobody is called {speaker!r}")
-  said = {"role": _SPEAKERS[speaker], "content": turn["value"]}
-  return said | ({"weight": turn["weight"]} if "weight" in turn else {})
+    raise ValueError(f"unknown speaker {speaker!r}")
+  message = {"role": _SPEAKERS[speaker], "content": turn["value"]}
+  return message | ({"weight": turn["weight"]} if "weight" in turn else {})
 
 
 def _answer(prompt: list[Message], text: str, reward: float) -> Row:

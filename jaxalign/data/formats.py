@@ -123,7 +123,7 @@ def load_completions(
     ),
     "reward": ("prompt, completion, reward", "messages, reward"),
   }[need]
-  tables = _tables(source, split, max_bad_share, part, columns or {})
+  tables = _tables(source, split, part, columns or {})
   found = _load(tables, build, _with(wanted, group), max_bad_share)
   rows = tuple(made for row in found.rows for made in _completions_of(row))
   return LoadedRows(rows, found.read, found.bad, found.dropped, split_up)
@@ -158,7 +158,7 @@ def load_preferences(
     who = _group(row, group)
     return [PreferenceRow(prompt, chosen, rejected, margin, who)]
 
-  tables = _tables(source, split, max_bad_share, part, columns or {})
+  tables = _tables(source, split, part, columns or {})
   wanted = (
     "prompt, chosen, rejected",
     "chosen, rejected",
@@ -193,11 +193,10 @@ def half(rows: tuple, part: str) -> tuple:
 def _tables(
   source: str,
   split: str,
-  max_bad_share: float,
   part: str,
   columns: Mapping[str, str],
 ) -> list[sources.Table]:
-  tables = sources.read(source, split=split, max_bad_share=max_bad_share)
+  tables = sources.read(source, split=split)
   # `columns` maps our names to theirs; rows are renamed the other way.
   ours = {theirs: name for name, theirs in columns.items()}
   return [
@@ -208,6 +207,7 @@ def _tables(
         for row in half(table.rows, part)
       ),
       places=half(table.places, part),
+      bad=half(table.bad, part),  # which half they are in is not known
     )
     for table in tables
   ]

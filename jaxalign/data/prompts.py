@@ -104,7 +104,7 @@ def load_prompts(
       columns is not None,
     )
     for part in sources.part_names(source)
-    for table in _read_set(part, split, holdout, max_bad_share)
+    for table in _read_set(part, split, holdout)
   ]
   # Filtering: by length, then repeats over all sets.
   sets, dropped = _filter(
@@ -124,7 +124,7 @@ def load_prompts(
 
 
 def _read_set(
-  part: str, split: str, holdout: int | None, max_bad_share: float
+  part: str, split: str, holdout: int | None
 ) -> list[sources.Table]:
   """The rows of one part of a source that belong to a split."""
   # Without a test split of its own, the last rows of `train` are held out.
@@ -133,7 +133,7 @@ def _read_set(
   if holdout is None:
     holdout = HOLDOUT if only_train else 0
   asked = "train" if only_train or holdout else split
-  tables = sources.read(part, split=asked, max_bad_share=max_bad_share)
+  tables = sources.read(part, split=asked)
   return [_split_off(table, split, holdout) for table in tables]
 
 
@@ -241,9 +241,15 @@ def _split_off(table: sources.Table, split: str, tail: int) -> sources.Table:
       f"prompts {table.name}: holdout={tail} leaves nothing of "
       f"{len(table.rows)} rows; lower holdout"
     )
-  cut = slice(-tail, None) if split == "test" else slice(None, -tail)
-  return dataclasses.replace(
-    table, rows=table.rows[cut], places=table.places[cut]
+  start = len(table.rows) - tail
+  # Which part an unreadable line is in is not known: each gets its share.
+  bad = len(table.bad) * start // len(table.rows)
+  if split == "test":
+    rows, lines = slice(start, None), slice(bad, None)
+  else:
+    rows, lines = slice(start), slice(bad)
+  return sources.Table(
+    table.name, table.rows[rows], table.places[rows], table.bad[lines]
   )
 
 
@@ -257,7 +263,8 @@ def _questions(
 ) -> tuple[list[PromptRow], list[str]]:
   lacking_columns(table, COLUMNS)
   name, mark = (known.name, known.answer_mark) if known else ("", "")
-  rows, problems = [], []
+  # Those that could not be read count with those that are not usable.
+  rows, problems = [], [*table.bad]
   for row, place in zip(table.rows, table.places, strict=True):
     # A known set has SuperHF's name; other rows may name theirs.
     group = name or str(row.get("prompt_set") or row.get("group") or "")

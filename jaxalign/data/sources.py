@@ -57,10 +57,11 @@ class Table:
   bad: tuple[str, ...] = ()  # `file:line what is wrong`, one a skipped row
 
 
-def read(
-  source: str, *, split: str = "train", max_bad_share: float = 0.01
-) -> list[Table]:
+def read(source: str, *, split: str = "train") -> list[Table]:
   """Reads every row of a source; only unreadable lines are left out.
+
+  How many may be is for the caller to check, who finds more rows that cannot be
+  used; see `check_bad`.
 
   Args:
     source: `lab`, a hub id `name` or `name:subset`, a file (`.jsonl`, `.json`,
@@ -70,19 +71,20 @@ def read(
     split: of a hub data set; in a folder, the files whose names begin with it,
       if there are any. Without a `test` split, `validation` is read, else
       `train`. Single files and globs have no splits.
-    max_bad_share: unreadable rows are skipped and logged up to this share of
-      each part, in [0, 1].
 
   Returns:
     One table for each comma-separated part, in order.
 
   Raises:
-    UserError: a part that is missing, unreadable, empty, or has too many bad
-      rows.
+    UserError: a part that is missing, unreadable or empty.
   """
   tables = [_read_one(name, split) for name in part_names(source)]
   for table in tables:
-    check_bad(table.name, table.bad, len(table.rows), max_bad_share)
+    if not table.rows and table.bad:
+      raise UserError(
+        f"{table.bad[0]} ({table.name}: no row can be read; repair it, or give "
+        "another source)"
+      )
     if not table.rows:
       raise UserError(f"{table.name} holds no rows; give a source with data")
   return tables

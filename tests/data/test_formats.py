@@ -4,6 +4,7 @@ import logging
 import pytest
 
 from jaxalign.data import encode, formats
+from jaxalign.data.prompts import load_prompts
 from jaxalign.data.rows import CompletionRow, PreferenceRow
 from jaxalign.errors import UserError
 from jaxalign.text import templates
@@ -308,14 +309,21 @@ def test_bad_rows_up_to_the_share_are_logged(write, caplog):
   assert f"{path}:10" in caplog.text
 
 
-def test_unreadable_lines_and_bad_rows_share_one_limit(write):
-  lines = [json.dumps(GOOD)] * 8 + ["{", json.dumps({"prompt": "p"})]
-  path = write("\n".join(lines))
-  found = formats.load_completions(path, max_bad_share=0.2)
+@pytest.mark.parametrize(
+  ("load", "bad"),
+  [(formats.load_completions, {"prompt": "p"}), (load_prompts, {"prompt": ""})],
+)
+def test_unreadable_lines_and_bad_rows_share_one_limit(
+  write, caplog, load, bad
+):
+  path = write("\n".join([json.dumps(GOOD)] * 8 + ["{", json.dumps(bad)]))
+  found = load(path, max_bad_share=0.2)
   assert len(found.bad) == 2
   assert found.read == 10
-  with pytest.raises(UserError, match="2 of 10 rows"):
-    formats.load_completions(path, max_bad_share=0.1)
+  assert caplog.text.count("2 of 10 rows") == 1
+  assert caplog.text.count("WARNING") == 1
+  with pytest.raises(UserError, match=r"rows.jsonl:9 .*2 of 10 rows"):
+    load(path, max_bad_share=0.1)
 
 
 def test_halves_are_disjoint_in_every_source(write):
