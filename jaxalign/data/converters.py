@@ -34,10 +34,14 @@ SHP_RATIO = 2.0  # its card trains on such pairs alone
 
 def alpaca(row: Row) -> list[Row]:
   """An instruction, perhaps with an input after it, and its output."""
-  given = f"\n\n{row['input']}" if row.get("input") else ""
+  asked = row["instruction"]
+  if not isinstance(asked, str):
+    raise ValueError("the instruction is not text")
+  if row.get("input"):
+    asked = f"{asked}\n\n{row['input']}"
   return [
     {
-      "prompt": [*_system(row), _user(f"{row['instruction']}{given}")],
+      "prompt": [*_system(row), _user(asked)],
       "completion": [_assistant(row["output"])],
     }
   ]

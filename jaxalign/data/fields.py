@@ -443,10 +443,15 @@ def instruction_of(row: Row, raw: bool = False) -> tuple[str, str]:
 
   Under `raw` the texts as they are, the context before the instruction.
   """
-  given, asked, answer = (
-    check_text(row.get(name) or "", name)
-    for name in ("context", "instruction", "response")
+  columns = (
+    ("context", row.get("context") or ""),
+    ("instruction", row["instruction"]),
+    ("response", row["response"] or ""),
   )
+  for name, value in columns:
+    if not isinstance(value, str):
+      raise BadRow(f"has {_kind(value)} in {name}, need a string")
+  given, asked, answer = (check_text(value, name) for name, value in columns)
   if raw:
     return given + asked, answer
   # Dolly's context takes the place of the system text.

@@ -379,6 +379,28 @@ def test_instructions_with_and_without_context(write):
   assert given == CompletionRow("\n\nContext: c" + HEAD, " a")
 
 
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize(
+  ("suffix", "change", "message"),
+  [
+    ("", {"instruction": None}, ":2 has nothing in instruction, need a string"),
+    ("", {"context": ["c"]}, ":2 has a list in context, need a string"),
+    (
+      "@alpaca",
+      {"instruction": None},
+      "alpaca .ValueError: the instruction is",
+    ),
+  ],
+)
+def test_instructions_that_are_not_text(
+  write, tiny_chat, chat, suffix, change, message
+):
+  good = {"instruction": "q", "response": "a", "output": "a"}
+  path = write([good, good | change]) + suffix
+  with pytest.raises(UserError, match=message):
+    formats.load_completions(path, tokenizer=tiny_chat if chat else None)
+
+
 @pytest.mark.parametrize(
   ("value", "name"),
   [("alice", "alice"), (" Jane Doe ", "Jane Doe"), (3, "3"), (3.0, "3")],
