@@ -10,7 +10,7 @@ import tempfile
 
 from jaxalign import paths
 from jaxalign.errors import UserError
-from jaxalign.models.hf import weights
+from jaxalign.models.hf.weights import ADAPTER_FILES, MODEL_FILES
 
 # [owner/]name[@revision].
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
@@ -19,20 +19,23 @@ CONFIGS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
 _SAFETENSORS, _BINARIES = (
   tuple(
     name.replace(".", "*.")
-    for name in (*weights.MODEL_FILES, *weights.ADAPTER_FILES)
+    for name in (*MODEL_FILES, *ADAPTER_FILES)
     if name.endswith(suffix)
   )
   for suffix in (".safetensors", ".bin")
 )
 
 
-def resolve(source: str | pathlib.Path) -> pathlib.Path:
+def resolve(
+  source: str | pathlib.Path, *, weights: bool = True
+) -> pathlib.Path:
   """The folder of a model, downloaded if a hub id names it.
 
   Args:
     source: an existing folder, a path (it begins with `.`, `/`, `~` or
       `runs/`), a folder on an object store ("gs://bucket/model"), or a hub id
       such as "EleutherAI/pythia-70m", optionally with "@revision".
+    weights: fetch them; a tokenizer needs none.
 
   Returns:
     The folder; for one on an object store a temporary one with its small files,
@@ -76,7 +79,7 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
 
   repository, _, revision = name.partition("@")
   # Many repositories hold both kinds; the binary one is fetched only if alone.
-  for patterns in (_SAFETENSORS, _BINARIES):
+  for patterns in (_SAFETENSORS, _BINARIES) if weights else ((),):
     try:
       path = huggingface_hub.snapshot_download(
         repository,

@@ -60,6 +60,8 @@ def test_binary_weights_are_fetched_only_where_there_are_no_others(
   (tmp_path / "model.safetensors").write_text("")
   hub.resolve("gpt2")
   assert [call[:2] for call in fetched] == [("gpt2", None)]
+  hub.resolve("gpt2", weights=False)
+  assert fetched[1:] == [("gpt2", None, list(hub.CONFIGS))]
 
 
 def test_offline_is_one_line(monkeypatch):
