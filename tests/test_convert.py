@@ -102,7 +102,8 @@ def lora_run(base, tmp_path):
   path, _, _ = base
   settings = {"rank": 2, "alpha": 4.0, "targets": ADAPTERS.targets}
   run = make_run(tmp_path / "run", path, lora=settings)
-  model, params = folder.load(path, lora=ADAPTERS)
+  opened = folder.open_pretrained(path, lora=ADAPTERS)
+  model, params = opened.model, opened.read()
   trained = jax.tree.map(lambda x: x + 0.5, lora.split(params)[0])
   save_checkpoints(run, trained)
   return run, model, params, trained

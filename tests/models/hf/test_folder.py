@@ -36,9 +36,14 @@ def change(path, **values):
   (path / "config.json").write_text(json.dumps(config))
 
 
+def load(path, **more):
+  opened = folder.open_pretrained(path, **more)
+  return opened.model, opened.read()
+
+
 def refuse(path, message, **more):
   with pytest.raises(UserError, match=message) as error:
-    folder.load(path, **more)
+    folder.open_pretrained(path, **more)
   assert "\n" not in str(error.value)
 
 
@@ -61,9 +66,9 @@ def test_score_heads_survive_the_folder(make, head, tmp_path):
 
 def test_a_language_model_gets_a_fresh_score_head_when_asked(saved):
   path, _, params = saved
-  model, back = folder.load(path, head="score_last", seed=1)
+  model, back = load(path, head="score_last", seed=1)
   assert model.config.head == "score_last"
-  other = folder.load(path, head="score_last", seed=2)[1]
+  other = load(path, head="score_last", seed=2)[1]
   assert (back["score_head"]["kernel"] != other["score_head"]["kernel"]).any()
   for name in ("blocks", "embedding", "final_norm"):
     jax.tree.map(np.testing.assert_array_equal, back[name], params[name])
@@ -72,13 +77,13 @@ def test_a_language_model_gets_a_fresh_score_head_when_asked(saved):
 def test_adapters_are_drawn_afresh(saved):
   path, _, _ = saved
   config = LoraConfig(2, 4.0, targets=("q_proj",))
-  model, params = folder.load(path, lora=config)
+  model, params = load(path, lora=config)
   assert model.lora == config
   q = params["blocks"]["q_proj"]
   assert q["lora_a"].std() > 0.01
   assert not q["lora_b"].any()
   # What is trained is not rounded to the base's few bits.
-  _, params = folder.load(path, lora=config, dtype="bfloat16")
+  _, params = load(path, lora=config, dtype="bfloat16")
   kinds = {name: x.dtype for name, x in params["blocks"]["q_proj"].items()}
   assert kinds["lora_a"] == kinds["lora_b"] == jnp.float32
   assert kinds["kernel"] == jnp.bfloat16
