@@ -72,7 +72,8 @@ def load_prompts(
   Args:
     source: see `sources.read`; columns as in COLUMNS.
     split: `train` or `test`.
-    max_chars: of a prompt as it is written, with `system`; "< 1024" is 1023.
+    max_chars: of a prompt as it is written, with `system`, inclusive: pass
+      1023 for "fewer than 1024".
     unique: keep the first of equal prompts only.
     seed: of the shuffle over all sets.
     limit: prompts to return at most; 0 = all.
@@ -114,9 +115,14 @@ def load_prompts(
   bad = tuple(problem for _, problems in found for problem in problems)
   read = len(bad) + sum(len(rows) for rows, _ in found)
   if not rows:
+    (_, long), _ = dropped
+    # As the config counts them.
+    most = f"{max_chars - len(system)} characters"
+    if system:
+      most += " without the system text"
     raise UserError(
-      f"prompts {source}: none of {read} rows has at most {max_chars} "
-      "characters; raise config.max_prompt_chars"
+      f"prompts {source}: none of {read} rows can be used ({long} longer than "
+      f"{most}, {len(bad)} bad); raise config.max_prompt_chars or repair them"
     )
   # Shuffling over all sets; Python keeps this stream stable over versions.
   random.Random(seed).shuffle(rows)

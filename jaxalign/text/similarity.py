@@ -108,7 +108,7 @@ def mean_overlap(
     seed: of the draw.
 
   Returns:
-    The mean in [0, 1], or None where no two prompts differ.
+    The mean in [0, 1], or None where no two of the compared prompts differ.
   """
   count = len(completions)
   # Few pairs are all compared; of many, random ones.

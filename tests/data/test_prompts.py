@@ -65,8 +65,12 @@ def test_length_counts_template_and_system(write):
   assert found.dropped[0] == (f"longer than {limit} characters", 1)
   found = prompts.load_prompts(path, max_chars=limit, system="y")
   assert texts(found) == ["y" + wire("x" * 9)]
-  with pytest.raises(UserError, match="none of 3 rows has at most 5 charact"):
+  with pytest.raises(UserError, match=r"3 longer than 5 characters, 0 bad"):
     prompts.load_prompts(path, max_chars=5)
+  bad = write([{"prompt": "x" * 9}, {"prompt": ""}])
+  message = r"none of 2 rows .*1 longer than 5 characters without .*, 1 bad"
+  with pytest.raises(UserError, match=message):
+    prompts.load_prompts(bad, max_chars=7, system="ab", max_bad_share=1.0)
 
 
 def test_repeated_prompts_go_by_default(write):
