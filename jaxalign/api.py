@@ -219,8 +219,8 @@ def generate(
 
   Returns:
     For each of the P prompts a list of S completions, also where one prompt
-    was given. A text's completion begins with the blanks that were drawn; a
-    role list's is the assistant's turn alone, without blanks around it.
+    was given. A text's completion begins with the whitespace that was drawn; a
+    role list's is the assistant's turn alone, without whitespace around it.
 
   Raises:
     UserError: the model is no language model, a prompt is no text or role

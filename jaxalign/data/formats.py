@@ -76,8 +76,6 @@ def load_completions(
     UserError: see `sources.read`; missing columns; nothing left.
   """
   split_up = 0  # dialogues that gave several rows
-
-  # A preference passes as one row, because its halves are checked together.
   form = DIALOGUE if tokenizer is None else tokenizer.format
 
   def build(row: sources.Row) -> list[CompletionRow | PreferenceRow]:
@@ -91,6 +89,7 @@ def load_completions(
     if "chosen" in row and not need:
       prompt, chosen, _ = preference_of(row, tokenizer)
       return [CompletionRow(prompt, chosen, group=who)]
+    # As one row for now, because its halves are checked together.
     if "chosen" in row and need == "label":
       return [PreferenceRow(*preference_of(row, tokenizer), group=who)]
     # Anything else: prompt and completion, messages, or text.

@@ -275,7 +275,7 @@ class Tokenizer:
         models, and as they are under others. `pair`: the bare question and the
         completion as two segments, as the DeBERTa model's card does.
       max_length: tokens kept, special ones included; the rest is cut off on
-        the right (of the longer segment under `pair`).
+        the tokenizer's `truncation_side` (of the longer segment under `pair`).
       eos: append the eos token to the text, for heads that read its state.
 
     Returns:

@@ -252,7 +252,7 @@ class Started:
     return scores
 
   def wait(self) -> Float[np.ndarray, " B"]:
-    """As `read`, without a word on what is not finite."""
+    """As `read`, but logs nothing."""
     # A text without any token is in no call and stays NaN.
     scores = np.full(self.count, np.nan, np.float32)
     for call, values in zip(
