@@ -219,8 +219,8 @@ def generate(
 
   Returns:
     For each of the P prompts a list of S completions, also where one prompt
-    was given. A text's completion begins with the blanks that were drawn; a
-    role list's is the assistant's turn alone, without blanks around it.
+    was given. A text's completion begins with the whitespace that was drawn; a
+    role list's is the assistant's turn alone, without whitespace around it.
 
   Raises:
     UserError: the model is no language model, a prompt is no text or role
@@ -373,13 +373,6 @@ def score(
       f"encoding must be auto, concat or pair, got {encoding!r}; leave it auto"
     )
   _check_batch(batch_size, progress)
-  asked = _prompts(tokenizer, prompts)
-  completions = _texts("completions", _answers(completions))
-  if len(asked) != len(completions):
-    raise UserError(
-      f"score needs as many prompts as completions, got {len(asked)} and "
-      f"{len(completions)}"
-    )
 
   def make_scorer() -> Scorer:
     folded = groups.fold(reward_model.model, reward_model.params)
@@ -393,6 +386,15 @@ def score(
     return dataclasses.replace(scorer, rows=batch_size, tokens=most)
 
   scorer = _kept(reward_model, f"score {encoding} {batch_size}", make_scorer)
+  # Its chat template writes whole texts only; a pair is written without one.
+  writer = tokenizer if scorer.encoding == "concat" else None
+  asked = _prompts(writer, prompts)
+  completions = _texts("completions", _answers(completions))
+  if len(asked) != len(completions):
+    raise UserError(
+      f"score needs as many prompts as completions, got {len(asked)} and "
+      f"{len(completions)}"
+    )
   rows = [
     PromptRow(prompt)
     if isinstance(prompt, str)

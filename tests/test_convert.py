@@ -102,7 +102,8 @@ def lora_run(base, tmp_path):
   path, _, _ = base
   settings = {"rank": 2, "alpha": 4.0, "targets": ADAPTERS.targets}
   run = make_run(tmp_path / "run", path, lora=settings)
-  model, params = folder.load(path, lora=ADAPTERS)
+  opened = folder.open_pretrained(path, lora=ADAPTERS)
+  model, params = opened.model, opened.read()
   trained = jax.tree.map(lambda x: x + 0.5, lora.split(params)[0])
   save_checkpoints(run, trained)
   return run, model, params, trained
@@ -144,7 +145,7 @@ def test_mistakes_are_one_line_and_status_2(base, tmp_path, capsys):
   for arguments, message in (
     ((tmp_path / "none", tmp_path / "out"), "does not exist"),
     ((run, tmp_path / "out"), "neither a finished model/ nor a whole"),
-    ((path, tmp_path / "full"), "holds files that are no model"),
+    ((path, tmp_path / "full"), "holds files that are not a model"),
   ):
     assert convert.main([str(a) for a in arguments]) == 2
     err = capsys.readouterr().err

@@ -1,6 +1,7 @@
 """The functions for notebooks, on a tiny model with its tokenizer."""
 
 import copy
+import dataclasses
 import json
 import pathlib
 import re
@@ -15,6 +16,7 @@ import pytest
 import jaxalign
 from jaxalign import api
 from jaxalign.algorithms import read_config
+from jaxalign.data.tokenizer import wrap_tokenizer
 from jaxalign.models.hf import folder
 from jaxalign.models.llama import LlamaConfig
 from jaxalign.models.model import Model
@@ -363,6 +365,13 @@ def test_other_mistakes_are_one_line_too(policy, reward_model, tmp_path):
   model, judge = jaxalign.load(policy), jaxalign.load(reward_model)
   with pytest.raises(jaxalign.UserError, match="encoding must be auto"):
     jaxalign.score(judge, ["a"], ["b"], encoding="x")
+  # A pair is written without the judge's chat template, which takes any role.
+  inner = copy.deepcopy(judge.tokenizer.inner)
+  inner.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+  judge = dataclasses.replace(judge, tokenizer=wrap_tokenizer(inner))
+  turns = [QUESTION[1], {"role": "tool", "content": "b"}]
+  with pytest.raises(jaxalign.UserError, match="the role 'tool' in it, need"):
+    jaxalign.score(judge, [turns], ["b"], encoding="pair")
   with pytest.raises(jaxalign.UserError, match="dtype must be one of float32"):
     jaxalign.save(model, tmp_path / "out", dtype="int8")
   assert not (tmp_path / "out").exists()

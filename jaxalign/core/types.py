@@ -133,10 +133,10 @@ class Completions:
 
   prompts: list[str]  # P, system text included
   prompt_ids: list[list[int]]  # P; the ids that the policy read
-  texts: list[str]  # P S, truncated and stripped
+  texts: list[str]  # P S; decoded, and cut as `Generator.truncation` says
   samples: Samples  # the tokens they were decoded from
   ended: list[bool]  # P S; False = cut at the length limit
-  num_tokens: list[int]  # P S; drawn tokens that make up the text
+  num_tokens: list[int]  # P S; drawn; with `whole_tokens` the text's alone
 
   @property
   def samples_per_prompt(self) -> int:

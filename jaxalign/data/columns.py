@@ -62,15 +62,19 @@ def lacking_columns(table: Table, wanted: tuple[str, ...]) -> None:
 
 def _conversion(found: set[str], options: list[set[str]]) -> str:
   """How to convert the columns: a known recipe, else to the nearest format."""
+  # No recipe adds a label, a reward or the column of groups, which is in every
+  # option.
+  added = {"label", "reward"}.union(set.intersection(*options))
+  near = [option for option in options if option - found <= added]
   for columns, advice in CONVERSIONS:
-    if columns <= found:
+    if columns <= found and not near:
       return advice
   for name, converter in CONVERTERS.items():
-    if set(converter.needs) <= found and name not in _GENERAL:
+    if set(converter.needs) <= found and name not in _GENERAL and not near:
       return (
         f"its columns are those of a known set: write @{name} after its name"
       )
-  plans = [_renames(found, option) for option in options]
+  plans = [_renames(found, option) for option in near or options]
   # Fewest columns to invent, then fewest to rename.
   renames, absent = min(plans, key=lambda plan: (len(plan[1]), len(plan[0])))
   steps = [f"rename {old} to {new}" for old, new in renames]

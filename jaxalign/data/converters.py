@@ -34,10 +34,14 @@ SHP_RATIO = 2.0  # its card trains on such pairs alone
 
 def alpaca(row: Row) -> list[Row]:
   """An instruction, perhaps with an input after it, and its output."""
-  given = f"\n\n{row['input']}" if row.get("input") else ""
+  asked = row["instruction"]
+  if not isinstance(asked, str):
+    raise ValueError("the instruction is not text")
+  if row.get("input"):
+    asked = f"{asked}\n\n{row['input']}"
   return [
     {
-      "prompt": [*_system(row), _user(f"{row['instruction']}{given}")],
+      "prompt": [*_system(row), _user(asked)],
       "completion": [_assistant(row["output"])],
     }
   ]
@@ -243,7 +247,7 @@ def convert(
       ArithmeticError, AttributeError, LookupError, TypeError, ValueError,
     ) as error:  # fmt: skip
       problem = f"{type(error).__name__}: {error}"
-      bad.append(f"{place} is no row for the converter {name} ({problem})")
+      bad.append(f"{place} cannot be read by the converter {name} ({problem})")
       continue
     made += new
     where += [place] * len(new)
@@ -266,9 +270,9 @@ def _system(row: Row) -> list[Message]:
 def _turn_of_sharegpt(turn: Row) -> Message:
   speaker = turn["from"]
   if speaker not in _SPEAKERS:
-    raise ValueError(f"nobody is called {speaker!r}")
-  said = {"role": _SPEAKERS[speaker], "content": turn["value"]}
-  return said | ({"weight": turn["weight"]} if "weight" in turn else {})
+    raise ValueError(f"unknown speaker {speaker!r}")
+  message = {"role": _SPEAKERS[speaker], "content": turn["value"]}
+  return message | ({"weight": turn["weight"]} if "weight" in turn else {})
 
 
 def _answer(prompt: list[Message], text: str, reward: float) -> Row:

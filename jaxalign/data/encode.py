@@ -60,8 +60,8 @@ def encode_rows(
   Args:
     tokenizer: the model's.
     prompts: where one is empty, the loss counts the whole text.
-    completions: as many; one ends at the end that it has, without the blanks
-      that a chat template writes after it.
+    completions: as many; one ends at the end that it has, without the
+      whitespace that a chat template writes after it.
     max_length: ids per row at most; the completion is cut on the right.
     loss: `completion`: only its ids count; `all`: all but the first id.
     train_eos: append the eos id to completions that were not cut and do not
@@ -73,7 +73,7 @@ def encode_rows(
     turns: of each row the character ranges `[start, end)` of the joined text
       that count, in order, the first of them where the completion begins; none
       = all of the completion. Only with `loss="completion"`. The token that
-      ends a turn counts, blanks after it do not.
+      ends a turn counts, whitespace after it does not.
 
   Raises:
     UserError: an overlong prompt under `error`, or `train_eos` with a
@@ -205,7 +205,7 @@ def _spans(
 
 
 def _end_of(tokenizer: Tokenizer, ids: Sequence[int]) -> int:
-  """Ids of a completion up to its end, after which are blanks; 0 = no end."""
+  """Ids of a completion up to its end if only whitespace follows; else 0."""
   places = [at for at, i in enumerate(ids) if i in tokenizer.end_ids]
   if places and not tokenizer.decode(ids[places[-1] + 1 :]).strip():
     return places[-1] + 1

@@ -376,8 +376,8 @@ def answers_of(row: Row, tokenizer: Tokenizer | None) -> list[Answers]:
     return [Answers("", "")]
   at = ranges[0][0]
   start, rest = whole[:at], whole[at:]
-  # The seam's blanks may change where the two are joined; then what follows
-  # moves by as many characters.
+  # The seam's whitespace may change where the two are joined; then what
+  # follows moves by as many characters.
   text = templates.join(start, rest)
   moved = 0 if whole.startswith(text) else len(text) - len(whole.rstrip())
   spans = [(max(a + moved, at), b + moved) for a, b in ranges]
@@ -387,8 +387,8 @@ def answers_of(row: Row, tokenizer: Tokenizer | None) -> list[Answers]:
 def _teaches(turn: templates.Message) -> bool:
   """Whether a turn says something and is not taken out by its weight."""
   content = turn["content"]
-  said = content.strip() if isinstance(content, str) else content
-  return bool(said or any(turn.get(key) for key in _READ)) and (
+  words = content.strip() if isinstance(content, str) else content
+  return bool(words or any(turn.get(key) for key in _READ)) and (
     turn.get("weight") != 0
   )
 
@@ -443,10 +443,15 @@ def instruction_of(row: Row, raw: bool = False) -> tuple[str, str]:
 
   Under `raw` the texts as they are, the context before the instruction.
   """
-  given, asked, answer = (
-    check_text(row.get(name) or "", name)
-    for name in ("context", "instruction", "response")
+  columns = (
+    ("context", row.get("context") or ""),
+    ("instruction", row["instruction"]),
+    ("response", row["response"] or ""),
   )
+  for name, value in columns:
+    if not isinstance(value, str):
+      raise BadRow(f"has {_kind(value)} in {name}, need a string")
+  given, asked, answer = (check_text(value, name) for name, value in columns)
   if raw:
     return given + asked, answer
   # Dolly's context takes the place of the system text.
@@ -505,7 +510,7 @@ def _preference_of_webgpt(row: Row) -> tuple[str, str, str]:
   if isinstance(question, dict):
     question = question.get("full_text")
   question = text_of(question, "question", None)
-  # The blank after `Answer:` belongs to the completion.
+  # The space after `Answer:` belongs to the completion.
   first, second = (
     " " + _CITATION.sub("", text_of(row.get(name), name, None)).strip()
     for name in ("answer_0", "answer_1")
@@ -537,8 +542,11 @@ def _preference_of_lists(
         "has no turns before the completions that chosen and rejected share, "
         "so no prompt; write it into a column prompt"
       )
-    if isinstance(prompt, str) and not shared:
-      shared = [{"role": "user", "content": check_text(prompt, "prompt")}]
+    # A system turn alone is no question, so the string is.
+    asks = any(turn["role"] != "system" for turn in shared)
+    if isinstance(prompt, str) and not asks:
+      question = {"role": "user", "content": check_text(prompt, "prompt")}
+      shared = [*shared, question]
   # A template may look at the completion, so the prompts may come out unequal.
   start, better = _after(shared, chosen, tokenizer, settings)
   again, worse = _after(shared, rejected, tokenizer, settings)
@@ -552,12 +560,12 @@ def _common_turns(
 ) -> list[templates.Message]:
   """The turns that both begin with, but never the last turn of either."""
 
-  def said(turn: templates.Message) -> templates.Message:
+  def compared(turn: templates.Message) -> templates.Message:
     return {k: x for k, x in turn.items() if k not in ("id", "weight")}
 
   count = 0
   limit = min(len(first), len(second)) - 1
-  while count < limit and said(first[count]) == said(second[count]):
+  while count < limit and compared(first[count]) == compared(second[count]):
     count += 1
   return first[:count]
 

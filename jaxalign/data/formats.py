@@ -76,8 +76,6 @@ def load_completions(
     UserError: see `sources.read`; missing columns; nothing left.
   """
   split_up = 0  # dialogues that gave several rows
-
-  # A preference passes as one row, because its halves are checked together.
   form = DIALOGUE if tokenizer is None else tokenizer.format
 
   def build(row: sources.Row) -> list[CompletionRow | PreferenceRow]:
@@ -91,6 +89,7 @@ def load_completions(
     if "chosen" in row and not need:
       prompt, chosen, _ = preference_of(row, tokenizer)
       return [CompletionRow(prompt, chosen, group=who)]
+    # As one row for now, because its halves are checked together.
     if "chosen" in row and need == "label":
       return [PreferenceRow(*preference_of(row, tokenizer), group=who)]
     # Anything else: prompt and completion, messages, or text.
@@ -123,7 +122,7 @@ def load_completions(
     ),
     "reward": ("prompt, completion, reward", "messages, reward"),
   }[need]
-  tables = _tables(source, split, max_bad_share, part, columns or {})
+  tables = _tables(source, split, part, columns or {})
   found = _load(tables, build, _with(wanted, group), max_bad_share)
   rows = tuple(made for row in found.rows for made in _completions_of(row))
   return LoadedRows(rows, found.read, found.bad, found.dropped, split_up)
@@ -158,7 +157,7 @@ def load_preferences(
     who = _group(row, group)
     return [PreferenceRow(prompt, chosen, rejected, margin, who)]
 
-  tables = _tables(source, split, max_bad_share, part, columns or {})
+  tables = _tables(source, split, part, columns or {})
   wanted = (
     "prompt, chosen, rejected",
     "chosen, rejected",
@@ -193,11 +192,10 @@ def half(rows: tuple, part: str) -> tuple:
 def _tables(
   source: str,
   split: str,
-  max_bad_share: float,
   part: str,
   columns: Mapping[str, str],
 ) -> list[sources.Table]:
-  tables = sources.read(source, split=split, max_bad_share=max_bad_share)
+  tables = sources.read(source, split=split)
   # `columns` maps our names to theirs; rows are renamed the other way.
   ours = {theirs: name for name, theirs in columns.items()}
   return [
@@ -208,6 +206,7 @@ def _tables(
         for row in half(table.rows, part)
       ),
       places=half(table.places, part),
+      bad=half(table.bad, part),  # which half they are in is not known
     )
     for table in tables
   ]

@@ -191,11 +191,17 @@ def in_turns(row: Row, form: PromptFormat) -> Row:
   keeps = form.name == "human_assistant" and not form.plain
   if keeps or form.name == "raw":
     return row
-  if "instruction" in row and isinstance(row.get("response"), str):
-    asked = str(row["instruction"])
-    if str(row.get("context") or "").strip():
-      asked = f"{asked}\n\nContext: {row['context']}"
-    new = {"prompt": turns_of(asked), "completion": answer_of(row["response"])}
+  asked, answer = row.get("instruction"), row.get("response")
+  context = row.get("context") or ""
+  # Values that are not text are refused later.
+  if (
+    isinstance(asked, str)
+    and isinstance(answer, str)
+    and isinstance(context, str)
+  ):
+    if context.strip():
+      asked = f"{asked}\n\nContext: {context}"
+    new = {"prompt": turns_of(asked), "completion": answer_of(answer)}
     kept = ("instruction", "response", "context")
     return {k: x for k, x in row.items() if k not in kept} | new
   names = ("chosen", "rejected") if "chosen" in row else ("completion",)

@@ -72,7 +72,8 @@ def load_prompts(
   Args:
     source: see `sources.read`; columns as in COLUMNS.
     split: `train` or `test`.
-    max_chars: of a prompt as it is written, with `system`; "< 1024" is 1023.
+    max_chars: of a prompt as it is written, with `system`, inclusive: pass
+      1023 for "fewer than 1024".
     unique: keep the first of equal prompts only.
     seed: of the shuffle over all sets.
     limit: prompts to return at most; 0 = all.
@@ -104,7 +105,7 @@ def load_prompts(
       columns is not None,
     )
     for part in sources.part_names(source)
-    for table in _read_set(part, split, holdout, max_bad_share)
+    for table in _read_set(part, split, holdout)
   ]
   # Filtering: by length, then repeats over all sets.
   sets, dropped = _filter(
@@ -114,9 +115,14 @@ def load_prompts(
   bad = tuple(problem for _, problems in found for problem in problems)
   read = len(bad) + sum(len(rows) for rows, _ in found)
   if not rows:
+    (_, long), _ = dropped
+    # As the config counts them.
+    most = f"{max_chars - len(system)} characters"
+    if system:
+      most += " without the system text"
     raise UserError(
-      f"prompts {source}: none of {read} rows has at most {max_chars} "
-      "characters; raise config.max_prompt_chars"
+      f"prompts {source}: none of {read} rows can be used ({long} longer than "
+      f"{most}, {len(bad)} bad); raise config.max_prompt_chars or repair them"
     )
   # Shuffling over all sets; Python keeps this stream stable over versions.
   random.Random(seed).shuffle(rows)
@@ -124,7 +130,7 @@ def load_prompts(
 
 
 def _read_set(
-  part: str, split: str, holdout: int | None, max_bad_share: float
+  part: str, split: str, holdout: int | None
 ) -> list[sources.Table]:
   """The rows of one part of a source that belong to a split."""
   # Without a test split of its own, the last rows of `train` are held out.
@@ -133,7 +139,7 @@ def _read_set(
   if holdout is None:
     holdout = HOLDOUT if only_train else 0
   asked = "train" if only_train or holdout else split
-  tables = sources.read(part, split=asked, max_bad_share=max_bad_share)
+  tables = sources.read(part, split=asked)
   return [_split_off(table, split, holdout) for table in tables]
 
 
@@ -241,9 +247,15 @@ def _split_off(table: sources.Table, split: str, tail: int) -> sources.Table:
       f"prompts {table.name}: holdout={tail} leaves nothing of "
       f"{len(table.rows)} rows; lower holdout"
     )
-  cut = slice(-tail, None) if split == "test" else slice(None, -tail)
-  return dataclasses.replace(
-    table, rows=table.rows[cut], places=table.places[cut]
+  start = len(table.rows) - tail
+  # Which part an unreadable line is in is not known: each gets its share.
+  bad = len(table.bad) * start // len(table.rows)
+  if split == "test":
+    rows, lines = slice(start, None), slice(bad, None)
+  else:
+    rows, lines = slice(start), slice(bad)
+  return sources.Table(
+    table.name, table.rows[rows], table.places[rows], table.bad[lines]
   )
 
 
@@ -257,7 +269,8 @@ def _questions(
 ) -> tuple[list[PromptRow], list[str]]:
   lacking_columns(table, COLUMNS)
   name, mark = (known.name, known.answer_mark) if known else ("", "")
-  rows, problems = [], []
+  # Those that could not be read count with those that are not usable.
+  rows, problems = [], [*table.bad]
   for row, place in zip(table.rows, table.places, strict=True):
     # A known set has SuperHF's name; other rows may name theirs.
     group = name or str(row.get("prompt_set") or row.get("group") or "")

@@ -43,14 +43,14 @@ class PreferenceRow:
   group: str = ""
 
 
-Row = TypeVar("Row", bound=PromptRow | CompletionRow | PreferenceRow)
+TypedRow = TypeVar("TypedRow", bound=PromptRow | CompletionRow | PreferenceRow)
 
 
 @dataclasses.dataclass(frozen=True)
-class LoadedRows(Generic[Row]):
+class LoadedRows(Generic[TypedRow]):
   """Typed rows, and counts of what was left out."""
 
-  rows: tuple[Row, ...]
+  rows: tuple[TypedRow, ...]
   read: int  # rows that the source held
   bad: tuple[str, ...] = ()  # `file:line what is wrong`, one a skipped row
   dropped: tuple[tuple[str, int], ...] = ()  # (reason, rows), not errors

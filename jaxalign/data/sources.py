@@ -13,6 +13,7 @@ import gzip
 import itertools
 import json
 import logging
+import os
 import pathlib
 import re
 import sys
@@ -56,10 +57,11 @@ class Table:
   bad: tuple[str, ...] = ()  # `file:line what is wrong`, one a skipped row
 
 
-def read(
-  source: str, *, split: str = "train", max_bad_share: float = 0.01
-) -> list[Table]:
+def read(source: str, *, split: str = "train") -> list[Table]:
   """Reads every row of a source; only unreadable lines are left out.
+
+  How many may be is for the caller to check, who finds more rows that cannot be
+  used; see `check_bad`.
 
   Args:
     source: `lab`, a hub id `name` or `name:subset`, a file (`.jsonl`, `.json`,
@@ -69,19 +71,20 @@ def read(
     split: of a hub data set; in a folder, the files whose names begin with it,
       if there are any. Without a `test` split, `validation` is read, else
       `train`. Single files and globs have no splits.
-    max_bad_share: unreadable rows are skipped and logged up to this share of
-      each part, in [0, 1].
 
   Returns:
     One table for each comma-separated part, in order.
 
   Raises:
-    UserError: a part that is missing, unreadable, empty, or has too many bad
-      rows.
+    UserError: a part that is missing, unreadable or empty.
   """
   tables = [_read_one(name, split) for name in part_names(source)]
   for table in tables:
-    check_bad(table.name, table.bad, len(table.rows), max_bad_share)
+    if not table.rows and table.bad:
+      raise UserError(
+        f"{table.bad[0]} ({table.name}: no row can be read; repair it, or give "
+        "another source)"
+      )
     if not table.rows:
       raise UserError(f"{table.name} holds no rows; give a source with data")
   return tables
@@ -93,9 +96,10 @@ def part_names(source: str) -> list[str]:
   Raises:
     UserError: there is none.
   """
-  # The name of a file may hold commas.
+  # The name of a file may hold commas. `Path.exists` raises on a list that is
+  # longer than a name can be.
   path, _, _ = source.rpartition("@")
-  exists = any(name and pathlib.Path(name).exists() for name in (source, path))
+  exists = any(name and os.path.exists(name) for name in (source, path))
   whole = [source] if exists else source.split(",")
   names = [part.strip() for part in whole if part.strip()]
   if not names:
@@ -133,14 +137,14 @@ def is_local(name: str) -> bool:
     or name.startswith((".", "/", "~"))
     or name.removesuffix(".gz").endswith(SUFFIXES)
     or any(mark in name for mark in "*?[")
-    or pathlib.Path(name.partition(":")[0]).exists()
+    or os.path.exists(name.partition(":")[0])
   )
 
 
 def _read_one(name: str, split: str) -> Table:
   # A name with an @ that exists is a path.
   source, converter = name, ""
-  if not pathlib.Path(name).exists():
+  if not os.path.exists(name):
     source, converter = converters.split_name(name)
   if is_local(source):
     table = _read_local(source, split)
@@ -175,15 +179,18 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
       )
     return [LAB_PROMPTS]
   path = pathlib.Path(name).expanduser()
-  if not path.exists() and ":" in name:  # folder:subset, as a hub clone has it
+  # folder:subset, as a hub clone has it.
+  if not os.path.exists(path) and ":" in name:
     head, _, subset = name.rpartition(":")
     path = pathlib.Path(head).expanduser() / subset
-    if path.parent.is_dir() and not path.exists():  # or folder:split
+    if os.path.isdir(path.parent) and not os.path.exists(
+      path
+    ):  # or folder:split
       return _of_folder(path.parent, subset, exact=True)
-  if path.is_dir():
+  if os.path.isdir(path):
     return _of_folder(path, split)
   # A file, or a glob. A name that exists is taken literally, brackets and all.
-  if path.is_file():
+  if os.path.isfile(path):
     return [path]
   matches = sorted(pathlib.Path(p) for p in glob.glob(str(path)))
   if not matches:

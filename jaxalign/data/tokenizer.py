@@ -275,7 +275,7 @@ class Tokenizer:
         models, and as they are under others. `pair`: the bare question and the
         completion as two segments, as the DeBERTa model's card does.
       max_length: tokens kept, special ones included; the rest is cut off on
-        the right (of the longer segment under `pair`).
+        the tokenizer's `truncation_side` (of the longer segment under `pair`).
       eos: append the eos token to the text, for heads that read its state.
 
     Returns:
@@ -399,40 +399,39 @@ def has_tokenizer(folder: pathlib.Path) -> bool:
 
 
 def load_tokenizer(source: str | pathlib.Path) -> Tokenizer:
-  """Loads a tokenizer from a folder or, by its id, from the hub.
+  """Loads a tokenizer from a folder.
 
   Args:
     source: a folder with `tokenizer.json`, `spm.model` (DeBERTa) or
-      `tokenizer.model` (LLaMA), its config files optional; or a hub id. Only
-      an id asks the network.
+      `tokenizer.model` (LLaMA), its config files optional; for a hub id see
+      `models.hf.hub.resolve`.
 
   Raises:
     UserError: nothing there, or nothing that transformers can read.
   """
   name = str(source)
   folder = pathlib.Path(name).expanduser()
-  # Paths and hub ids are told apart as in `hub.resolve`.
-  local = folder.exists() or name.startswith((".", "/", "~"))
-  if local and not folder.is_dir():
-    raise UserError(f"tokenizer folder {name} does not exist; check the path")
+  if not folder.is_dir():
+    state = "is a file" if folder.exists() else "does not exist"
+    raise UserError(f"tokenizer folder {name} {state}; check the path")
   # Otherwise transformers warns on import that torch is missing.
   os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
   import transformers
 
   try:
-    if local and not (folder / "tokenizer_config.json").is_file():
-      inner = _load_bare(folder)
-    else:
+    if (folder / "tokenizer_config.json").is_file():
       inner = transformers.AutoTokenizer.from_pretrained(
-        str(folder) if local else name, local_files_only=local
+        str(folder), local_files_only=True
       )
+    else:
+      inner = _load_bare(folder)
   except UserError:
     raise
   except Exception as error:  # its readers raise anything on a damaged file
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
       f"tokenizer {name} cannot be read: {reason}; need a folder with "
-      "tokenizer.json, spm.model or tokenizer.model, or a hub id"
+      "tokenizer.json, spm.model or tokenizer.model"
     ) from error
   return wrap_tokenizer(inner, name)
 

@@ -42,7 +42,7 @@ class KV:
     return dataclasses.replace(self, k=tuple(self.k), v=tuple(self.v))
 
 
-NEGATIVE = -1e30  # finite, so a row without any key gives no NaN
+NEGATIVE = -1e30  # left out; finite, so that leaving out all gives no NaN
 
 
 def attend(

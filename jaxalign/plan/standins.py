@@ -267,7 +267,7 @@ def _text(config: TrainingConfig, tokens: int) -> str:
   place = config.init.tokenizer
   if config.policy != "init":
     place = locate_model(config.policy, "policy")
-  tokenizer = load_tokenizer(place)
+  tokenizer = load_tokenizer(hub.resolve(place, weights=False))
   # A repeated word costs the same number of tokens each time.
   words = 64
   each = len(tokenizer.encode(" the" * words)) / words

@@ -39,9 +39,9 @@ def needed(
     Both numbers; (rows, 1) where each row gets its own copy of the prompt.
   """
   alive = ~done.reshape(groups, -1)
-  prompts = _power_of_two(alive.any(axis=1).sum(), groups)
-  rows = _power_of_two(alive.sum(axis=1).max(), alive.shape[1])
-  alone = _power_of_two(alive.sum(), alive.size)
+  prompts = _rounded_up(alive.any(axis=1).sum(), groups)
+  rows = _rounded_up(alive.sum(axis=1).max(), alive.shape[1])
+  alone = _rounded_up(alive.sum(), alive.size)
   apart = alone <= prompts * rows // 2
   return jnp.where(apart, alone, prompts), jnp.where(apart, 1, rows)
 
@@ -105,7 +105,7 @@ def _take_kv(kv: KV, groups: Int[Array, " G"]) -> KV:
   return KV(k, v, kv.positions[groups], kv.mask[groups])
 
 
-def _power_of_two(count: Int[Array, ""], limit: int) -> Int[Array, ""]:
+def _rounded_up(count: Int[Array, ""], limit: int) -> Int[Array, ""]:
   """The next power of two, or `limit` where that comes first."""
   sizes = jnp.array([1 << i for i in range(limit.bit_length())] + [limit])
   return sizes[(sizes < count).sum()]

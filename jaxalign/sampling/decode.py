@@ -16,7 +16,7 @@ from jaxalign.models.config import CausalConfig
 from jaxalign.models.model import Model
 from jaxalign.parallel import mesh as meshes
 from jaxalign.sampling import compaction
-from jaxalign.sampling.draw import choose
+from jaxalign.sampling.draw import draw_tokens
 from jaxalign.sampling.state import (
   EOS,
   LENGTH,
@@ -229,7 +229,7 @@ def _emit(module, fixed, state, hidden, settings):
   # Drawing. The key is folded with the token's number: no key to carry along.
   drawn, column = state.drawn, column_of(state)
   uniform = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, drawn)))
-  token, model_logp, sampling_logp = choose(
+  token, model_logp, sampling_logp = draw_tokens(
     module.unembed(hidden),
     uniform(fixed.keys),
     settings,

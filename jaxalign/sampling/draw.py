@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxalign.core.types import SamplingParams
+from jaxalign.models.cache import NEGATIVE
 
-NEGATIVE = -1e30  # forbidden; finite, so that forbidding all gives no NaN
 BLOCK = 128  # tokens whose weights are summed before any cumulative sum
 # Parts into which one pass of the threshold search splits an interval: on a
 # CPU, and where PASSES passes have to cut any interval below 2^30 down to 1.
@@ -22,7 +22,7 @@ MANY_WAYS, PASSES = 16, 8
 WHOLE = 2.0**29  # upper bound of the sum of a row's weights as integers
 
 
-def choose(
+def draw_tokens(
   logits: Float[Array, "B V"],
   uniform: Float[Array, " B"],
   settings: SamplingParams,
@@ -185,7 +185,7 @@ def least_of_top_p(
   # Integers, whose sums do not depend on the order. The scale is a power of
   # two, so that weights of few bits are not rounded.
   total = weights.sum(axis=1)
-  scale = _power_of_two(WHOLE / total)
+  scale = _power_of_two_below(WHOLE / total)
 
   def share(w):  # of a [B, ...] array
     by_row = jnp.expand_dims(scale, range(1, w.ndim))
@@ -303,7 +303,7 @@ def _float(bits: Int[Array, "..."]) -> Float[Array, "..."]:
   return jax.lax.bitcast_convert_type(bits, jnp.float32)
 
 
-def _power_of_two(x: Float[Array, "..."]) -> Float[Array, "..."]:
+def _power_of_two_below(x: Float[Array, "..."]) -> Float[Array, "..."]:
   """The largest power of two <= x, for x > 0: the exponent bits alone."""
   return _float(_bits(x) & 0x7F800000)
 

@@ -28,7 +28,7 @@ class Generator:
     tokenizer: the model's.
     settings: see `sampling.settings.make`.
     truncation: where a completion's text is cut, see `text.truncate`; None =
-      not at all, and blanks around it stay.
+      not at all, and whitespace around it stays.
     batch_prompts: prompts per call of the sampler; 0 = all.
     whole_tokens: cut completions at a token boundary, so that a text is exactly
       what its first `Completions.num_tokens` tokens decode to. PPO needs this,
@@ -55,7 +55,8 @@ class Generator:
 
     Args:
       params: the model's parameters.
-      prompts: P texts of at least one token each; nothing is added to them.
+      prompts: P texts of at least one token each. The tokenizer's bos token is
+        put before those that no chat template wrote; nothing else is added.
       samples: S, completions of each prompt.
       key: consumed. A completion depends on it, on its prompt's place in the
         list and on its own number, not on the other prompts.
@@ -112,7 +113,7 @@ class Generator:
       cut = hosts.spread(self._cut, pairs)
       counts, texts = [n for n, _ in cut], [text for _, text in cut]
     if self.truncation is not None:
-      # After a role delimiter a blank is the format's; elsewhere it was drawn.
+      # After a role delimiter a space is the format's; elsewhere it was drawn.
       each = [prompt for prompt in prompts for _ in range(samples)]
       texts = [
         text
@@ -159,13 +160,14 @@ class Generator:
     for token in self.sampler.stream(params, ids, self.settings, key):
       seen.append(token)
       # All tokens again: a token alone may be half a character or lose a space.
-      text = self.tokenizer.decode(seen).lstrip()
-      found = [at for turn in turns if (at := text.find(turn)) >= 0]
+      # Delimiters begin with the newlines that a shown text loses.
+      whole = self.tokenizer.decode(seen)
+      found = [at for turn in turns if (at := whole.find(turn)) >= 0]
+      text = whole[: min(found, default=None)].lstrip()
       if found:
-        text = text[: min(found)]
         break
-      # Trailing blanks wait as well: the end of the text is stripped.
-      settled = min(len(text) - _unsettled(text, turns), len(text.rstrip()))
+      # Trailing whitespace waits as well: the end of the text is stripped.
+      settled = min(len(text) - _unsettled(whole, turns), len(text.rstrip()))
       if settled > shown:
         yield text[shown:settled]
         shown = settled
@@ -175,7 +177,7 @@ class Generator:
 
 
 def _lead(whole: str, text: str) -> str:
-  """The blanks that a text was drawn with; none where nothing is left."""
+  """The whitespace that a text began with; "" where nothing is left."""
   return whole[: len(whole) - len(whole.lstrip())] if text else ""
 
 
@@ -201,7 +203,7 @@ def cut_tokens(
     text: the start of what they decode to, stripped.
 
   Returns:
-    The number of ids, and their text without surrounding blanks: `text`, or
+    The number of ids, and their text, stripped: `text`, or
     slightly less of it where the cut falls inside a token.
   """
   if tokenizer.decode(ids).strip() == text:

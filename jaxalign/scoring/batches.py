@@ -17,7 +17,7 @@ from jaxalign.data.batches import pad_rows
 LENGTHS = (32, 64, 96, 128, 160, 192, 256, 320, 384, 448, 512, 640, 768, 1024)
 TAIL = 4  # the last texts of a length go in calls of a quarter of the rows
 
-Encoded = tuple[Sequence[int], Sequence[int]]  # ids and segment types
+EncodedText = tuple[Sequence[int], Sequence[int]]  # ids and segment types
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Batch:
 
 
 def batches(
-  texts: Sequence[Encoded],
+  texts: Sequence[EncodedText],
   lengths: Sequence[int] = LENGTHS,
   tokens: int = 4096,
   rows: int = 64,
@@ -72,7 +72,7 @@ def row_count(length: int, tokens: int, rows: int, parts: int) -> int:
 
 
 def _pad(
-  texts: Sequence[Encoded], members: Sequence[int], rows: int, length: int
+  texts: Sequence[EncodedText], members: Sequence[int], rows: int, length: int
 ) -> Batch:
   filler = [()] * (rows - len(members))
   tokens, mask = pad_rows([texts[i][0] for i in members] + filler, length)

@@ -339,15 +339,15 @@ def ask_functions(
 
   def ask() -> Float[np.ndarray, "F B"]:
     # Async ones first: they go on while the others run here.
-    calls: dict[RewardFunction, tuple[futures.Future, float]] = {}
-    for function in sorted(functions, key=lambda f: not f.is_async):
-      deadline = function._deadline()
-      future = function._begin(prompts, completions, deadline)
-      calls[function] = future, deadline
+    calls: dict[int, tuple[futures.Future, float]] = {}  # place -> its call
+    places = range(len(functions))
+    for i in sorted(places, key=lambda i: not functions[i].is_async):
+      deadline = functions[i]._deadline()
+      calls[i] = functions[i]._begin(prompts, completions, deadline), deadline
     found = np.zeros((len(functions), len(completions)))
     for i, function in enumerate(functions):
       try:
-        result = function._end(*calls[function])
+        result = function._end(*calls[i])
       except (Exception, _TimeUp) as error:
         raise function._explain(error, prompts, completions) from error
       found[i] = function._check(result, prompts, completions)
@@ -413,7 +413,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def _replace_blocked_loop() -> None:
-  """Leaves a loop behind in which something waits without `await`."""
+  """Abandons the event loop if a coroutine blocks it."""
   alive = threading.Event()
   _event_loop().call_soon_threadsafe(alive.set)
   if not alive.wait(_GRACE_S):

@@ -65,16 +65,19 @@ class RewardModel:
     completions: Sequence[str],
     started: Sequence[Started | None] | None = None,
   ) -> Float[np.ndarray, "F B"]:
-    """What each of F scorers says of B completions, not weighed."""
+    """What each of F scorers says of B completions, unweighted."""
     # Functions are asked while the devices are at the models' scores.
     if started is None:
       started = self.start(prompts, completions)
     functions = [s for s in self.scorers if isinstance(s, RewardFunction)]
-    said = iter(())
+    answers = iter(())
     if functions:
-      said = iter(ask_functions(functions, prompts, completions))
+      answers = iter(ask_functions(functions, prompts, completions))
     return np.array(
-      [begun.read() if begun is not None else next(said) for begun in started],
+      [
+        begun.read() if begun is not None else next(answers)
+        for begun in started
+      ],
       np.float64,  # large weights of opposite sign may cancel
     )
 

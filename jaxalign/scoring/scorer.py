@@ -21,7 +21,7 @@ from jaxalign.models.model import Model
 from jaxalign.parallel import hosts
 from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.program import Program
-from jaxalign.scoring.batches import LENGTHS, Batch, Encoded, batches
+from jaxalign.scoring.batches import LENGTHS, Batch, EncodedText, batches
 from jaxalign.text import templates
 
 _log = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ class Scorer:
 
   def encode(
     self, prompts: Sequence[PromptRow], completions: Sequence[str]
-  ) -> list[Encoded]:
+  ) -> list[EncodedText]:
     """Ids and segment types of each text, as `score_ids` takes them."""
 
     def encode(
@@ -140,7 +140,7 @@ class Scorer:
       return "", self.tokenizer.render_chat([*messages, answer])
     return templates.from_messages(messages, reply=True), completion
 
-  def score_ids(self, texts: Sequence[Encoded]) -> Float[np.ndarray, " B"]:
+  def score_ids(self, texts: Sequence[EncodedText]) -> Float[np.ndarray, " B"]:
     """Scores texts that are encoded already; see `__call__`.
 
     Raises:
@@ -148,7 +148,7 @@ class Scorer:
     """
     return self._start_ids(texts).wait()
 
-  def _start_ids(self, texts: Sequence[Encoded]) -> "Started":
+  def _start_ids(self, texts: Sequence[EncodedText]) -> "Started":
     # Cutting, then sorting into calls of few shapes.
     limit = self.limit
     texts = [(ids[:limit], types[:limit]) for ids, types in texts]
@@ -183,7 +183,7 @@ class Scorer:
       found.append(Program(own, self._program.function, arguments, count))
     return found
 
-  def _calls(self, texts: Sequence[Encoded]) -> list[Batch]:
+  def _calls(self, texts: Sequence[EncodedText]) -> list[Batch]:
     # The limit comes last, so every text that was cut fits.
     lengths = [n for n in self.lengths if n < self.limit] + [self.limit]
     parts = meshes.row_count(self.mesh) if self.mesh else 1
@@ -209,7 +209,7 @@ class Scorer:
     """How many programs have been compiled so far."""
     return len(self._program.shapes)
 
-  def _check(self, texts: Sequence[Encoded]) -> None:
+  def _check(self, texts: Sequence[EncodedText]) -> None:
     size = self.model.config.vocab_size
     for index, (ids, _) in enumerate(texts):
       if len(ids) and not 0 <= min(ids) <= max(ids) < size:
@@ -252,7 +252,7 @@ class Started:
     return scores
 
   def wait(self) -> Float[np.ndarray, " B"]:
-    """As `read`, without a word on what is not finite."""
+    """As `read`, but logs nothing."""
     # A text without any token is in no call and stays NaN.
     scores = np.full(self.count, np.nan, np.float32)
     for call, values in zip(

@@ -351,9 +351,8 @@ def open_policy(
   compute = compute_dtype(config.precision.compute, mesh)
   # A new model: the config takes the place of a folder's config.json.
   if config.policy == "init":
-    tokenizer = with_format(
-      load_tokenizer(config.init.tokenizer), config.prompt_format
-    )
+    source = hub.resolve(config.init.tokenizer, weights=False)
+    tokenizer = with_format(load_tokenizer(source), config.prompt_format)
     model = hf.from_config(
       Fields(_config_json(config.init, tokenizer), "config.init"),
       "lm" if head == "auto" else head,

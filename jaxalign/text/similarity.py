@@ -46,7 +46,7 @@ def _meteor_parts() -> tuple[Callable[..., float], _CachedStemmer, object]:
 
 
 def meteor(reference: str, hypothesis: str) -> float:
-  """METEOR of two texts in [0, 1], on words split at blanks.
+  """METEOR of two texts in [0, 1], on words split at whitespace.
 
   F = 10PR / (R + 9P) over words matched exactly, by Porter stem or by WordNet
   synonym, lower-cased; score = F · (1 − ½ (chunks / matches)³). Not symmetric.
@@ -108,7 +108,7 @@ def mean_overlap(
     seed: of the draw.
 
   Returns:
-    The mean in [0, 1], or None where no two prompts differ.
+    The mean in [0, 1], or None where no two of the compared prompts differ.
   """
   count = len(completions)
   # Few pairs are all compared; of many, random ones.
@@ -127,7 +127,7 @@ def mean_overlap(
 
 
 def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
-  # Words as in `jaccard`: split at blanks, punctuation included.
+  # Words as in `jaccard`: split at whitespace, punctuation included.
   words = text.lower().split()
   return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]
 

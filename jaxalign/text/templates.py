@@ -47,13 +47,13 @@ def is_prompt(text: str) -> bool:
 def join(prompt: str, completion: str) -> str:
   """Joins prompt and completion to the text that is scored and trained on.
 
-  After a role delimiter come one space and the stripped completion. All other
+  After a role delimiter come one space and the stripped completion. Any other
   prompt (plain text, or a chat template's) is followed by the completion as it
-  is: only who wrote them knows what belongs between them.
+  is: only its writer knows what belongs between the two.
 
   Args:
     prompt: with its system text.
-    completion: blanks around it are dropped after a role delimiter.
+    completion: whitespace around it is dropped after a role delimiter.
 
   Returns:
     The joined text; it always begins with `prompt`.
@@ -126,18 +126,20 @@ def from_messages(messages: list[Message], reply: bool = False) -> str:
   r"""Writes a role list as a dialogue: `\n\nHuman: …\n\nAssistant: …`.
 
   Args:
-    messages: turns in order; `system` text comes first, unchanged.
+    messages: turns in order; a `system` turn is its text alone, unchanged.
     reply: append `\n\nAssistant:` so that the model answers next.
 
   Raises:
     KeyError: a role other than system, user or assistant.
+    TypeError: a content that is not text.
   """
   text = ""
   for turn in messages:
     if turn["role"] == "system":
       text += turn["content"]
     else:
-      text += f"{_DELIMITER[turn['role']]} {turn['content']}"
+      # Added, not formatted: a list of parts would be written as Python does.
+      text += _DELIMITER[turn["role"]] + " " + turn["content"]
   return text + (ASSISTANT if reply else "")
 
 

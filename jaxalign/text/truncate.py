@@ -39,7 +39,7 @@ def truncate(
     turns: the texts at which `delimiters` cuts; see `PromptFormat.turns`.
 
   Returns:
-    The part before the cut without surrounding blanks; may be empty.
+    The part before the cut, stripped; may be empty.
 
   Raises:
     UserError: an unknown `how`.

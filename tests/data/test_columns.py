@@ -57,6 +57,8 @@ def test_preferences_say_how_to_convert(write, row, message):
       "nearest format: add the column label (true = desirable, false = not)",
     ),
     ({"prompt": "a", "completion": "b", "thumbs": 1}, "rename thumbs to label"),
+    ({"messages": []}, "nearest format: add the column label (true"),
+    ({"messages": [], "good": 1}, "nearest format: rename good to label"),
     ({"prompt": "a", "chosen": "b"}, "add the column rejected"),
   ],
 )
@@ -69,6 +71,13 @@ def test_labelled_answers_say_how_to_convert(write, row, message):
     "(prompt, completion, label) or (messages, label) or (chosen, rejected)"
   )
   assert f"need {need}" in line
+
+
+def test_a_lacking_column_of_groups_is_all_there_is_to_add(write):
+  webgpt = ("question", "answer_0", "answer_1", "score_0", "score_1")
+  path = write([dict.fromkeys([*webgpt, "messages"], "")])
+  with pytest.raises(UserError, match=r"format: add the column annotator$"):
+    formats.load_preferences(path, group="annotator")
 
 
 def test_distillation_needs_a_reward(write):

@@ -67,8 +67,8 @@ def test_sharegpt():
   odd = {"conversations": [{"from": "crowd", "value": "q"}]}
   _, _, bad = converters.convert("sharegpt", "f", [odd], ["f:1"])
   assert bad == [
-    "f:1 is no row for the converter sharegpt (ValueError: nobody is called "
-    "'crowd')"
+    "f:1 cannot be read by the converter sharegpt (ValueError: unknown "
+    "speaker 'crowd')"
   ]
 
 

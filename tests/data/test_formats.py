@@ -4,6 +4,7 @@ import logging
 import pytest
 
 from jaxalign.data import encode, formats
+from jaxalign.data.prompts import load_prompts
 from jaxalign.data.rows import CompletionRow, PreferenceRow
 from jaxalign.errors import UserError
 from jaxalign.text import templates
@@ -54,6 +55,22 @@ def test_prompt_repeated_inside_the_lists(write):
     },
   )
   assert row == PreferenceRow(HEAD, " a", " b")
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_a_string_prompt_stays_next_to_a_system_text(write, own):
+  """Whether the system turn is the row's or the config's."""
+  first = [SYSTEM] if own else []
+  (row,) = preferences(
+    write,
+    {
+      "prompt": "q",
+      "chosen": [*first, said("a")],
+      "rejected": [*first, said("b")],
+    },
+    system="" if own else "s",
+  )
+  assert row == PreferenceRow("s" + HEAD, " a", " b")
 
 
 def test_implicit_lists_share_all_but_the_last_turns(write):
@@ -292,14 +309,21 @@ def test_bad_rows_up_to_the_share_are_logged(write, caplog):
   assert f"{path}:10" in caplog.text
 
 
-def test_unreadable_lines_and_bad_rows_share_one_limit(write):
-  lines = [json.dumps(GOOD)] * 8 + ["{", json.dumps({"prompt": "p"})]
-  path = write("\n".join(lines))
-  found = formats.load_completions(path, max_bad_share=0.2)
+@pytest.mark.parametrize(
+  ("load", "bad"),
+  [(formats.load_completions, {"prompt": "p"}), (load_prompts, {"prompt": ""})],
+)
+def test_unreadable_lines_and_bad_rows_share_one_limit(
+  write, caplog, load, bad
+):
+  path = write("\n".join([json.dumps(GOOD)] * 8 + ["{", json.dumps(bad)]))
+  found = load(path, max_bad_share=0.2)
   assert len(found.bad) == 2
   assert found.read == 10
-  with pytest.raises(UserError, match="2 of 10 rows"):
-    formats.load_completions(path, max_bad_share=0.1)
+  assert caplog.text.count("2 of 10 rows") == 1
+  assert caplog.text.count("WARNING") == 1
+  with pytest.raises(UserError, match=r"rows.jsonl:9 .*2 of 10 rows"):
+    load(path, max_bad_share=0.1)
 
 
 def test_halves_are_disjoint_in_every_source(write):
@@ -353,6 +377,28 @@ def test_instructions_with_and_without_context(write):
   )
   assert bare == CompletionRow(HEAD, " a", group="qa")
   assert given == CompletionRow("\n\nContext: c" + HEAD, " a")
+
+
+@pytest.mark.parametrize("chat", [True, False])
+@pytest.mark.parametrize(
+  ("suffix", "change", "message"),
+  [
+    ("", {"instruction": None}, ":2 has nothing in instruction, need a string"),
+    ("", {"context": ["c"]}, ":2 has a list in context, need a string"),
+    (
+      "@alpaca",
+      {"instruction": None},
+      "alpaca .ValueError: the instruction is",
+    ),
+  ],
+)
+def test_instructions_that_are_not_text(
+  write, tiny_chat, chat, suffix, change, message
+):
+  good = {"instruction": "q", "response": "a", "output": "a"}
+  path = write([good, good | change]) + suffix
+  with pytest.raises(UserError, match=message):
+    formats.load_completions(path, tokenizer=tiny_chat if chat else None)
 
 
 @pytest.mark.parametrize(

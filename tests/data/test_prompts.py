@@ -1,3 +1,4 @@
+import json
 import random
 
 import pytest
@@ -64,8 +65,12 @@ def test_length_counts_template_and_system(write):
   assert found.dropped[0] == (f"longer than {limit} characters", 1)
   found = prompts.load_prompts(path, max_chars=limit, system="y")
   assert texts(found) == ["y" + wire("x" * 9)]
-  with pytest.raises(UserError, match="none of 3 rows has at most 5 charact"):
+  with pytest.raises(UserError, match=r"3 longer than 5 characters, 0 bad"):
     prompts.load_prompts(path, max_chars=5)
+  bad = write([{"prompt": "x" * 9}, {"prompt": ""}])
+  message = r"none of 2 rows .*1 longer than 5 characters without .*, 1 bad"
+  with pytest.raises(UserError, match=message):
+    prompts.load_prompts(bad, max_chars=7, system="ab", max_bad_share=1.0)
 
 
 def test_repeated_prompts_go_by_default(write):
@@ -98,6 +103,18 @@ def test_holdout_keeps_the_last_rows_for_the_test(write):
   assert sorted(train + test) == [wire(i) for i in range(10)]
   with pytest.raises(UserError, match="holdout=10 leaves nothing of 10 rows"):
     prompts.load_prompts(path, holdout=10)
+
+
+def test_unreadable_lines_are_shared_out_to_both_splits(write):
+  """Of 4 in 104 lines the test gets 1 with its 25 rows."""
+  lines = [json.dumps({"prompt": str(i)}) for i in range(100)]
+  path = write("\n".join([*lines, *"[[[["]))
+  test, train = (
+    prompts.load_prompts(path, holdout=25, split=x, max_bad_share=0.04)
+    for x in ("test", "train")
+  )
+  assert (len(test.bad), test.read) == (1, 26)
+  assert (len(train.bad), train.read) == (3, 78)
 
 
 def test_prompt_sets_keep_their_names(write):

@@ -177,6 +177,9 @@ def test_a_template_may_refuse(tiny_chat):
 def test_missing_and_damaged_folders(tmp_path):
   with pytest.raises(UserError, match="does not exist; check the path"):
     load_tokenizer(tmp_path / "nope")
+  (tmp_path / "a_file").touch()
+  with pytest.raises(UserError, match="a_file is a file; check the path"):
+    load_tokenizer(tmp_path / "a_file")
   with pytest.raises(UserError, match=r"need tokenizer.json, spm.model or"):
     load_tokenizer(tmp_path)
   (tmp_path / "tokenizer.json").write_text("{")

@@ -67,6 +67,11 @@ def save(config, path):
   auto.from_config(config).save_pretrained(path)
 
 
+def load(path, **more):
+  opened = folder.open_pretrained(path, **more)
+  return opened.model, opened.read()
+
+
 def logits(model, params):
   def run(params):
     module = model.bind(params)
@@ -92,7 +97,7 @@ def test_export_loads_in_peft_and_merges(base, tmp_path):
   path, targets = base
   targets = [*targets, "lm_head"]
   adapters = LoraConfig(3, 12.0, targets=tuple(targets))
-  model, params = folder.load(path, lora=adapters)
+  model, params = load(path, lora=adapters)
   params = filled(params)
   ours = logits(model, params)
   assert abs(ours - logits(*folder.load(path))).max() > 0.01
@@ -266,7 +271,7 @@ def test_a_score_head_is_never_drawn_unasked(base, deberta, tmp_path):
 def test_score_head_travels_with_the_adapters(base, tmp_path):
   path, targets = base
   adapters = LoraConfig(2, 4.0, targets=tuple(targets))
-  model, params = folder.load(path, lora=adapters, head="score_last")
+  model, params = load(path, lora=adapters, head="score_last")
   params = filled(params)
   peft.save(model, params, tmp_path, base=str(path))
   auto = transformers.AutoModelForSequenceClassification
@@ -314,7 +319,7 @@ def test_deberta_with_its_projection_goes_both_ways(deberta, tmp_path):
   """`output.dense` ends `attention.output.dense` too, which has no adapter."""
   targets = ("output", "query_proj", "embed_proj")
   config = LoraConfig(2, 4.0, targets=targets)
-  model, params = folder.load(deberta, lora=config)
+  model, params = load(deberta, lora=config)
   params = filled(params)
   peft.save(model, params, tmp_path / "ours", base=str(deberta))
   wrapped = theirs.PeftModel.from_pretrained(

@@ -129,7 +129,7 @@ def call(logits, uniform, seen=None, history=None, drawn=0, **chosen):
   rows = len(logits)
   seen = jnp.zeros(logits.shape, bool) if seen is None else seen
   history = jnp.full((rows, 4), -1) if history is None else history
-  return jax.jit(draw.choose)(
+  return jax.jit(draw.draw_tokens)(
     logits,
     jnp.asarray(uniform, jnp.float32),
     jax.device_put(settings.make(**chosen)),

@@ -88,11 +88,13 @@ def test_the_next_turn_is_neither_shown_nor_drawn():
   writer = dataclasses.replace(generator(""), sampler=Lazy([""]))
   assert "".join(writer.stream({}, "prompt", jax.random.key(0))) == "Yes."
   assert bytes(drawn) == b" And now?"
+  assert shown("\n\nHuman: Go on.") == []
 
 
 def test_a_false_start_of_a_delimiter_is_shown_later():
   assert "".join(shown("a\n\nHumble pie")) == "a\n\nHumble pie"
   assert "".join(shown("a\n\nHum")) == "a\n\nHum"
+  assert "".join(shown("\n\nHum")) == "Hum"
 
 
 def test_prompts_go_in_groups_and_keep_their_numbers():

@@ -325,10 +325,10 @@ def test_the_loop_ends_with_the_last_row(model, params, monkeypatch):
 
   def counting(*args):
     jax.debug.callback(lambda: calls.append(1))
-    return choose(*args)
+    return draw_tokens(*args)
 
-  choose = decode.choose
-  monkeypatch.setattr(decode, "choose", counting)
+  draw_tokens = decode.draw_tokens
+  monkeypatch.setattr(decode, "draw_tokens", counting)
   greedy(Sampler(model), params, PROMPTS[0], eos_ids=(line[at],))
   jax.effects_barrier()
   assert len(calls) == at + 1

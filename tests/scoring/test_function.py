@@ -57,6 +57,24 @@ def everything(prompts, completions, **kwargs):
   np.testing.assert_array_equal(found, [1, 1, np.nan])
 
 
+def test_an_object_without_a_hash_is_a_function_too(write):
+  source = """
+import dataclasses
+
+@dataclasses.dataclass
+class Length:
+  scale: float
+
+  def __call__(self, completions):
+    return [self.scale * len(text) for text in completions]
+
+f = Length(2)
+"""
+  function = write(source)
+  found = ask_functions([function, function], [PLAIN], ["abc"])
+  assert found.tolist() == [[6], [6]]
+
+
 def test_a_prompt_is_what_the_policy_was_asked(write):
   """Of a dialogue with its answer only the first question."""
   dialogue = "\n\nHuman: a?\n\nAssistant: b"

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import huggingface_hub
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -22,10 +23,16 @@ from jaxalign.setup import models
 
 
 @pytest.mark.parametrize("kind", ["gpt_neox", "llama", "gpt_neo"])
-def test_a_new_model_of_every_architecture(kind, word_tokenizer, tmp_path):
+def test_a_new_model_of_every_architecture(
+  kind, word_tokenizer, tmp_path, monkeypatch
+):
+  """Its tokenizer is named like any model: here by a revision on the hub."""
   word_tokenizer("abc").save(tmp_path)
+  monkeypatch.setattr(
+    huggingface_hub, "snapshot_download", lambda *_, **__: str(tmp_path)
+  )
   init = InitConfig(
-    tokenizer=str(tmp_path),
+    tokenizer="owner/name@v1",
     model_type=kind,
     hidden_size=16,
     num_hidden_layers=3,

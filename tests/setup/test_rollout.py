@@ -78,6 +78,7 @@ def test_role_lists_that_a_reward_model_cannot_write(word_tokenizer):
   for turn in (
     {"role": "developer", "content": "b"},
     {"role": "system", "content": [{"type": "text", "text": "b"}]},
+    {"role": "user", "content": [{"type": "text", "text": "b"}]},
   ):
     with pytest.raises(UserError, match="cannot be given; need text by system"):
       check_messages(spec, [PromptRow("x", messages=(turn, said))])

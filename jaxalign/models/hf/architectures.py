@@ -1,7 +1,7 @@
 """The architectures that folders may hold.
 
-To add one: a file like `neox.py` and a line here. An untyped `config` is one
-whose `model_type` is the file's.
+To add one: a file like `neox.py` and a line in `_MODULES`. A `config` of type
+`Any` is one whose `model_type` is the file's `MODEL_TYPE`.
 """
 
 from collections.abc import Mapping

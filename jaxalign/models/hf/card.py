@@ -1,6 +1,7 @@
 """The model card: `README.md` with the front matter that the hub reads."""
 
 import json
+import os
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
@@ -23,8 +24,6 @@ def write(
   config: JsonObject | None = None,
   metrics: JsonObject | None = None,
   license: str = "other",
-  base_model: str | None = None,
-  datasets: tuple[str, ...] = (),
   note: str = "",
 ) -> None:
   """Writes the card of a model folder.
@@ -36,15 +35,14 @@ def write(
     metrics: name -> last value.
     license: an SPDX-like id that the hub knows. Weights inherit terms from
       their base model and data, so it is the user's to say.
-    base_model: hub id or folder; None = the config's `policy`.
-    datasets: hub ids; empty = those of the config.
     note: what readers should know first: data, command, time, limits.
   """
   # The front matter, which the hub reads.
   config, metrics = config or {}, metrics or {}
   model = read_json(folder / "config.json")
-  base_model = base_model or config.get("policy")
-  datasets = datasets or _hub_ids(config.get("data"), config.get("prompts"))
+  policy = config.get("policy")
+  base_model = _hub_id(policy)
+  datasets = _datasets(config.get("data"), config.get("prompts"))
   # Class names end in ForCausalLM or ForSequenceClassification.
   scores = "lm" if str(model["architectures"][0]).endswith("LM") else "score"
   front = {
@@ -54,8 +52,8 @@ def write(
       "text-generation" if scores == "lm" else "text-classification"
     ),
     "tags": ["jaxalign", *filter(None, [config.get("algorithm")])],
-    **({"base_model": base_model} if _is_hub_id(base_model) else {}),
-    **({"datasets": list(datasets)} if datasets else {}),
+    **({"base_model": base_model} if base_model else {}),
+    **({"datasets": datasets} if datasets else {}),
   }
 
   # Notes: transformers loads these heads but reads them at another token.
@@ -73,7 +71,7 @@ def write(
       "",
       f"# {config.get('algorithm', model['model_type'])} model",
       "",
-      f"Made with jaxalign from {base_model or 'a model that was not named'}.",
+      f"Made with jaxalign from {policy or 'a model that was not named'}.",
       *(line for text in notes for line in ("", text)),
       *_section("Data", _data_lines(config)),
       *_section("Metrics", _metric_lines(metrics)),
@@ -116,24 +114,28 @@ def _config_lines(config: JsonObject) -> list[str]:
   return ["```json", json.dumps(config, indent=2, default=str), "```"]
 
 
-def _is_hub_id(name: object) -> bool:
-  return isinstance(name, str) and bool(
-    re.fullmatch(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?", name)
+def _hub_id(source: object) -> str:
+  """`owner/name` of "owner/name[:subset][@...]"; "" of what is on this disk."""
+  if not isinstance(source, str):
+    return ""
+  name = re.split("[:@]", source)[0]
+  # Paths look like ids: of runs, of the models that ship here, of files.
+  is_local = (
+    name.startswith(("runs/", "lab/"))
+    or name.endswith((".json", ".jsonl", ".gz", ".csv", ".parquet", ".arrow"))
+    or os.path.exists(source)
+    or os.path.exists(name)
   )
+  is_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)
+  return name if is_id and not is_local else ""
 
 
-def _hub_ids(
-  *values: JsonObject | Sequence[str] | str | None,
-) -> tuple[str, ...]:
-  """The hub data sets in a config's sources: "owner/name:subset" strings."""
+def _datasets(*values: JsonObject | Sequence[str] | str | None) -> list[str]:
+  """The hub's data sets among a config's sources."""
   names: list[str] = []
   for value in values:
     # A value is a source, a list of sources, or a section that has one.
     source = value.get("source") if isinstance(value, Mapping) else value
     parts = source.split(",") if isinstance(source, str) else source or ()
-    names += [str(part).strip().partition(":")[0] for part in parts]
-  # A relative path such as data/train.json looks like an id.
-  files = (".json", ".jsonl", ".gz", ".csv", ".parquet")
-  return tuple(
-    dict.fromkeys(n for n in names if _is_hub_id(n) and not n.endswith(files))
-  )
+    names += [_hub_id(str(part).strip()) for part in parts]
+  return list(dict.fromkeys(filter(None, names)))

@@ -115,22 +115,13 @@ def load(
   dtype: str = "float32",
   compute_dtype: str | None = None,
   head: str | None = None,
-  lora: LoraConfig | None = None,
-  remat: str = "none",
-  seed: int = 0,
 ) -> tuple[Model, Params]:
   """A model and its parameters on one device.
 
   Args and raises: as `open_pretrained`.
   """
   opened = open_pretrained(
-    source,
-    dtype=dtype,
-    compute_dtype=compute_dtype,
-    head=head,
-    lora=lora,
-    remat=remat,
-    seed=seed,
+    source, dtype=dtype, compute_dtype=compute_dtype, head=head
   )
   return opened.model, opened.read()
 

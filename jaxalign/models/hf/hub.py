@@ -10,21 +10,32 @@ import tempfile
 
 from jaxalign import paths
 from jaxalign.errors import UserError
+from jaxalign.models.hf.weights import ADAPTER_FILES, MODEL_FILES
 
 # [owner/]name[@revision].
 _ID = re.compile(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?")
 CONFIGS = ("*.json", "*.model", "*.txt", "*.jinja", "README.md")
-_SAFETENSORS = ("model*.safetensors", "adapter_model.safetensors")
-_BINARIES = ("pytorch_model*.bin",)
+# The files of weights, whole or in parts (model-00001-of-00002.safetensors).
+_SAFETENSORS, _BINARIES = (
+  tuple(
+    name.replace(".", "*.")
+    for name in (*MODEL_FILES, *ADAPTER_FILES)
+    if name.endswith(suffix)
+  )
+  for suffix in (".safetensors", ".bin")
+)
 
 
-def resolve(source: str | pathlib.Path) -> pathlib.Path:
+def resolve(
+  source: str | pathlib.Path, *, weights: bool = True
+) -> pathlib.Path:
   """The folder of a model, downloaded if a hub id names it.
 
   Args:
     source: an existing folder, a path (it begins with `.`, `/`, `~` or
       `runs/`), a folder on an object store ("gs://bucket/model"), or a hub id
       such as "EleutherAI/pythia-70m", optionally with "@revision".
+    weights: fetch them; a tokenizer needs none.
 
   Returns:
     The folder; for one on an object store a temporary one with its small files,
@@ -41,9 +52,10 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
   folder = pathlib.Path(name).expanduser()
   # `runs/` is where this package puts its runs, and no owner of the hub.
   local = name.startswith((".", "/", "~", "runs/"))
-  if name and (folder.exists() or local):
-    if not folder.is_dir():
-      state = "is a file" if folder.exists() else "does not exist"
+  exists = os.path.exists(folder)  # `Path.exists` raises on very long names
+  if name and (exists or local):
+    if not os.path.isdir(folder):
+      state = "is a file" if exists else "does not exist"
       remedy = "check the path"
       if name.startswith("runs/") and folder.name == "model":
         remedy = "it is there once that run is trained"
@@ -67,20 +79,20 @@ def resolve(source: str | pathlib.Path) -> pathlib.Path:
 
   repository, _, revision = name.partition("@")
   # Many repositories hold both kinds; the binary one is fetched only if alone.
-  for weights in (_SAFETENSORS, _BINARIES):
+  for patterns in (_SAFETENSORS, _BINARIES) if weights else ((),):
     try:
       path = huggingface_hub.snapshot_download(
         repository,
         revision=revision or None,
-        allow_patterns=[*CONFIGS, *weights],
+        allow_patterns=[*CONFIGS, *patterns],
       )
     except (OSError, ValueError) as error:
       # The hub's errors run over several lines; the first one suffices.
       reason = (str(error).splitlines() or [type(error).__name__])[0]
       remedy = "check the name and the connection, or give a local folder"
       raise UserError(
-        f"model {name} is no folder here and cannot be fetched from the hub: "
-        f"{reason.rstrip('.')}; {_nearest(folder) or remedy}"
+        f"model {name} is not a local folder and cannot be fetched from the "
+        f"hub: {reason.rstrip('.')}; {_nearest(folder) or remedy}"
       ) from error
     folder = pathlib.Path(path)
     if any(folder.glob("*.safetensors")):
@@ -103,7 +115,7 @@ def _stand_in(name: str) -> tempfile.TemporaryDirectory:
 
 
 def _nearest(folder: pathlib.Path) -> str:
-  """Asks whether a folder beside one that is not there was meant, or ""."""
+  """Suggests the existing folder with the nearest name, or ""."""
   try:
     names = [path.name for path in folder.parent.iterdir() if path.is_dir()]
   except OSError:

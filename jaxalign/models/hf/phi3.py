@@ -43,9 +43,5 @@ def to_hf(config: LlamaConfig) -> JsonObject:
         "short_factor": list(scaling.short),
         "long_factor": list(scaling.long),
       }
-  return values | {
-    # transformers 4 looks for it here.
-    "partial_rotary_factor": config.rotary_fraction,
-    # Without the field it would be 32000, which a small vocabulary lacks.
-    "pad_token_id": None,
-  }
+  # transformers 4 looks for it here.
+  return values | {"partial_rotary_factor": config.rotary_fraction}

@@ -176,7 +176,7 @@ def _open_safetensors(path: paths.Folder) -> dict[str, FileTensor]:
       found[name] = SafeTensor(name, shape, dtype, path, first)
       end = last
     if end != size:
-      raise ValueError(f"the header speaks of {end} bytes")
+      raise ValueError(f"the header describes {end} bytes")
   except (ValueError, LookupError, TypeError, AttributeError) as error:
     raise UserError(
       f"{path} is truncated or not a safetensors file ({size} bytes: "

@@ -20,7 +20,12 @@ from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
 from jaxalign.models.hf import table
 from jaxalign.models.hf.architectures import architecture
-from jaxalign.models.hf.config_json import REGRESSION, JsonObject
+from jaxalign.models.hf.config_json import (
+  REGRESSION,
+  JsonObject,
+  read_config,
+  read_json,
+)
 from jaxalign.models.lora import WEIGHTS, merged
 from jaxalign.models.model import Model
 
@@ -266,12 +271,18 @@ def check_target(folder: pathlib.Path) -> None:
   paths.refuse_remote(folder, "a model's folder", "write it here and copy it")
   if folder.exists() and not folder.is_dir():
     raise UserError(f"{folder} is a file; name a folder to write the model to")
-  occupied = folder.is_dir() and any(folder.iterdir())
-  if occupied and not any(
-    (folder / name).is_file() for name in ("config.json", "adapter_config.json")
-  ):
+  if not folder.is_dir() or not any(folder.iterdir()):
+    return
+  # A run has a config.json too, which names its method and no architecture.
+  has_config = (folder / "config.json").is_file()
+  if has_config and "algorithm" in read_json(folder / "config.json"):
     raise UserError(
-      f"{folder} holds files that are no model; name a new or empty folder"
+      f"{folder} holds a run, not a model; name a new or empty folder"
+    )
+  is_model = has_config and read_config(folder).model_type
+  if not is_model and not (folder / "adapter_config.json").is_file():
+    raise UserError(
+      f"{folder} holds files that are not a model; name a new or empty folder"
     )
 
 

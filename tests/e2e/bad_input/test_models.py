@@ -238,7 +238,7 @@ def test_a_bad_model_elsewhere(command, spoil, lab, fail, tmp_path):
     (chat, [], ("required: model", "see --help")),
     (convert, ["lab"], ("required: target", "see --help")),
     (convert, ["lab", "x", "--dtype=int8"], ("--dtype", "bfloat16")),
-    (convert, ["lab", "."], ("holds files that are no model", "new or empty")),
+    (convert, ["lab", "."], ("files that are not a model", "new or empty")),
     (convert, ["lab", "a_file"], ("is a file; name a folder",)),
   ],
 )
@@ -266,7 +266,7 @@ def test_a_hub_id_without_the_hub(superhf, run, fail, monkeypatch):
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", no_network)
   line = fail(superhf(run, policy="EleutherAI/pythia-7m"))
-  assert "EleutherAI/pythia-7m is no folder here and cannot be" in line
+  assert "EleutherAI/pythia-7m is not a local folder and cannot be" in line
   assert "no connection; check the name and the connection" in line
 
 

@@ -26,13 +26,14 @@ def written(tmp_path):
 def test_front_matter_of_a_run(written):
   config = {
     "algorithm": "superhf",
-    "policy": "EleutherAI/pythia-1b",
+    "policy": "EleutherAI/pythia-1b@step143000",
+    "data": "a/b@alpaca, a/c:x@sharegpt",
     "prompts": {"source": "Anthropic/hh-rlhf:harmless-base,my/rows.jsonl"},
   }
   front, body = written(config=config, metrics={"score/mean": 1.25, "x": "no"})
   assert front["license"] == "other"
   assert front["base_model"] == "EleutherAI/pythia-1b"
-  assert front["datasets"] == ["Anthropic/hh-rlhf"]
+  assert front["datasets"] == ["a/b", "a/c", "Anthropic/hh-rlhf"]
   assert front["pipeline_tag"] == "text-generation"
   assert front["tags"] == ["jaxalign", "superhf"]
   assert "| score/mean | 1.25 |" in body
@@ -40,11 +41,15 @@ def test_front_matter_of_a_run(written):
   assert "my/rows.jsonl" in body
 
 
-def test_a_local_base_is_no_hub_id(written):
-  front, body = written(config={"policy": "lab"}, license="apache-2.0")
-  assert "base_model" not in front
+@pytest.mark.parametrize("name", ["lab", "lab/policy", "runs/x", "my/model"])
+def test_a_local_name_is_no_hub_id(written, name, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / "my" / "model").mkdir(parents=True)
+  config = {"policy": name, "data": f"{name}:train@alpaca"}
+  front, body = written(config=config, license="apache-2.0")
+  assert not {"base_model", "datasets"} & front.keys()
   assert front["license"] == "apache-2.0"
-  assert "from lab" in body
+  assert f"from {name}" in body
 
 
 def test_a_mean_head_is_pointed_out(written):

@@ -36,9 +36,14 @@ def change(path, **values):
   (path / "config.json").write_text(json.dumps(config))
 
 
+def load(path, **more):
+  opened = folder.open_pretrained(path, **more)
+  return opened.model, opened.read()
+
+
 def refuse(path, message, **more):
   with pytest.raises(UserError, match=message) as error:
-    folder.load(path, **more)
+    folder.open_pretrained(path, **more)
   assert "\n" not in str(error.value)
 
 
@@ -61,9 +66,9 @@ def test_score_heads_survive_the_folder(make, head, tmp_path):
 
 def test_a_language_model_gets_a_fresh_score_head_when_asked(saved):
   path, _, params = saved
-  model, back = folder.load(path, head="score_last", seed=1)
+  model, back = load(path, head="score_last", seed=1)
   assert model.config.head == "score_last"
-  other = folder.load(path, head="score_last", seed=2)[1]
+  other = load(path, head="score_last", seed=2)[1]
   assert (back["score_head"]["kernel"] != other["score_head"]["kernel"]).any()
   for name in ("blocks", "embedding", "final_norm"):
     jax.tree.map(np.testing.assert_array_equal, back[name], params[name])
@@ -72,13 +77,13 @@ def test_a_language_model_gets_a_fresh_score_head_when_asked(saved):
 def test_adapters_are_drawn_afresh(saved):
   path, _, _ = saved
   config = LoraConfig(2, 4.0, targets=("q_proj",))
-  model, params = folder.load(path, lora=config)
+  model, params = load(path, lora=config)
   assert model.lora == config
   q = params["blocks"]["q_proj"]
   assert q["lora_a"].std() > 0.01
   assert not q["lora_b"].any()
   # What is trained is not rounded to the base's few bits.
-  _, params = folder.load(path, lora=config, dtype="bfloat16")
+  _, params = load(path, lora=config, dtype="bfloat16")
   kinds = {name: x.dtype for name, x in params["blocks"]["q_proj"].items()}
   assert kinds["lora_a"] == kinds["lora_b"] == jnp.float32
   assert kinds["kernel"] == jnp.bfloat16
@@ -226,12 +231,23 @@ def test_wrong_arguments(saved):
   refuse(path, "head 'score_context' does not exist", head="score_context")
 
 
-def test_other_files_are_not_replaced(make, tmp_path):
+@pytest.mark.parametrize(
+  ("name", "text", "message"),
+  [
+    ("thesis.txt", "mine", "holds files that are not a model"),
+    ("config.json", '{"port": 80}', "holds files that are not a model"),
+    ("config.json", '{"algorithm": "sft"}', "holds a run, not a model"),
+  ],
+)
+def test_other_files_are_not_replaced(make, tmp_path, name, text, message):
+  """A run's own `model/` is replaced, as by a run that goes on."""
   (tmp_path / "a").mkdir()
-  (tmp_path / "a" / "thesis.txt").write_text("mine")
-  with pytest.raises(UserError, match="holds files that are no model"):
+  (tmp_path / "a" / name).write_text(text)
+  for _ in range(2):
+    folder.save(*make(), tmp_path / "a" / "model")
+  with pytest.raises(UserError, match=message):
     folder.save(*make(), tmp_path / "a")
-  assert (tmp_path / "a" / "thesis.txt").read_text() == "mine"
+  assert (tmp_path / "a" / name).read_text() == text
 
 
 def test_a_failed_save_leaves_the_old_model(saved):

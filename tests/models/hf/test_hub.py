@@ -31,7 +31,9 @@ def test_a_folder_is_itself_and_asks_nobody(fetched, tmp_path, monkeypatch):
   assert not fetched
 
 
-@pytest.mark.parametrize("name", ["./a/b", "/no/where", "~/no-such-folder"])
+@pytest.mark.parametrize(
+  "name", ["./a/b", "/no/where", "~/no-such-folder", "./" + "x" * 300]
+)
 def test_a_path_is_never_asked_for(fetched, name):
   with pytest.raises(UserError, match="does not exist"):
     hub.resolve(name)
@@ -50,12 +52,16 @@ def test_binary_weights_are_fetched_only_where_there_are_no_others(
 ):
   assert hub.resolve("owner/name@v1") == tmp_path
   assert [call[:2] for call in fetched] == [("owner/name", "v1")] * 2
-  assert "pytorch_model*.bin" not in fetched[0][2]
-  assert "pytorch_model*.bin" in fetched[1][2]
+  assert "model*.safetensors" in fetched[0][2]
+  for name in ("pytorch_model*.bin", "adapter_model*.bin"):
+    assert name not in fetched[0][2]
+    assert name in fetched[1][2]
   fetched.clear()
   (tmp_path / "model.safetensors").write_text("")
   hub.resolve("gpt2")
   assert [call[:2] for call in fetched] == [("gpt2", None)]
+  hub.resolve("gpt2", weights=False)
+  assert fetched[1:] == [("gpt2", None, list(hub.CONFIGS))]
 
 
 def test_offline_is_one_line(monkeypatch):
