@@ -27,8 +27,6 @@ if ((processes == 1)); then
 fi
 
 simulated="--xla_force_host_platform_device_count=$devices"
-# Each device's collectives in one order, or two of them can wait for each other.
-simulated+=" --xla_cpu_enable_concurrency_optimized_scheduler=false"
 started=()
 for ((id = 0; id < processes; id++)); do
   call env JAX_PLATFORMS=cpu XLA_FLAGS="${XLA_FLAGS:-} $simulated" \

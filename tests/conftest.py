@@ -19,8 +19,6 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 if platform.machine() == "x86_64":
   cheap = ["--xla_backend_optimization_level=0", "--xla_cpu_max_isa=AVX"]
-  # Collectives one after the other: see docs/sharding.md, "Try it on a CPU".
-  cheap.append("--xla_cpu_enable_concurrency_optimized_scheduler=false")
   if importlib.metadata.version("jaxlib").startswith("0.10."):
     cheap.append("--xla_cpu_use_fusion_emitters=false")  # later ones lack it
   os.environ.setdefault("XLA_FLAGS", " ".join(cheap))

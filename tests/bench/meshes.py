@@ -51,7 +51,6 @@ TOLERANCE = 1e-4  # absolute, and relative to the one device's value
 # Eight devices share few cores, so one may be late at a meeting point. XLA ends
 # the process after 40 s of that.
 PATIENCE = (
-  "--xla_cpu_enable_concurrency_optimized_scheduler=false "
   "--xla_cpu_collective_call_warn_stuck_timeout_seconds=120 "
   "--xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
