@@ -78,7 +78,6 @@ def outcome(tree: pathlib.Path, name: str, steps: int) -> dict | str:
       # A device that waits for its turn on few cores is not a dead one.
       env["XLA_FLAGS"] = (
         "--xla_force_host_platform_device_count=2"
-        " --xla_cpu_enable_concurrency_optimized_scheduler=false"
         " --xla_cpu_collective_call_terminate_timeout_seconds=600"
       )
     if name.endswith("_resumed"):
