@@ -1,12 +1,13 @@
 """Writes docs/scale.md: the papers' models on GPUs and TPU slices, planned.
 
-    python docs/generate_scale.py            makes the rows that are missing
-    python docs/generate_scale.py --page     writes the page from the rows alone
+    python docs/generate_scale.py             makes the rows that are missing
+    python docs/generate_scale.py --estimate  the same, TPU programs for CPUs
+    python docs/generate_scale.py --page      writes the page alone
 
 Each row is one `python -m jaxalign.plan`, kept in docs/scale.json; delete a row
-there to make it again. Needs the extras plan-gpu and plan-tpu; a row that is
-marked `estimate` is compiled for CPUs, because a TPU's compiler takes minutes
-for it.
+there to make it again. Needs the extras plan-gpu and plan-tpu. A TPU's compiler
+takes five to ten minutes a row, an estimate one or two; without the flag what
+was estimated is made again.
 """
 
 import argparse
@@ -150,8 +151,7 @@ RUNS = {
   "LLaMA-65B SuperHF, LoRA": (
     "configs/superhf.py:llama-7b",
     {"policy": "llama-65b", **OWN},
-    # Split by fsdp alone, every chip gathers all weights to sample with them.
-    {"mesh.tensor": 8},
+    {},
   ),
 }
 TARGETS = (
@@ -168,9 +168,7 @@ CHIPS = (16, 32, 64, 128, 256, 512)
 # A generation's prefix, what its names count a chip, and slices of it.
 GENERATIONS = (("v5p", 2, CHIPS), ("v5litepod", 1, CHIPS[:-1]))
 AIM = 0.85  # efficiency of a doubling
-# What the compiler of the target itself has compiled; others are estimates.
-COMPILED = {("Pythia-1B SuperHF", "v5litepod-16")}
-LIMIT = 900  # seconds of a row
+LIMIT = 3600  # seconds of a row
 
 
 def chips_of(target):
@@ -184,8 +182,8 @@ def fields_of(run, target):
   """The flags of a run whose rows fill the target's chips, one row a chip."""
   config, models, fields = RUNS[run]
   fields, chips = dict(fields), chips_of(target)
-  if "mesh.tensor" in fields:
-    fields["mesh.tensor"] = min(fields["mesh.tensor"], chips)
+  if chips > 1:
+    fields["mesh"] = "auto"
   if "superhf.py" in config and chips > 2:
     fields |= {
       "superbatch.mode": "prompt_accumulation",
@@ -241,7 +239,7 @@ def wanted():
   return [(f"{run} | {target}", run, target) for run, target in rows]
 
 
-def make(rows):
+def make(rows, *, estimate):
   """Makes the rows that are missing, one after another."""
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
@@ -249,10 +247,12 @@ def make(rows):
       (folder / model).mkdir()
       (folder / model / "config.json").write_text(json.dumps(config))
     for key, run, target in wanted():
-      if key in rows:
+      known = rows.get(key, {"error": "missing"})
+      # What the target's own compiler has compiled is not made again.
+      if "error" not in known and (estimate or not known["estimate"]):
         continue
-      estimate = target.startswith("v") and (run, target) not in COMPILED
-      rows[key] = plan(run, target, folder, estimate=estimate)
+      by_cpu = estimate and target.startswith("v")
+      rows[key] = plan(run, target, folder, estimate=by_cpu)
       ROWS.write_text(json.dumps(rows, indent=1) + "\n")
       took = rows[key].get("planned_seconds", 0)
       print(f"{key}: {rows[key].get('error', f'{took} s')}", flush=True)
@@ -266,14 +266,16 @@ def gib(value):
 def cells(row):
   """A row's figures as a table shows them."""
   if "error" in row:
-    return ["-"] * 7 + [row["error"]]
+    return ["-"] * 8 + [row["error"]]
   longest = max(
     row["programs"],
     key=lambda p: p["calls_a_step"] * max(p["seconds"].values()),
   )
   _, sent = of_step(row)
   mark = "*" if row["estimate"] else ""
+  axes = [f"{name} {n}" for name, n in row["mesh"].items() if n > 1]
   return [
+    ", ".join(axes) or "-",
     gib(sum(row["resident_bytes"].values())),
     gib(row["peak_bytes"]) + mark,
     gib(row["memory_bytes"]),
@@ -292,13 +294,16 @@ Written by `docs/generate_scale.py` with `python -m jaxalign.plan`; do not edit.
 what XLA's compiler reserves, times are rooflines (arithmetic, memory and
 exchange at the data sheet's rates, all overlapped), which real runs miss by a
 factor of two to three. A star marks an estimate: the program was compiled for
-CPUs in the place of the target, with the same mesh{error}.
+CPUs in the place of the target, with the same mesh{error}. CPUs compute
+bfloat16 in float32, so memory and its traffic come out up to twice too high.
 
 Prompts of 256 tokens, completions of the presets' length, texts to train on of
 `max_length`. From 8 chips on a step has one prompt a chip, 16 samples of each,
 and trains on the best of each prompt, so that every chip has one row of an
 update; PPO has one completion a chip. On one card the rows are the preset's.
-All chips are on `fsdp` but for what a run's line says.
+The mesh of the newer rows is what `mesh=auto` chooses, of older ones `fsdp`
+alone, or `tensor=8` for 65B. Older rows of TPUs also count too much memory
+traffic where layers are scanned.
 
 """
 
@@ -308,6 +313,7 @@ def page(rows):
   lines = []
   titles = [
     "on",
+    "mesh",
     "state, GiB a chip",
     "peak",
     "of",
@@ -439,10 +445,11 @@ def main():
   """Makes rows, and the page of all that are there."""
   parser = argparse.ArgumentParser()
   parser.add_argument("--page", action="store_true")
+  parser.add_argument("--estimate", action="store_true")
   args = parser.parse_args()
   rows = json.loads(ROWS.read_text()) if ROWS.exists() else {}
   if not args.page:
-    make(rows)
+    make(rows, estimate=args.estimate)
   PAGE.write_text(page(rows))
 
 
