@@ -1,7 +1,10 @@
 """What a program needs to be fast on a CPU."""
 
 import ctypes
+import functools
 import sys
+
+import jax
 
 # By default XLA copies a donated array that is read twice before writing to it;
 # an optimizer's averages are such arrays.
@@ -9,19 +12,31 @@ COMPILER_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
 # Options of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
+# JAX's name of the time that XLA took to compile a program.
+_COMPILED = "/jax/core/compile/backend_compile_duration"
+_LONG = 0.3  # seconds of it, from which on there is much to hand on
 
 
+@functools.cache  # once in a process
 def keep_freed_memory() -> None:
   """Has the process keep the memory that it frees, for its next step.
 
   XLA takes its temporary memory from malloc and gives it back after every call.
   glibc hands large pieces on to the system, and to touch them again costs a
-  tenth of a small model's step. Nothing happens where the C library is another
-  one.
+  tenth of a small model's step. What compiling has freed is handed on: it lies
+  in pieces into which no array fits. Nothing happens where the C library is
+  another one.
   """
   if not sys.platform.startswith("linux"):
     return
-  mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-  if mallopt is not None:
-    mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+  libc = ctypes.CDLL(None)
+  if not hasattr(libc, "mallopt") or not hasattr(libc, "malloc_trim"):
+    return
+  libc.mallopt(_MMAP_MAX, 0)
+  libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+  def trim(event: str, duration_secs: float, **_: str | int) -> None:
+    if event == _COMPILED and duration_secs > _LONG:
+      libc.malloc_trim(0)
+
+  jax.monitoring.register_event_duration_secs_listener(trim)
