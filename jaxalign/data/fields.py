@@ -64,8 +64,10 @@ def noting(problems: list[str], place: str) -> Iterator[None]:
     problems.append(f"{place} {err}")
 
 
-def check_text(value: str, column: str) -> str:
+def check_text(value: object, column: str) -> str:
   """The text itself, if it can be tokenised and written to a file."""
+  if not isinstance(value, str):
+    raise BadRow(f"has {_kind(value)} in {column}, need a string")
   if _SURROGATE.search(value):
     raise BadRow(f"has half a Unicode character in {column}")
   return value
@@ -443,15 +445,9 @@ def instruction_of(row: Row, raw: bool = False) -> tuple[str, str]:
 
   Under `raw` the texts as they are, the context before the instruction.
   """
-  columns = (
-    ("context", row.get("context") or ""),
-    ("instruction", row["instruction"]),
-    ("response", row["response"] or ""),
-  )
-  for name, value in columns:
-    if not isinstance(value, str):
-      raise BadRow(f"has {_kind(value)} in {name}, need a string")
-  given, asked, answer = (check_text(value, name) for name, value in columns)
+  given = check_text(row.get("context") or "", "context")
+  asked = check_text(row["instruction"], "instruction")
+  answer = check_text(row["response"] or "", "response")
   if raw:
     return given + asked, answer
   # Dolly's context takes the place of the system text.

@@ -183,9 +183,8 @@ def _files(name: str, split: str) -> list[pathlib.Path]:
   if not os.path.exists(path) and ":" in name:
     head, _, subset = name.rpartition(":")
     path = pathlib.Path(head).expanduser() / subset
-    if os.path.isdir(path.parent) and not os.path.exists(
-      path
-    ):  # or folder:split
+    # Or folder:split.
+    if os.path.isdir(path.parent) and not os.path.exists(path):
       return _of_folder(path.parent, subset, exact=True)
   if os.path.isdir(path):
     return _of_folder(path, split)
