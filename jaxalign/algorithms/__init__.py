@@ -267,12 +267,13 @@ def run(
   check_flags(config, folder, extend=extend, fresh=fresh)
   check_sources(config)
   # Imported late: jax takes seconds to start, a mistake in a config should not.
-  from jaxalign.parallel import hosts
+  from jaxalign.parallel import cpu, hosts
   from jaxalign.runtime import cache, mirror
   from jaxalign.setup.folder import check_hosts
 
   if config.compilation_cache:
     cache.enable_compilation_cache()
+  cpu.trim_after_compiling()
   hosts.start(cluster)
   with hosts.together():
     check_hosts(config, folder, extend=extend, fresh=fresh)

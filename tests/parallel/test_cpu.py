@@ -10,6 +10,7 @@ from jax._src.dispatch import BACKEND_COMPILE_EVENT
 from jaxalign.parallel import cpu
 
 cpu.keep_freed_memory()
+cpu.trim_after_compiling()
 
 def fill():  # touches 64 MB and gives them back
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
