@@ -25,9 +25,10 @@ MAY_CHANGE = (
   "attention",
   "micro_batch",
   "optimizer.offload",
+  "length_buckets",  # fewer by default on TPUs
   "sampling.batch_prompts",
   "sampling.compact",
-  "sampling.length_buckets",  # wider by default on TPUs
+  "sampling.length_buckets",
   "scoring.batch_size",
   "scoring.length_buckets",
   "scoring.offload",

@@ -9,7 +9,7 @@ from jaxalign.config.names import (
   weighs_groups,
 )
 from jaxalign.config.rules import Rule, Section, field
-from jaxalign.config.sections import TrainingConfig
+from jaxalign.config.sections import TrainingConfig, growing
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,13 +24,8 @@ class BucketConfig(Section):
   )
 
   def rules(self) -> Iterator[Rule]:
-    """A text takes the first bucket that holds it, so they grow."""
-    lengths = list(self.length_buckets)
-    yield Rule(
-      bool(lengths) and lengths == sorted(set(lengths)),
-      "length_buckets must hold at least one length and grow",
-      "write 64,128,256",
-    )
+    """What holds for the lengths."""
+    yield growing(self.length_buckets)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -310,6 +310,16 @@ class InitConfig(Section):
     )
 
 
+def growing(length_buckets: tuple[int, ...]) -> Rule:
+  """A text takes the first bucket that holds it."""
+  lengths = list(length_buckets)
+  return Rule(
+    bool(lengths) and lengths == sorted(set(lengths)),
+    "length_buckets must hold at least one length and grow",
+    "write 64,128,256",
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Section):
   """What every training run has."""
@@ -408,6 +418,12 @@ class TrainingConfig(Section):
       "model_max_length",
     ),
   )
+  length_buckets: tuple[int, ...] = field(
+    (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048),
+    "lengths in tokens of an update's rows that get a compiled program each; "
+    "packed rows have max_length alone",
+    ">= 1",
+  )
   max_bad_share: float = field(
     0.01, "tolerated share of unusable rows", "[0, 1]"
   )
@@ -462,6 +478,7 @@ class TrainingConfig(Section):
       f"micro_batch must be 0 or divide batch_size={self.batch_size}",
       "gradients are added up over equal parts",
     )
+    yield growing(self.length_buckets)
     yield Rule(
       self.checkpoint.keep_best != "held_out" or bool(self.held_out_metric),
       "checkpoint.keep_best must name a metric where no held-out reward is "

@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Int32, Int64
 
-DEFAULT_BUCKETS = (32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048)
-
 
 @functools.lru_cache(maxsize=8)
 def permutation(seed: int, epoch: int, n: int) -> Int64[np.ndarray, " n"]:
@@ -89,7 +87,7 @@ def mismatch(
   return mates
 
 
-def bucket_length(n: int, buckets: Sequence[int] = DEFAULT_BUCKETS) -> int:
+def bucket_length(n: int, buckets: Sequence[int]) -> int:
   """The smallest bucket that holds `n` tokens.
 
   Longer texts are rounded up to a multiple of the last bucket, or of 1024 if

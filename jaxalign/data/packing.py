@@ -95,6 +95,9 @@ def blank(shape: tuple[int, int, int]) -> TextBatch:
   return pack([[]] * (micro_batches * rows), width, 0, micro_batches)
 
 
-def row_width(rows: Sequence[Sequence[Encoded]], limit: int) -> int:
+def row_width(
+  rows: Sequence[Sequence[Encoded]], limit: int, buckets: Sequence[int]
+) -> int:
   """The length bucket of the longest row, at most `limit`."""
-  return min(limit, bucket_length(max(sum(map(len, texts)) for texts in rows)))
+  longest = max(sum(map(len, texts)) for texts in rows)
+  return min(limit, bucket_length(longest, buckets))

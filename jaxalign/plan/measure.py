@@ -19,7 +19,6 @@ from jaxalign.config import TrainingConfig
 from jaxalign.config.online import OnlineConfig
 from jaxalign.core import memory
 from jaxalign.core.types import TrainState
-from jaxalign.data.batches import DEFAULT_BUCKETS
 from jaxalign.errors import UserError
 from jaxalign.models.config import CausalConfig
 from jaxalign.parallel import mesh as meshes
@@ -502,7 +501,7 @@ def shape_count(program: Program, spec: RunSpec[TrainingConfig]) -> int:
   """The widths up to the program's own that texts are padded to, at most."""
   config, widths, own = spec.config, (), 0
   if state_of(program) is not None:
-    widths, own = DEFAULT_BUCKETS, spec.batch_shape[2]
+    widths, own = config.length_buckets, spec.batch_shape[2]
   elif isinstance(config, OnlineConfig) and program.name.startswith("s"):
     # "sample" and "score ..."; evaluations use the same programs.
     sampling = program.name.startswith("sample")
@@ -516,7 +515,7 @@ def shape_count(program: Program, spec: RunSpec[TrainingConfig]) -> int:
 def narrower_updates(spec: RunSpec[TrainingConfig]) -> list[Program]:
   """A run's updates for the next narrower texts, as batches differ in width."""
   micros, rows, tokens = spec.batch_shape
-  widths = [width for width in DEFAULT_BUCKETS if width < tokens]
+  widths = [width for width in spec.config.length_buckets if width < tokens]
   if not widths:
     return []
   changed = dataclasses.replace(spec, batch_shape=(micros, rows, widths[-1]))

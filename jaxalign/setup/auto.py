@@ -13,7 +13,12 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 
-from jaxalign.config.online import OnlineConfig, SamplingConfig, ScoringConfig
+from jaxalign.config.online import (
+  BucketConfig,
+  OnlineConfig,
+  SamplingConfig,
+  ScoringConfig,
+)
 from jaxalign.config.sections import TrainingConfig
 from jaxalign.core.types import TrainState
 from jaxalign.models import lora, remat
@@ -26,6 +31,7 @@ from jaxalign.setup.models import ModelSpec, open_policy
 from jaxalign.setup.spec import RunSpec
 
 C = TypeVar("C", bound=TrainingConfig)
+S = TypeVar("S", bound=TrainingConfig | BucketConfig)
 
 GIB = 2**30
 MOST_TENSOR = 8  # chips that exchange features in every layer, at most
@@ -112,14 +118,20 @@ def part_count(devices: Sequence[jax.Device]) -> int:
 
 def with_tpu_widths(config: C) -> C:
   """The config with fewer widths of texts, where it has the default ones."""
+  config = _fewer_widths(config, TrainingConfig())
   if not isinstance(config, OnlineConfig):
     return config
-  sampling, scoring = config.sampling, config.scoring
-  if sampling.length_buckets == SamplingConfig().length_buckets:
-    sampling = dataclasses.replace(sampling, length_buckets=TPU_WIDTHS)
-  if scoring.length_buckets == ScoringConfig().length_buckets:
-    scoring = dataclasses.replace(scoring, length_buckets=TPU_WIDTHS)
-  return dataclasses.replace(config, sampling=sampling, scoring=scoring)
+  return dataclasses.replace(
+    config,
+    sampling=_fewer_widths(config.sampling, SamplingConfig()),
+    scoring=_fewer_widths(config.scoring, ScoringConfig()),
+  )
+
+
+def _fewer_widths(section: S, default: TrainingConfig | BucketConfig) -> S:
+  if section.length_buckets != default.length_buckets:
+    return section
+  return dataclasses.replace(section, length_buckets=TPU_WIDTHS)
 
 
 def state_bytes(policy: ModelSpec, config: TrainingConfig) -> int:

@@ -50,7 +50,8 @@ def test_bucket_length():
   assert batches.bucket_length(0, (4, 8)) == 4
   assert batches.bucket_length(4, (8, 4)) == 4
   assert batches.bucket_length(5, (8, 4)) == 8
-  assert batches.bucket_length(2049) == 3072
+  assert batches.bucket_length(9, (4, 8)) == 16
+  assert batches.bucket_length(2049, (1024, 2048)) == 3072
 
 
 def test_pad_rows_on_both_sides():

@@ -117,4 +117,4 @@ def test_rows_in_micro_batches_and_filler():
 )
 def test_the_width_is_a_bucket_up_to_the_limit(lengths, limit, width):
   rows = [[encoded([1] * n) for n in row] for row in lengths]
-  assert row_width(rows, limit) == width
+  assert row_width(rows, limit, (32, 64)) == width

@@ -111,14 +111,15 @@ def test_remat_is_the_least_with_which_an_update_fits(capsys):
 def test_a_tpu_has_fewer_widths_unless_they_are_given():
   config = algorithms.read_config(FIELDS)
   found = auto.with_tpu_widths(config)
+  assert found.length_buckets == auto.TPU_WIDTHS
   assert found.sampling.length_buckets == auto.TPU_WIDTHS
   assert found.scoring.length_buckets == auto.TPU_WIDTHS
   assert len(auto.TPU_WIDTHS) < len(SamplingConfig().length_buckets)
   given = algorithms.read_config(FIELDS, [("sampling.length_buckets", "32,64")])
   assert auto.with_tpu_widths(given).sampling.length_buckets == (32, 64)
   # A later start may have the others: on another platform, or before `auto`.
-  for section in ("sampling", "scoring"):
-    name = f"{section}.length_buckets"
+  for section in ("", "sampling.", "scoring."):
+    name = f"{section}length_buckets"
     assert changes.may_change(name, (64,), (128,), changes.MAY_CHANGE)
 
 

@@ -63,7 +63,12 @@ class PairData:
 
   def _pack(self, pairs: Sequence[Pair]) -> PairBatch:
     batch = pack_pairs(
-      pairs, self.config.micro_rows, self.length, self.pad_id, self.hidden_size
+      pairs,
+      self.config.micro_rows,
+      self.length,
+      self.pad_id,
+      self.hidden_size,
+      self.config.length_buckets,
     )
     return self.reference.attach(batch) if self.reference else batch
 
@@ -146,6 +151,7 @@ def pack_pairs(
   length: int,
   pad_id: int,
   hidden_size: int,
+  buckets: Sequence[int],
 ) -> PairBatch:
   """Pairs as `[M, B, T]` with a shared prompt, or as `[M, 2B, T]`.
 
@@ -159,6 +165,7 @@ def pack_pairs(
     length: tokens of a text at most.
     pad_id: fills the rest.
     hidden_size: of the model.
+    buckets: the widths of rows.
   """
   pairs = [*pairs, *[(FILLER, FILLER)] * (-len(pairs) % micro_rows)]
   micros = len(pairs) // micro_rows
@@ -171,7 +178,8 @@ def pack_pairs(
   ]
   # A row a pair: the prompt, then the ends of both texts.
   shared = [_share_prompt(*pair) for pair in pairs]
-  narrow, wide = row_width(apart, length), row_width(shared, 2 * length)
+  narrow = row_width(apart, length, buckets)
+  wide = row_width(shared, 2 * length, buckets)
   # A layer's products with its matrices and those of its attention.
   # Of a token 12 D² (inner width 4 D) and 2 T D products, here over 2 D.
   cost_apart = len(apart) * narrow * (6 * hidden_size + narrow)

@@ -125,7 +125,8 @@ class LabelledData:
     micros = (len(rows) + fill) // micro
     texts = [[row.text] for row in rows] + [[]] * fill
     crossed = [[text] for text in others] + [[]] * fill
-    width = row_width([*texts, *crossed], self.length)
+    buckets = self.config.length_buckets
+    width = row_width([*texts, *crossed], self.length, buckets)
     desirable = [row.desirable for row in rows] + [False] * fill
     group = [row.group for row in rows] + [-1] * fill
     pad_id = self.tokenizer.pad_id

@@ -45,8 +45,8 @@ class Experience:
 
 def blank_batch(shape: tuple[int, int, int]) -> PPOBatch:
   """A batch `[C, B, T]` in which nothing counts, for its shape."""
-  passes, rows, length = shape
-  text = blank((passes, rows, bucket_length(length)))
+  passes, rows, _ = shape
+  text = blank(shape)
   return PPOBatch(
     text,
     score=np.zeros((passes, rows), np.float32),
@@ -77,7 +77,8 @@ def encode_rollout(
     mask = (False,) * len(prompt) + (True,) * int(count)
     texts.append(Encoded(ids, len(prompt), mask, True))
   # One bucketed width for the step, so that few programs are compiled.
-  width = bucket_length(max(len(text) for text in texts))
+  longest = max(len(text) for text in texts)
+  width = bucket_length(longest, config.length_buckets)
   # The sampler's log-probs, in the columns of their tokens.
   model_logps = np.zeros((len(texts), width), np.float32)
   sampling_logps = np.zeros((len(texts), width), np.float32)

@@ -12,6 +12,7 @@ from jaxalign.algorithms.ppo.data import blank_batch
 from jaxalign.algorithms.ppo.experience import first_extra_state
 from jaxalign.algorithms.ppo.train import make_learn, train
 from jaxalign.core.types import Params
+from jaxalign.data.batches import bucket_length
 from jaxalign.errors import UserError
 from jaxalign.models import heads, lora
 from jaxalign.models.model import Model
@@ -135,9 +136,11 @@ def programs(spec: RunSpec[PPOConfig]) -> list[Program]:
   extra_state = first_extra_state(spec.config.kl.coefficient)
   run = describe_run(spec, params, extra_state)
   learn = run.jit(make_learn(run, value_model_of(spec)))
+  passes, rows, length = spec.batch_shape
+  width = bucket_length(length, spec.config.length_buckets)
   return [
     *rollout_programs(spec, run),
-    learn.program(blank_batch(spec.batch_shape), name="learn"),
+    learn.program(blank_batch((passes, rows, width)), name="learn"),
   ]
 
 

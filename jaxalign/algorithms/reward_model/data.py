@@ -65,6 +65,7 @@ class ScoredRows:
     self,
     chosen: Int[np.ndarray, " B"],
     length: int,
+    buckets: Sequence[int],
     micro_batches: int,
     fill: int = 0,
   ) -> ScoredBatch:
@@ -76,6 +77,7 @@ class ScoredRows:
     Args:
       chosen: indices of the rows.
       length: tokens of a row at most.
+      buckets: the widths of rows.
       micro_batches: M.
       fill: filler is added up to as many rows.
     """
@@ -93,8 +95,8 @@ class ScoredRows:
     index = index.reshape(-1).tolist()
     # The two widths, and how many rows of each micro-batch fit the smaller.
     # In quarters only: each number of rows is a program of its own.
-    width = min(length, batches.bucket_length(int(count.max())))
-    half = batches.bucket_length(width // 2)
+    width = min(length, batches.bucket_length(int(count.max()), buckets))
+    half = batches.bucket_length(width // 2, buckets)
     quarter = count.shape[1] // 4
     short = 0
     if quarter and half < width:
@@ -145,7 +147,9 @@ class ScoredData:
     # An epoch has whole batches only; a few rows are left out of each.
     epoch, at = divmod(step, len(self.rows.ids) // config.batch_size)
     chosen = self.order(epoch)[at]
-    return self.rows.pack(chosen, self.length, config.micro_batches)
+    return self.rows.pack(
+      chosen, self.length, config.length_buckets, config.micro_batches
+    )
 
   @functools.lru_cache(maxsize=2)  # noqa: B019, a run has one of these
   def order(self, epoch: int) -> Int[np.ndarray, "N B"]:
@@ -266,9 +270,11 @@ def load_data(
     _assign_heads(found, groups, "validation_data", config.validation_data)
     held = min(config.validation_rows or len(found.ids), len(found.ids))
     by_length = sorted(range(held), key=lambda i: len(found.ids[i]))
-    micro = config.micro_rows
+    micro, buckets = config.micro_rows, config.length_buckets
     validation = [
-      found.pack(np.array(by_length[at : at + micro]), length, 1, fill=micro)
+      found.pack(
+        np.array(by_length[at : at + micro]), length, buckets, 1, fill=micro
+      )
       for at in range(0, held, micro)
     ]
   steps = config.steps or math.ceil(config.epochs * (count // size))

@@ -38,7 +38,7 @@ class SFTData:
     # Packed rows are nearly full, so they all have the full width.
     width = self.length
     if not config.packing:
-      width = packing.row_width(rows, self.length)
+      width = packing.row_width(rows, self.length, config.length_buckets)
     micros = config.batch_size // config.micro_rows
     return packing.pack(rows, width, self.pad_id, micros)
 
@@ -69,7 +69,7 @@ def load_data(config: SFTConfig, tokenizer: Tokenizer, context: int) -> SFTData:
     size = config.micro_rows
     for start in range(0, len(found), size):
       part = [[text] for text in found[start : start + size]]
-      width = packing.row_width(part, length)
+      width = packing.row_width(part, length, config.length_buckets)
       # Empty rows fill the last part, so that a mesh can split it.
       part += [[]] * (size - len(part))
       validation.append(packing.pack(part, width, tokenizer.pad_id))

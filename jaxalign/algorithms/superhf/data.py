@@ -75,7 +75,7 @@ def kept_batches(
   for start in range(0, len(texts), size):
     part, indices = texts[start : start + size], kept[start : start + size]
     rows = [[text] for text in part] + [[]] * (size - len(part))
-    width = row_width(rows, limit)
+    width = row_width(rows, limit, config.length_buckets)
     # What the sampler said of the tokens that are the same as it drew.
     logps = np.zeros((size, width), np.float32)
     known = np.zeros((size, width), bool)

@@ -110,7 +110,7 @@ SHARED = [  # prompt, chosen, rejected
 def layouts():
   """The same pairs with a shared prompt, filled up, and a text a row."""
   pairs = [tuple(encoded(p, y) for y in ys) for p, *ys in SHARED]
-  shared = pack_pairs(pairs, 5, 32, 0, hidden_size=64)
+  shared = pack_pairs(pairs, 5, 32, 0, hidden_size=64, buckets=(32, 64))
   rows = [
     [pair[side]] for side in (0, 1) for pair in [*pairs, (FILLER, FILLER)]
   ]

@@ -11,6 +11,8 @@ from jaxalign.algorithms.reward_model.config import RewardModelConfig
 from jaxalign.algorithms.reward_model.data import ScoredRows, load_data
 from jaxalign.errors import UserError
 
+BUCKETS = (32, 64, 128)
+
 
 def columns(lengths):
   """Rows whose ids are their own number, so that they can be told apart."""
@@ -37,7 +39,7 @@ def columns(lengths):
   ],
 )
 def test_short_answers_go_in_quarters_of_the_batch(lengths, short, width):
-  batch = columns(lengths).pack(np.arange(len(lengths)), 128, 1)
+  batch = columns(lengths).pack(np.arange(len(lengths)), 128, BUCKETS, 1)
   assert (batch.short, batch.tokens.shape[-1]) == (short, width)
   assert not batch.mask[0, :short, batch.half :].any()
   # Sorted by length, every column with its row.
@@ -49,10 +51,10 @@ def test_short_answers_go_in_quarters_of_the_batch(lengths, short, width):
 
 def test_micro_batches_keep_their_rows_and_filler_counts_in_nothing():
   lengths = [120, 20, 64, 30, 100, 60, 50, 10]
-  batch = columns(lengths).pack(np.arange(8), 128, 2)
+  batch = columns(lengths).pack(np.arange(8), 128, BUCKETS, 2)
   assert [set(row) for row in batch.group] == [{0, 1}, {2, 3}]
   assert batch.short == 3  # one of each micro-batch is too long
-  filled = columns(lengths).pack(np.arange(3), 128, 1, fill=8)
+  filled = columns(lengths).pack(np.arange(3), 128, BUCKETS, 1, fill=8)
   assert filled.tokens.shape == (1, 8, 128)
   assert sorted(filled.reward[filled.real]) == [0, 1, 2]
 

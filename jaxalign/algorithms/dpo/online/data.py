@@ -36,5 +36,10 @@ def sampled_pairs(
   pairs = list(zip(texts[:count], texts[count:], strict=True))
   pairs += [(FILLER, FILLER)] * (config.batch_size - count)
   return pack_pairs(
-    pairs, config.micro_rows, length, tokenizer.pad_id, hidden_size
+    pairs,
+    config.micro_rows,
+    length,
+    tokenizer.pad_id,
+    hidden_size,
+    config.length_buckets,
   )
