@@ -36,6 +36,24 @@ def pytest_collection_finish():
   gc.freeze()  # modules and tests stay until the end
 
 
+# Annotations are checked at every call, a seventh of a run's time: in the tests
+# of each room and once a method, but not in the other tests of whole runs and
+# in comparisons with other packages.
+UNCHECKED, ONCE = {"e2e", "parity"}, "test_runs.py"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _checked_annotations(request):
+  if not UNCHECKED & set(request.path.parts) or request.path.name == ONCE:
+    yield
+    return
+  import jaxtyping
+
+  jaxtyping.config.update("jaxtyping_disable", True)
+  yield
+  jaxtyping.config.update("jaxtyping_disable", False)
+
+
 # Every compiled program takes some memory maps, of which Linux gives a process
 # 65,530 and then ends it.
 MAPS, MOST_MAPS = pathlib.Path("/proc/self/maps"), 25_000

@@ -17,7 +17,7 @@ METHODS = ("kto", "ppo", "sft", "superhf")
 for name in (
   "jaxalign.main",
   *(f"jaxalign.algorithms.{method}.setup" for method in METHODS),
-  *("jinja2", "orbax.checkpoint", "rich.progress"),
+  *("jinja2", "nltk", "orbax.checkpoint", "rich.progress"),
 ):
   importlib.import_module(name)
 # These names are imported once they are asked for.

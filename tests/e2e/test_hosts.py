@@ -114,10 +114,10 @@ def sft(supervised, lab):
 def whole(sft, start, tmp_path_factory):
   """The command of a run that two processes finish, and its folder.
 
-  Its 60 steps take long enough to be killed in the middle. One process of one
+  Its 36 steps take long enough to be killed in the middle. One process of one
   device, this one, finishes it as well, in the folder `one` next to it.
   """
-  command = sft(60, checkpoint__every_steps=15)
+  command = sft(36, checkpoint__every_steps=9)
   folder = tmp_path_factory.mktemp("whole")
   two = start(command, folder / "two")
   assert main.main(in_folder(command, folder / "one")) == 0
@@ -134,9 +134,9 @@ def test_two_processes_equal_one(whole, sft, tmp_path, read):
   assert_equal_runs(two.with_name("one"), two, read, 1e-4)
   # One process of one device goes on from what two wrote.
   longer = shutil.copytree(two, tmp_path / "longer")
-  command = in_folder(sft(62, checkpoint__every_steps=15), longer)
+  command = in_folder(sft(38, checkpoint__every_steps=9), longer)
   assert main.main([*command, "--extend"]) == 0
-  assert len(read(longer / "metrics.jsonl")) == 62
+  assert len(read(longer / "metrics.jsonl")) == 38
 
 
 @pytest.mark.slow
@@ -176,7 +176,7 @@ def test_two_processes_begin_from_a_checkpoint(
 ):
   """The lead alone copies its weights."""
   _, two = whole
-  place = two / "checkpoints" / "00000045"
+  place = two / "checkpoints" / "00000027"
   words = [w for w in sft(1) if not w.startswith("--config.policy=")]
   for status, _, errors in end(
     start([*words, f"--init_from={place}"], tmp_path / "run")
@@ -201,7 +201,7 @@ def test_a_killed_process_ends_the_other(start, whole, tmp_path, read):
   """
   command, wanted = whole
   folder = tmp_path / "run"
-  for victim, step in enumerate((15, 30)):
+  for victim, step in enumerate((9, 18)):
     running = start(command, folder)
     wait_for(folder / "checkpoints" / f"{step:08}", running)
     running[victim].kill()
@@ -221,7 +221,7 @@ def test_a_stop_of_one_process_is_one_of_both(start, whole, tmp_path, read):
   command, wanted = whole
   folder = tmp_path / "run"
   running = start(command, folder)
-  wait_for(folder / "checkpoints" / "00000015", running)
+  wait_for(folder / "checkpoints" / "00000009", running)
   running[1].send_signal(signal.SIGTERM)
   lead, other = end(running, 60)
   assert (lead[0], other[0]) == (143, 143), lead[2] + other[2]

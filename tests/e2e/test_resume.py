@@ -37,8 +37,8 @@ def test_a_run_in_bfloat16_goes_on(superhf, lab, read, tmp_path, capsys):
   """Base in bfloat16, adapters in float32, as the later presets have it.
 
   On other prompts than it began with, or with another reward model under the
-  same name, it does not, unless it is told to. Where
-  moments and reward models wait makes no difference.
+  same name, it does not, unless it is told to. Where moments and reward models
+  wait makes no difference.
   """
   prompts, reward = tmp_path / "prompts.jsonl", tmp_path / "reward"
   shutil.copy(lab.prompts, prompts)
@@ -65,9 +65,12 @@ def test_a_run_in_bfloat16_goes_on(superhf, lab, read, tmp_path, capsys):
   prompts.write_text(rows.replace("What does", "What did", 1))
   assert main.main(superhf(cut, **fields)) == 2
   assert "config.prompts no longer gives the rows" in capsys.readouterr().err
-  other = fields | {"checkpoint.allow_other_data": "true"}
-  shutil.copytree(cut, tmp_path / "other")
-  assert main.main(superhf(tmp_path / "other", **other)) == 0
+  # Told to, it goes on; here to its end, after the last step.
+  other = tmp_path / "other"
+  shutil.copytree(whole, other)
+  (other / "finished.json").unlink()
+  told = fields | {"checkpoint.allow_other_data": "true"}
+  assert main.main(superhf(other, **told)) == 0
   prompts.write_text(rows)
   # Nor with a reward model that was trained further in the meantime.
   weights = (reward / "model.safetensors").read_bytes()

@@ -113,17 +113,6 @@ def test_a_full_disk(small_disk, sft, capfd):
   assert not (run / "model").exists()
 
 
-def start(argv, env):
-  return subprocess.Popen(
-    argv,
-    cwd=ROOT,
-    env=env,
-    stdout=subprocess.PIPE,
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-
-
 def wait_for(path, process, text=""):
   """Until a file is there and holds `text`."""
   deadline = time.monotonic() + 300
@@ -134,15 +123,15 @@ def wait_for(path, process, text=""):
 
 
 @pytest.mark.slow
-def test_signals(sft, env, tmp_path):
+def test_signals(sft, fork, tmp_path):
   """The first one saves, the next start goes on from there."""
   run = tmp_path / "run"
-  argv = command(*sft(run, steps=10**6))
+  argv = sft(run, steps=10**6)
 
   def begun():
     return {p.name for p in (run / "checkpoints").iterdir()}
 
-  process = start(argv, env)
+  process = fork(argv, {})
   wait_for(run / "metrics.jsonl", process, '"step": 2')
   process.send_signal(signal.SIGINT)
   _, err = process.communicate(timeout=300)
@@ -153,7 +142,7 @@ def test_signals(sft, env, tmp_path):
   rows = (run / "metrics.jsonl").read_text().splitlines()
   assert json.loads(rows[-1])["step"] == int(first)
 
-  process = start(argv, env)
+  process = fork(argv, {})
   wait_for(run / "metrics.jsonl", process, f'"step": {int(first) + 1},')
   process.send_signal(signal.SIGTERM)
   process.communicate(timeout=300)

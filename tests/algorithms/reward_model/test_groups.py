@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import types
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +12,10 @@ from jaxalign.algorithms.reward_model import train as reward_model
 from jaxalign.algorithms.reward_model.config import RewardModelConfig
 from jaxalign.algorithms.reward_model.data import ScoredBatch
 from jaxalign.algorithms.reward_model.evaluate import (
-  Agreement,
   agreement_by_group,
 )
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.models import groups
-from jaxalign.training.run import fit
 
 LN2 = math.log(2)
 NAMES = ("plain", "fancy")
@@ -176,45 +173,3 @@ def test_agreement_by_group_by_hand():
     "pairs/bob": 1,
     "accuracy_mean/bob": 0.0,
   }
-
-
-def comparisons(toy, count, start, heads=True):
-  """Texts with an "e" are what `fancy` likes and `plain` does not."""
-  rng, rows = np.random.default_rng(start), []
-  for number in range(start, start + count):
-    for letter in "ei":
-      word = list(rng.choice(list("abcdfgh"), rng.integers(2, 5)))
-      word.insert(rng.integers(len(word) + 1), letter)
-      likes = number % 2 == (letter == "e")
-      head = number % 2 if heads else None
-      rows.append(("".join(word), float(likes), number, head))
-  return scored(toy, rows)
-
-
-def learned(toy, model, params, heads):
-  """Metrics after 80 updates on 64 comparisons, on 64 others."""
-  train = [comparisons(toy, 16, 16 * i, heads) for i in range(4)]
-  held = [comparisons(toy, 32, 900 + 32 * i, heads) for i in range(2)]
-  optimizer = OptimizerConfig(learning_rate=3e-3, schedule="constant")
-  cfg = config(steps=80, validation_interval=0, optimizer=optimizer)
-  run = toy.run(cfg, model, params)
-  run.evaluators.append(Agreement(run, held))
-  data = types.SimpleNamespace(batch=lambda step: train[step % 4])
-  fit(run, data, reward_model.make_update(run))
-  return run.recorder.metrics[-1]
-
-
-def test_opposite_tastes_are_learned_side_by_side(toy):
-  """One head for both stands where a coin does: 64 pairs, 0.5 ± 4 · 0.0625."""
-  model, params = toy.build("score_last")
-  wide = groups.widen(params, 2, 0)
-  found = learned(toy, model.replace(groups=NAMES), wide, heads=True)
-  assert found["eval_pairs/plain"] == found["eval_pairs/fancy"] == 32
-  assert found["eval_accuracy/plain"] > 0.9
-  assert found["eval_accuracy/fancy"] > 0.9
-  assert found["eval_accuracy"] > 0.9
-  assert found["eval_accuracy_mean"] == pytest.approx(0.5, abs=0.25)
-  single = learned(toy, model, params, heads=False)
-  assert single["eval_pairs"] == 64
-  assert single["eval_accuracy"] == pytest.approx(0.5, abs=0.25)
-  assert "eval_accuracy_mean" not in single
