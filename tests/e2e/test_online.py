@@ -21,7 +21,6 @@ PPO = {
   "shaping.scaling": "running",
 }
 VARIANTS = {
-  "shared": ("ppo.py", PPO),
   "separate": ("ppo.py", PPO | {"value_model": "separate"}),
   "rloo": (
     "ppo.py",

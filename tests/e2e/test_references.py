@@ -118,6 +118,7 @@ def test_under_adapters_the_base_is_what_is_stored(command, tmp_path, read):
   assert wanted[-1]["rewards/margins"] > 1e-3
 
 
+@pytest.mark.parametrize("stored", ["kto.py"], indirect=True)
 def test_a_later_start_reads_the_file_and_ends_bit_for_bit(
   stored, command, tmp_path, read, monkeypatch
 ):
@@ -136,6 +137,7 @@ def test_a_later_start_reads_the_file_and_ends_bit_for_bit(
   assert weights(cut) == weights(whole)
 
 
+@pytest.mark.parametrize("stored", ["dpo.py"], indirect=True)
 def test_another_run_takes_the_file_over(
   stored, command, tmp_path, read, monkeypatch
 ):
