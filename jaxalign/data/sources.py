@@ -26,6 +26,8 @@ from jaxalign.errors import UserError
 
 log = logging.getLogger(__name__)
 
+# Where an object of a .json file that is no row itself holds the rows.
+WRAPPERS = ("data", "rows", "examples", "instances")
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 # What `datasets` and the hub put next to the data.
 METADATA = (
@@ -355,11 +357,18 @@ def _read_json(path: pathlib.Path) -> Iterator[Entry]:
   # Many files named .json hold one object per line. A list begins with [; of
   # the others the first line by itself is an object.
   head = data.lstrip(b"\xef\xbb\xbf \t\r\n")
+  rows, problem = _parse(data)
+  columns = rows if isinstance(rows, dict) else {}
+  for name in WRAPPERS:
+    if isinstance(columns.get(name), list):
+      raise UserError(
+        f"{path} is one object whose rows are the list {name!r}; write that "
+        "list alone into the file"
+      )
   if head[:1] != b"[" and not _parse_line(head.partition(b"\n")[0])[1]:
     yield from _read_lines(path)
     return
   # Otherwise the whole file is one list.
-  rows, problem = _parse(data)
   if problem:
     raise UserError(
       f"{path} {problem}; a .json file holds one list of objects or one object "

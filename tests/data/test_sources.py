@@ -126,6 +126,7 @@ def test_deep_nesting_is_a_bad_line(write):
     ("a.jsonl", "{\n", r"a.jsonl:1 is not JSON"),
     ("a.json", '[{"a": 1},\n{]', r"a.json is not JSON .*line 2"),
     ("a.json", '{\n "a": 1}', "one list of objects or one object a line"),
+    ("a.json", '{"of": 1, "data": [{"a": 1}]}', "rows are the list 'data'; wr"),
     ("a.json", "[1]", "row 1 is not an object"),
     ("a.csv", "a,b\n1\n", r"a.csv:2 has 1 cells, the header has 2"),
     ("a.csv", "a;b\n1;2\n", "'a;b'; write commas between cells in place of"),
