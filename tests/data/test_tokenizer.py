@@ -59,6 +59,31 @@ def test_saved_tokenizers_load_the_same(real, name, tmp_path):
   )
 
 
+ODD = [
+  "",
+  " ",
+  "Hello  world\n\n",
+  "It's a “test”: é 漢字 🙂\u200b\t|",
+  "<|endoftext|> [SEP]</s><s>",
+  "word " * 60,
+]
+
+
+@pytest.mark.parametrize("name", ["neox", "deberta", "llama"])
+def test_ids_and_types_are_those_of_transformers(real, name):
+  """Those that a template has put special tokens into, too; cut and whole."""
+  tokenizer = real[name]
+  wanted = tokenizer.inner(ODD, add_special_tokens=False)["input_ids"]
+  assert tokenizer.encode_batch(ODD) == wanted
+  for side, limit in (("right", 9), ("left", 9), ("right", 999)):
+    tokenizer.inner.truncation_side = side
+    cut = {"truncation": True, "max_length": limit}
+    wanted = tokenizer.inner(ODD, ODD[::-1], return_token_type_ids=True, **cut)
+    found = tokenizer._encode([ODD, ODD[::-1]], limit)
+    assert [ids for ids, _ in found] == wanted["input_ids"]
+    assert [types for _, types in found] == wanted["token_type_ids"]
+
+
 def encode_reward(tokenizer, prompt, completion, *rest, **options):
   """Of one completion."""
   rows = [prompt], [completion]
