@@ -107,7 +107,7 @@ class ScoringConfig(BucketConfig):
   )
   batch_size: int = field(
     64,
-    "texts in one scorer call (SuperHF code)",
+    "texts in one scorer call on each device (SuperHF code)",
     ">= 1",
     also=("minibatch_size_scoring",),
   )

@@ -42,9 +42,9 @@ def batches(
   Args:
     texts: ids and types of each, none longer than the last of `lengths`.
     lengths: padded lengths, increasing.
-    tokens: padded tokens per call, at most.
-    rows: rows per call, at most.
-    parts: the rows of every call are a multiple of this (a mesh's row axes).
+    tokens: padded tokens per call and part, at most; a row is always read.
+    rows: rows per call and part, at most.
+    parts: that the rows of every call are split into (a mesh's row axes).
   """
   # Grouping by padded length.
   found = {length: [] for length in lengths}
@@ -55,7 +55,9 @@ def batches(
   # Cutting each group into calls.
   calls = []
   for length, members in found.items():
-    full = row_count(length, tokens, rows, parts)
+    # Whatever the number of devices, each has as much as one alone would: a
+    # call moves the parameters to all of them.
+    full = parts * row_count(length, tokens, rows)
     tail = max(full // TAIL // parts, 1) * parts
     while members:
       # Small calls, unless they would add up to the rows of a full one.
@@ -65,10 +67,10 @@ def batches(
   return calls
 
 
-def row_count(length: int, tokens: int, rows: int, parts: int) -> int:
-  """Rows of a full call: a power of two times `parts`, at least `parts`."""
-  most = max(min(tokens // length, rows) // parts, 1)
-  return parts << (most.bit_length() - 1)
+def row_count(length: int, tokens: int, rows: int) -> int:
+  """Rows of a part of a full call: a power of two, at least 1."""
+  most = max(min(tokens // length, rows), 1)
+  return 1 << (most.bit_length() - 1)
 
 
 def _pad(

@@ -24,6 +24,11 @@ from jaxalign.parallel.program import Program
 from jaxalign.scoring.batches import LENGTHS, Batch, EncodedText, batches
 from jaxalign.text import templates
 
+# A TPU's compiler would rather multiply by each part of a split matrix as it
+# comes and add up in memory: as many bytes between chips, but twice as many to
+# and from memory as with matrices that are gathered (docs/log.md).
+TPU_OPTIONS = {"xla_jf_spmd_threshold_for_windowed_einsum_mib": 100_000}
+
 _log = logging.getLogger(__name__)
 
 
@@ -46,8 +51,8 @@ class Scorer:
       trained on and its context; the rest is cut off, on the right unless the
       tokenizer says otherwise.
     lengths: padded lengths, increasing; each costs at most two compilations.
-    tokens: padded tokens per call, at most.
-    rows: rows per call, at most.
+    tokens: padded tokens per call and device, at most.
+    rows: rows per call and device, at most.
     mesh: the rows of a call are sharded over its row axes; None = one device.
   """
 
@@ -274,7 +279,13 @@ class _Program:
 
     # Replicated, so that every host can read all scores.
     whole = meshes.replicated(mesh) if mesh else None
-    self.function = meshes.jit(score, mesh, out_shardings=whole)
+    on_tpu = mesh is not None and meshes.platform(mesh) == "tpu"
+    self.function = meshes.jit(
+      score,
+      mesh,
+      out_shardings=whole,
+      compiler_options=TPU_OPTIONS if on_tpu else None,
+    )
 
   def __call__(self, params: Params, *arrays: jax.Array) -> jax.Array:
     return self.function(params, *arrays)

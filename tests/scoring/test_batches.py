@@ -25,10 +25,17 @@ def test_worked_example():
 
 
 def test_rows_of_a_full_call():
-  assert row_count(64, tokens=4096, rows=64, parts=1) == 64
-  assert row_count(96, tokens=4096, rows=64, parts=1) == 32  # 42 fit
-  assert row_count(1024, tokens=512, rows=64, parts=1) == 1
-  assert row_count(512, tokens=4096, rows=64, parts=3) == 6  # 8 fit
+  assert row_count(64, tokens=4096, rows=64) == 64
+  assert row_count(96, tokens=4096, rows=64) == 32  # 42 fit
+  assert row_count(1024, tokens=512, rows=64) == 1
+
+
+def test_each_part_of_a_call_has_the_rows_of_a_whole_one():
+  texts = [text(5)] * 32
+  alone = batches(texts, (8,), tokens=64)
+  assert [call.tokens.shape for call in alone] == [(8, 8)] * 4
+  (split,) = batches(texts, (8,), tokens=64, parts=4)
+  assert split.tokens.shape == (32, 8)
 
 
 @given(
