@@ -33,6 +33,8 @@ from jaxalign.models.layers import (
 )
 from jaxalign.parallel.mesh import SHORT_ROWS, constrain, scatter_tokens
 
+BLOCK = 128  # rows whose distances are multiplied together
+
 
 @dataclasses.dataclass(frozen=True)
 class DebertaConfig:
@@ -219,7 +221,7 @@ class DebertaBlock(nnx.Module):
       project = self.key_proj if config.share_att_key else self.pos_key_proj
       distances = queries - 1 - np.arange(queries + length)
       rows = self._positions(project, relative, distances)
-      scores += shear(_product("binh,cnh->nbic", q, rows), length)
+      scores += _by_distance(q, rows, length)
     # The key's content with the query's relative position.
     if "p2c" in kinds:
       project = self.query_proj if config.share_att_key else self.pos_query_proj
@@ -231,7 +233,7 @@ class DebertaBlock(nnx.Module):
         # Keys are the rows: entry c is the distance c - length + 1.
         distances = np.arange(queries + length) - length + 1
         rows = self._positions(project, relative, distances) * scale
-        seen = shear(_product("bjnh,cnh->nbjc", k, rows), queries)
+        seen = _by_distance(k, rows, queries)
         scores += jnp.swapaxes(seen, -1, -2)
 
     # Heads come first: the mask [B, 1, T] lines up with [N, B, Q, T].
@@ -250,6 +252,27 @@ class DebertaBlock(nnx.Module):
 
   def _heads(self, x: Float[Array, "... D"]) -> Float[Array, "... N H"]:
     return x.reshape(*x.shape[:-1], self.config.heads, self.config.head_dim)
+
+
+def _by_distance(
+  x: Float[Array, "B R N H"], rows: Float[Array, "C N H"], columns: int
+) -> Float[Array, "N B R T"]:
+  """Products with the position that each column has, seen from each row.
+
+  Args:
+    x: queries, or keys.
+    rows: a position for each distance; those of row r, from its first column
+      to its last, begin at R - 1 - r.
+    columns: T; R + T distances.
+  """
+  count, parts = x.shape[1], []
+  # Some rows at a time, as these share most of their distances.
+  for start in range(0, count, BLOCK):
+    end = min(start + BLOCK, count)
+    near = rows[count - end : count - start + columns]
+    products = _product("binh,cnh->nbic", x[:, start:end], near)
+    parts.append(shear(products, columns))
+  return jnp.concatenate(parts, axis=2)
 
 
 # Scores are summed in float32 whatever the compute dtype.

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.models import deberta
 from jaxalign.models.deberta import DebertaConfig, relative_rows, shear
 from jaxalign.models.layers import LoraConfig
 from jaxalign.models.model import Model
@@ -144,6 +145,15 @@ def test_gradient_of_the_shear_is_its_transpose():
   by_hand = np.zeros_like(x)
   by_hand[:, rows, columns - rows + 4] = y
   np.testing.assert_array_equal(back, by_hand)
+
+
+def test_blocks_of_rows_change_no_score(monkeypatch):
+  """14 rows at once, or 5, 5 and 4 with the distances that each can see."""
+  score, params = build()
+  whole = score(params, *batch())
+  monkeypatch.setattr(deberta, "BLOCK", 5)
+  score, _ = build()
+  np.testing.assert_allclose(score(params, *batch()), whole, rtol=1e-5)
 
 
 def test_adapters_sit_on_the_layers_that_are_named():
