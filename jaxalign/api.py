@@ -351,7 +351,8 @@ def score(
   Returns:
     float32 numpy `[B]`, raw logits, higher is better. A score does not
     depend on the others. Of a model with groups it is the mean of their
-    scores; see `load` for other weights. NaN where a function gives None.
+    scores; see `load` for other weights. NaN where a function gives None,
+    -inf where it gives no finite number.
 
   Raises:
     UserError: the model is no sequence classifier, there are not as many
@@ -452,7 +453,9 @@ def _ask_function(
       text = prompt[-1]["content"]
       rows.append(PromptRow(text, messages=tuple(prompt), columns=own))
   opened.check_columns(sorted(columns), "columns")
-  return opened(rows, completions).astype(np.float32)
+  scores = opened(rows, completions).astype(np.float32)
+  # The worst, so that the highest is none of them.
+  return np.where(np.isinf(scores), -np.inf, scores)
 
 
 def save(

@@ -152,8 +152,10 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
           print(flush=True)
         else:
           drawn = generator(loaded.params, [prompt], args.best_of, turn_key)
-          # Functions are given the dialogue as text.
-          row = PromptRow(prompt, "", asked, {"prompt": prompt})
+          # Functions are given a question as in training, later ones with the
+          # dialogue so far, as text.
+          bare = question if len(asked) == 1 else prompt
+          row = PromptRow(prompt, "", asked, {"prompt": bare})
           scores = reward_model([row] * args.best_of, drawn.texts)
           completion = show_best(drawn.texts, scores.tolist())
     except UserError as error:

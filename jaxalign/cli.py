@@ -301,6 +301,12 @@ def load_config(flag: str) -> tuple[object, str]:
   match = re.fullmatch(r"(.+?\.py)(?::(.*))?", flag)
   if not match:
     file, colon, preset = flag.partition(":")
+    if pathlib.Path(file).suffix in (".yaml", ".yml", ".json", ".toml"):
+      raise UserError(
+        f"--config must be FILE.py or FILE.py:PRESET, got {flag!r}; write a "
+        ".py file whose get_config() returns a mapping of its fields, or give "
+        "them as flags, --config.batch_size=8"
+      )
     meant = nearest_config(pathlib.Path(f"{file}.py"))
     raise UserError(
       f"--config must be FILE.py or FILE.py:PRESET, got {flag!r}; did you mean "

@@ -130,6 +130,12 @@ def test_an_error_of_the_run_is_one_line_too(monkeypatch, capsys):
       "you mean --config configs/dpo.py:lab?",
     ),
     (
+      ["--config", "run.yaml"],
+      "--config must be FILE.py or FILE.py:PRESET, got 'run.yaml'; write a "
+      ".py file whose get_config() returns a mapping of its fields, or give "
+      "them as flags, --config.batch_size=8",
+    ),
+    (
       ["--config=config/kto.py"],
       "--config: config/kto.py does not exist; did you mean configs/kto.py?",
     ),

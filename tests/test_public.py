@@ -170,6 +170,11 @@ def test_scores_of_a_function(tmp_path):
     "def short(completions): return [-len(c) for c in completions]"
   )
   assert jaxalign.score(f"{file}:short", ["a"], ["bcd"]).tolist() == [-3]
+  # What is not finite is never the best.
+  bad = jaxalign.score(
+    lambda completions: [np.nan, np.inf, 1], *[["a"] * 3] * 2
+  )
+  assert bad.tolist() == [-np.inf, -np.inf, 1]
   with pytest.raises(jaxalign.UserError, match="takes answer, which columns"):
     jaxalign.score(correct, *asked)
   with pytest.raises(jaxalign.UserError, match="as many answer as"):

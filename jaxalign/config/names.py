@@ -63,5 +63,6 @@ def names_function(field: str, *names: str) -> Rule:
   return Rule(
     all(map(is_function, bare)),
     f"{field} must name a reward function as FILE.py:FUNCTION",
-    "write my_rewards.py:correct for the function correct in my_rewards.py",
+    "write my_rewards.py:correct for the function correct in my_rewards.py, "
+    "my_rewards.py:correct*0.5 with a weight",
   )

@@ -221,6 +221,14 @@ def _kind(value: object) -> str:
   return "nothing" if value is None else f"a {type(value).__name__}"
 
 
+def _without(
+  prompt: list[templates.Message], completion: list[templates.Message]
+) -> list[templates.Message]:
+  """A completion's role list without the prompt, which it may repeat."""
+  repeats = completion[: len(prompt)] == prompt
+  return completion[len(prompt) :] if repeats else completion
+
+
 def _after(
   prompt: list[templates.Message],
   completion: list[templates.Message],
@@ -309,12 +317,9 @@ def prompt_completion_of(
       raise BadRow(f"has no column {column}")
   prompt, completion = row["prompt"], row["completion"]
   if isinstance(prompt, list) and isinstance(completion, list):
-    return _after(
-      messages_of(prompt, "prompt", tokenizer),
-      messages_of(completion, "completion", tokenizer),
-      tokenizer,
-      settings,
-    )
+    shared = messages_of(prompt, "prompt", tokenizer)
+    answer = messages_of(completion, "completion", tokenizer)
+    return _after(shared, _without(shared, answer), tokenizer, settings)
   if isinstance(prompt, list) != isinstance(completion, list):
     raise BadRow("mixes a string and a list of messages")
   return (
@@ -344,7 +349,7 @@ def answers_of(row: Row, tokenizer: Tokenizer | None) -> list[Answers]:
   elif all(isinstance(row.get(x), list) for x in ("prompt", "completion")):
     prompt = messages_of(row["prompt"], "prompt", tokenizer)
     completion = messages_of(row["completion"], "completion", tokenizer)
-    messages = prompt + completion
+    messages = prompt + _without(prompt, completion)
   else:
     return [Answers(*prompt_completion_of(row, tokenizer))]
   turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -528,6 +533,14 @@ def _preference_of_lists(
 ) -> tuple[str, str, str]:
   if isinstance(prompt, list):
     shared = messages_of(prompt, "prompt", tokenizer)
+    chosen, rejected = _without(shared, chosen), _without(shared, rejected)
+    for column, turns in (("chosen", chosen), ("rejected", rejected)):
+      roles = [turn["role"] for turn in (shared[-1], *turns[:1])]
+      if roles == ["user", "user"]:
+        raise BadRow(
+          f"has a user turn first in {column}, after a prompt that ends with "
+          "one; write the prompt into the column prompt alone"
+        )
   else:
     # Also with a string prompt: UltraFeedback repeats it inside the lists.
     shared = _common_turns(chosen, rejected)

@@ -320,9 +320,12 @@ def _read_file(path: pathlib.Path) -> Iterator[Entry]:
     raise
   except (OSError, EOFError, zlib.error, csv.Error, ValueError) as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(
-      f"{path} cannot be read: {reason}; get the file again"
-    ) from error
+    remedy = "get the file again"
+    if isinstance(error, UnicodeDecodeError):
+      remedy = "save it as UTF-8"
+    elif _suffix(path) == ".parquet":
+      remedy = "get it again, or give it the ending of what it is"
+    raise UserError(f"{path} cannot be read: {reason}; {remedy}") from error
 
 
 def _open(path: pathlib.Path):

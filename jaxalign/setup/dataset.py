@@ -70,19 +70,23 @@ def account(
     UserError: no row is left.
   """
   count = len(found.rows)
-  if not left:
-    raise UserError(
-      f"{source}: no row is left of {count}: {short} are within "
-      f"config.max_example_chars={config.max_example_chars}, {encoded} of "
-      f"these have a prompt below {length} tokens, and their completions are "
-      "equal after the cut; raise config.max_example_chars or config.max_length"
-    )
-  reasons = (
-    *found.dropped,
+  why = (
     ("above max_example_chars", count - short),
     ("without room for a completion", short - encoded),
     ("equal after the cut", encoded - left),
   )
+  reasons = (*found.dropped, *why)
+  if not left:
+    remedies = ["raise config.max_example_chars"] if count > short else []
+    if short and length < config.max_length:
+      remedies.append("shorten the texts, as the model reads no more")
+    elif short:
+      remedies.append("raise config.max_length")
+    left_out = ", ".join(f"{number} {name}" for name, number in why if number)
+    raise UserError(
+      f"{source}: no row is left of {count} ({left_out}, in {length} tokens); "
+      + " and ".join(remedies)
+    )
   rows = dataclasses.replace(found, rows=found.rows[:left], dropped=reasons)
   tail = f", {cut} completions cut at {length} tokens" if cut else ""
   print(f"{source}: {rows}{tail}")

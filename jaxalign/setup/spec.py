@@ -79,11 +79,14 @@ class RunSpec(Generic[C]):
     # Rows of a data set; with packing several texts each.
     rows = len(self.rows) if isinstance(self.rows, list) else config.batch_size
     if rows < config.batch_size and self.rollout is None:
-      packed = " packed" if getattr(config, "packing", False) else ""
+      packed, less = "", "a smaller batch_size makes"
+      if getattr(config, "packing", False):
+        packed = " packed"
+        less = "a smaller batch_size or max_length, or packing=false, makes"
       found.append(
         f"note: there are {rows}{packed} rows for an update of "
-        f"batch_size={config.batch_size}, which takes them more than once; a "
-        "smaller batch_size or max_length, or packing=false, makes more updates"
+        f"batch_size={config.batch_size}, which takes them more than once; "
+        f"{less} more updates"
       )
     return found
 

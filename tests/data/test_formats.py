@@ -45,16 +45,18 @@ def test_plain_strings_get_no_template(write):
   assert row == PreferenceRow("The sky is", " blue.", " green.")
 
 
-def test_prompt_repeated_inside_the_lists(write):
-  (row,) = preferences(
-    write,
-    {
-      "prompt": "q",
-      "chosen": [USER, said("a")],
-      "rejected": [USER, said("b")],
-    },
-  )
+@pytest.mark.parametrize("prompt", ["q", [USER]])
+def test_prompt_repeated_inside_the_lists(write, prompt):
+  whole = {"chosen": [USER, said("a")], "rejected": [USER, said("b")]}
+  (row,) = preferences(write, {"prompt": prompt} | whole)
   assert row == PreferenceRow(HEAD, " a", " b")
+
+
+def test_prompt_repeated_inside_a_completion(write):
+  path = write([{"prompt": [USER], "completion": [USER, said("a")]}])
+  for every_turn in (False, True):
+    (row,) = formats.load_completions(path, every_turn=every_turn).rows
+    assert (row.prompt, row.completion) == (HEAD, " a")
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -283,6 +285,14 @@ def test_bad_labels_name_the_line_the_value_and_what_to_do(
         "rejected": [{"role": "user", "content": "p"}, said("b")],
       },
       "share, so no prompt",
+    ),
+    (
+      {
+        "prompt": [USER],
+        "chosen": [{"role": "user", "content": "p"}, said("a")],
+        "rejected": [USER, said("b")],
+      },
+      "a user turn first in chosen, after a prompt that ends with one",
     ),
     ({"chosen": HEAD + "a"}, "has no column rejected"),
     ({"chosen": [USER], "rejected": "b"}, "mixes a string and a list"),

@@ -1,6 +1,7 @@
 """PPO, RLOO, GRPO: from the config to a finished run."""
 
 import dataclasses
+import difflib
 import functools
 import pathlib
 
@@ -73,6 +74,11 @@ def open_value_model(config: PPOConfig, policy: ModelSpec) -> ModelSpec:
       has other tokens than the policy.
   """
   name = config.value_model
+  meant = difflib.get_close_matches(name, ("shared", "separate"), 1, 0.8)
+  if meant and not pathlib.Path(name).exists():
+    raise UserError(
+      f"config.value_model: {name} is no folder; did you mean {meant[0]}?"
+    )
   spec = open_reward_model(
     name, policy.mesh, config.precision.params, "config.value_model"
   )

@@ -307,9 +307,10 @@ def from_config(fields: Fields, head: str, *, dtype: str, remat: str) -> Model:
       f"supported are {', '.join(sorted(ARCHITECTURES))}"
     )
   if head not in arch.CLASSES:
+    hint = "" if head == "lm" else "; --config.head=auto takes its own"
     raise UserError(
       f"{fields.where}: head {head!r} does not exist for {fields.model_type}; "
-      f"it has {', '.join(arch.CLASSES)}"
+      f"it has {', '.join(arch.CLASSES)}{hint}"
     )
   # Only a score head has a column for each group.
   groups = () if head == "lm" else fields.groups

@@ -176,7 +176,7 @@ def test_labels_out_of_balance(
 def test_no_row_is_left(tokenizer, source):
   rows = [{"prompt": "q1 " * 40, "completion": "a1", "label": True}]
   with pytest.raises(
-    UserError, match=r"no row is left of 1: 1 are within .* below 32 tokens"
+    UserError, match=r"left of 1 \(1 without room .* 32 tokens\); raise config"
   ):
     load_data(config(source(rows)), tokenizer, 512)
 

@@ -89,7 +89,7 @@ def test_scores_in_a_column_of_another_name_and_long_rows(tokenizer, tmp_path):
   assert sorted(data.batch(0).reward.reshape(-1)) == [0.5, 1.5]
   config = dataclasses.replace(config, max_example_chars=2)
   with pytest.raises(
-    UserError, match=r"no row is left of 3: 0 are within config\.max_ex"
+    UserError, match=r"left of 3 \(3 above max_ex.*; raise config\.max_ex"
   ):
     load_data(config, tokenizer, 32, "score_last")
 

@@ -63,7 +63,11 @@ PAIRS = {
   ),
   "long prompts": (
     [PAIR | {"prompt": "a" * 300}],
-    ("is left of", "prompt below 96 tokens", "config.max_length"),
+    (
+      "is left of",
+      "without room for a completion, in 96 tokens",
+      "config.max_length",
+    ),
   ),
 }
 ANSWER = {"prompt": ASK, "completion": " So.", "label": True}

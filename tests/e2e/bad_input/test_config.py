@@ -128,7 +128,7 @@ DATA = {
   ),
   "long prompts": (
     json.dumps({"prompt": "a" * 300, "completion": "b"}),
-    ("no row is left of 1", "prompt below 96 tokens", "config.max_length"),
+    ("no row is left of 1 (1 without room for", "in 96 tokens", "_length"),
   ),
 }
 
