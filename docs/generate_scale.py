@@ -296,14 +296,14 @@ exchange at the data sheet's rates, all overlapped), which real runs miss by a
 factor of two to three. A star marks an estimate: the program was compiled for
 CPUs in the place of the target, with the same mesh{error}. CPUs compute
 bfloat16 in float32, so memory and its traffic come out up to twice too high.
+Rows with a star are older than the others: their mesh is `fsdp` alone (65B:
+`tensor=8`), not what `mesh=auto` chooses, scoring has a call for each row of a
+chip, and memory traffic is counted too high where layers are scanned.
 
 Prompts of 256 tokens, completions of the presets' length, texts to train on of
 `max_length`. From 8 chips on a step has one prompt a chip, 16 samples of each,
 and trains on the best of each prompt, so that every chip has one row of an
 update; PPO has one completion a chip. On one card the rows are the preset's.
-The mesh of the newer rows is what `mesh=auto` chooses, of older ones `fsdp`
-alone, or `tensor=8` for 65B. Older rows of TPUs also count too much memory
-traffic where layers are scanned.
 
 """
 
