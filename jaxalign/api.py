@@ -454,7 +454,7 @@ def _ask_function(
       rows.append(PromptRow(text, messages=tuple(prompt), columns=own))
   opened.check_columns(sorted(columns), "columns")
   scores = opened(rows, completions).astype(np.float32)
-  # The worst, so that the highest is none of them.
+  # -inf, so that it is never the best.
   return np.where(np.isinf(scores), -np.inf, scores)
 
 

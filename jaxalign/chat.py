@@ -127,13 +127,14 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
     if question == RESET:
       messages = list(start)
       continue
-    asked = ()
+    asked, first = (), False
     # A model without turns continues a text; a prompt may be written out.
     if tokenizer.format.name == "raw" or (
       once and templates.is_prompt(question)
     ):
       prompt = question
     else:
+      first = all(turn["role"] == "system" for turn in messages)
       messages.append({"role": "user", "content": question})
       prompt = fit(tokenizer, messages, loaded.model.config.max_positions)
       # The judge reads the same turns in a format of its own.
@@ -152,10 +153,10 @@ def talk(args: argparse.Namespace, interrupts: signals.Interrupts) -> int:
           print(flush=True)
         else:
           drawn = generator(loaded.params, [prompt], args.best_of, turn_key)
-          # Functions are given a question as in training, later ones with the
-          # dialogue so far, as text.
-          bare = question if len(asked) == 1 else prompt
-          row = PromptRow(prompt, "", asked, {"prompt": bare})
+          # Functions are given a first question as in training, later ones
+          # with the dialogue so far, as text.
+          columns = {"prompt": question if first else prompt}
+          row = PromptRow(prompt, "", asked, columns)
           scores = reward_model([row] * args.best_of, drawn.texts)
           completion = show_best(drawn.texts, scores.tolist())
     except UserError as error:

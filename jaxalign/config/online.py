@@ -9,7 +9,7 @@ from jaxalign.config.names import (
   weighs_groups,
 )
 from jaxalign.config.rules import Rule, Section, field
-from jaxalign.config.sections import TrainingConfig, growing
+from jaxalign.config.sections import TrainingConfig, buckets_increase
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,8 @@ class BucketConfig(Section):
   )
 
   def rules(self) -> Iterator[Rule]:
-    """What holds for the lengths."""
-    yield growing(self.length_buckets)
+    """A text takes the first bucket that holds it."""
+    yield buckets_increase(self.length_buckets)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +107,8 @@ class ScoringConfig(BucketConfig):
   )
   batch_size: int = field(
     64,
-    "texts in one scorer call on each device (SuperHF code)",
+    "texts in one scorer call, for each device that has rows of its own "
+    "(SuperHF code)",
     ">= 1",
     also=("minibatch_size_scoring",),
   )

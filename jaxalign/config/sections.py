@@ -310,8 +310,8 @@ class InitConfig(Section):
     )
 
 
-def growing(length_buckets: tuple[int, ...]) -> Rule:
-  """A text takes the first bucket that holds it."""
+def buckets_increase(length_buckets: tuple[int, ...]) -> Rule:
+  """The rule for length buckets: a text takes the first that holds it."""
   lengths = list(length_buckets)
   return Rule(
     bool(lengths) and lengths == sorted(set(lengths)),
@@ -478,7 +478,7 @@ class TrainingConfig(Section):
       f"micro_batch must be 0 or divide batch_size={self.batch_size}",
       "gradients are added up over equal parts",
     )
-    yield growing(self.length_buckets)
+    yield buckets_increase(self.length_buckets)
     yield Rule(
       self.checkpoint.keep_best != "held_out" or bool(self.held_out_metric),
       "checkpoint.keep_best must name a metric where no held-out reward is "

@@ -222,11 +222,23 @@ def _kind(value: object) -> str:
 
 
 def _without(
-  prompt: list[templates.Message], completion: list[templates.Message]
+  prompt: list[templates.Message],
+  completion: list[templates.Message],
+  column: str,
 ) -> list[templates.Message]:
   """A completion's role list without the prompt, which it may repeat."""
-  repeats = completion[: len(prompt)] == prompt
-  return completion[len(prompt) :] if repeats else completion
+  # A system turn may stand before the prompt alone.
+  own = prompt[1:] if prompt[0]["role"] == "system" else prompt
+  for repeated in (prompt, own):
+    if repeated and completion[: len(repeated)] == repeated:
+      return completion[len(repeated) :]
+  roles = [turn["role"] for turn in (prompt[-1], *completion[:1])]
+  if roles == ["user", "user"]:
+    raise BadRow(
+      f"has a user turn first in {column}, after a prompt that ends with one; "
+      "write the prompt into the column prompt alone"
+    )
+  return completion
 
 
 def _after(
@@ -319,7 +331,8 @@ def prompt_completion_of(
   if isinstance(prompt, list) and isinstance(completion, list):
     shared = messages_of(prompt, "prompt", tokenizer)
     answer = messages_of(completion, "completion", tokenizer)
-    return _after(shared, _without(shared, answer), tokenizer, settings)
+    answer = _without(shared, answer, "completion")
+    return _after(shared, answer, tokenizer, settings)
   if isinstance(prompt, list) != isinstance(completion, list):
     raise BadRow("mixes a string and a list of messages")
   return (
@@ -349,7 +362,7 @@ def answers_of(row: Row, tokenizer: Tokenizer | None) -> list[Answers]:
   elif all(isinstance(row.get(x), list) for x in ("prompt", "completion")):
     prompt = messages_of(row["prompt"], "prompt", tokenizer)
     completion = messages_of(row["completion"], "completion", tokenizer)
-    messages = prompt + _without(prompt, completion)
+    messages = prompt + _without(prompt, completion, "completion")
   else:
     return [Answers(*prompt_completion_of(row, tokenizer))]
   turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
@@ -533,14 +546,8 @@ def _preference_of_lists(
 ) -> tuple[str, str, str]:
   if isinstance(prompt, list):
     shared = messages_of(prompt, "prompt", tokenizer)
-    chosen, rejected = _without(shared, chosen), _without(shared, rejected)
-    for column, turns in (("chosen", chosen), ("rejected", rejected)):
-      roles = [turn["role"] for turn in (shared[-1], *turns[:1])]
-      if roles == ["user", "user"]:
-        raise BadRow(
-          f"has a user turn first in {column}, after a prompt that ends with "
-          "one; write the prompt into the column prompt alone"
-        )
+    chosen = _without(shared, chosen, "chosen")
+    rejected = _without(shared, rejected, "rejected")
   else:
     # Also with a string prompt: UltraFeedback repeats it inside the lists.
     shared = _common_turns(chosen, rejected)

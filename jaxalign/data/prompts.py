@@ -66,8 +66,8 @@ def load_prompts(
 
   Only the first human question of a dialogue is used, with what stands before
   it. Without a chat template, a string is put between the role delimiters
-  unless it already is; with one, every prompt becomes a role list but those
-  that it has written. Under the format `raw` strings stay as they are.
+  unless it already is; with one, every prompt becomes a role list. Under the
+  format `raw` strings stay as they are.
 
   Args:
     source: see `sources.read`; columns as in COLUMNS.
@@ -213,13 +213,12 @@ def question_of(
       return system + text, ()
     if form.name == "human_assistant":
       return system + wrap(text), ()
-    if text.startswith(form.opens):
-      if system:
-        raise BadRow(
-          f"is in the chat template's own words in {column}, so no system text "
-          "can be put before it"
-        )
-      return text, ()
+    # Reward models and functions would not find the question in it.
+    if templates.HUMAN not in text and text.startswith(form.opens):
+      raise BadRow(
+        f"is in the chat template's own words in {column}; write the bare "
+        "question or a role list"
+      )
     value = turns_of(text)
   first = first_turn(value, column, tokenizer)
   if system and first[0]["role"] != "system":

@@ -361,9 +361,10 @@ def _read_json(path: pathlib.Path) -> Iterator[Entry]:
   # the others the first line by itself is an object.
   head = data.lstrip(b"\xef\xbb\xbf \t\r\n")
   rows, problem = _parse(data)
-  columns = rows if isinstance(rows, dict) else {}
+  wrapper = rows if isinstance(rows, dict) else {}
   for name in WRAPPERS:
-    if isinstance(columns.get(name), list):
+    inner = wrapper.get(name)
+    if isinstance(inner, list) and all(isinstance(x, dict) for x in inner):
       raise UserError(
         f"{path} is one object whose rows are the list {name!r}; write that "
         "list alone into the file"

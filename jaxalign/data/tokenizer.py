@@ -91,13 +91,13 @@ class Tokenizer:
 
     Args:
       texts: first segments, and perhaps as many second ones.
-      max_length: tokens kept, with special ones added; None = all of the texts'
-        own.
+      max_length: tokens kept, among them the special ones that are added; None
+        = all, without special ones.
     """
     if not texts[0]:
       return []
     cuts = max_length is not None
-    with self._unknown_told(*texts):
+    with self._refusing_unknown(*texts):
       if not self.inner.is_fast:
         found = self.inner(
           *texts,
@@ -131,7 +131,7 @@ class Tokenizer:
       return [(row.ids, row.type_ids) for row in found]
 
   @contextlib.contextmanager
-  def _unknown_told(self, *texts: list[str]) -> Iterator[None]:
+  def _refusing_unknown(self, *texts: list[str]) -> Iterator[None]:
     """Has a character that the body finds unknown be a UserError."""
     try:
       yield
@@ -182,7 +182,7 @@ class Tokenizer:
     """
     if not self.inner.is_fast:
       return self.encode(text), []
-    with self._unknown_told([text]):
+    with self._refusing_unknown([text]):
       found = self.inner(
         text,
         add_special_tokens=False,

@@ -33,7 +33,7 @@ from jaxalign.models.layers import (
 )
 from jaxalign.parallel.mesh import SHORT_ROWS, constrain, scatter_tokens
 
-BLOCK = 128  # rows whose distances are multiplied together
+BLOCK = 128  # rows of attention that are compared with positions at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -255,21 +255,21 @@ class DebertaBlock(nnx.Module):
 
 
 def _by_distance(
-  x: Float[Array, "B R N H"], rows: Float[Array, "C N H"], columns: int
+  x: Float[Array, "B R N H"], positions: Float[Array, "C N H"], columns: int
 ) -> Float[Array, "N B R T"]:
   """Products with the position that each column has, seen from each row.
 
   Args:
     x: queries, or keys.
-    rows: a position for each distance; those of row r, from its first column
-      to its last, begin at R - 1 - r.
-    columns: T; R + T distances.
+    positions: one for each of C = R + T distances; those of row r, from its
+      first column to its last, begin at R - 1 - r.
+    columns: T.
   """
   count, parts = x.shape[1], []
-  # Some rows at a time, as these share most of their distances.
+  # b rows see b + T of the R + T distances; `shear` throws the others away.
   for start in range(0, count, BLOCK):
     end = min(start + BLOCK, count)
-    near = rows[count - end : count - start + columns]
+    near = positions[count - end : count - start + columns]
     products = _product("binh,cnh->nbic", x[:, start:end], near)
     parts.append(shear(products, columns))
   return jnp.concatenate(parts, axis=2)

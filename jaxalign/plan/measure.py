@@ -508,8 +508,11 @@ def shape_count(program: Program, spec: RunSpec[TrainingConfig]) -> int:
     section = config.sampling if sampling else config.scoring
     widths, own = section.length_buckets, program.arguments[1].shape[-1]
   found = 1 + sum(width < own for width in widths)
-  # Scorers have calls of fewer rows for the last texts of a length.
-  return 2 * found if program.name.startswith("score") else found
+  # Scorers have calls of fewer rows for the last texts of a length, and on
+  # several devices for a few texts.
+  if program.name.startswith("score"):
+    found *= 3 if meshes.row_count(spec.mesh) > 1 else 2
+  return found
 
 
 def narrower_updates(spec: RunSpec[TrainingConfig]) -> list[Program]:

@@ -44,7 +44,8 @@ def batches(
     lengths: padded lengths, increasing.
     tokens: padded tokens per call and part, at most; a row is always read.
     rows: rows per call and part, at most.
-    parts: that the rows of every call are split into (a mesh's row axes).
+    parts: devices that split the rows of a call between them (a mesh's row
+      axes).
   """
   # Grouping by padded length.
   found = {length: [] for length in lengths}
@@ -55,10 +56,13 @@ def batches(
   # Cutting each group into calls.
   calls = []
   for length, members in found.items():
-    # Whatever the number of devices, each has as much as one alone would: a
-    # call moves the parameters to all of them.
+    # However many devices there are, each has as much as one alone would:
+    # where parameters are split, every call gathers them.
     full = parts * row_count(length, tokens, rows)
     tail = max(full // TAIL // parts, 1) * parts
+    # A few texts would be lost among the filler of many devices.
+    if parts > 1 and len(members) <= 2 * parts:
+      tail = parts
     while members:
       # Small calls, unless they would add up to the rows of a full one.
       size = full if -(-len(members) // tail) * tail >= full else tail

@@ -50,9 +50,11 @@ class Scorer:
     max_length: tokens of a text that are read, at most those that the model was
       trained on and its context; the rest is cut off, on the right unless the
       tokenizer says otherwise.
-    lengths: padded lengths, increasing; each costs at most two compilations.
-    tokens: padded tokens per call and device, at most.
-    rows: rows per call and device, at most.
+    lengths: padded lengths, increasing; each costs at most two compilations,
+      three on several devices.
+    tokens: padded tokens per call, at most, on each device that has rows of its
+      own.
+    rows: rows per call, at most, on each of them.
     mesh: the rows of a call are sharded over its row axes; None = one device.
   """
 

@@ -83,8 +83,9 @@ def account(
     elif short:
       remedies.append("raise config.max_length")
     left_out = ", ".join(f"{number} {name}" for name, number in why if number)
+    tokens = f", in {length} tokens" if short else ""
     raise UserError(
-      f"{source}: no row is left of {count} ({left_out}, in {length} tokens); "
+      f"{source}: no row is left of {count} ({left_out}{tokens}); "
       + " and ".join(remedies)
     )
   rows = dataclasses.replace(found, rows=found.rows[:left], dropped=reasons)

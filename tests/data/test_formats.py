@@ -55,8 +55,11 @@ def test_prompt_repeated_inside_the_lists(write, prompt):
 def test_prompt_repeated_inside_a_completion(write):
   path = write([{"prompt": [USER], "completion": [USER, said("a")]}])
   for every_turn in (False, True):
-    (row,) = formats.load_completions(path, every_turn=every_turn).rows
-    assert (row.prompt, row.completion) == (HEAD, " a")
+    for system in ("", "s"):
+      (row,) = formats.load_completions(
+        path, every_turn=every_turn, system=system
+      ).rows
+      assert (row.prompt, row.completion) == (system + HEAD, " a")
 
 
 @pytest.mark.parametrize("own", [True, False])
@@ -652,7 +655,7 @@ def test_tools_weights_and_first_words(write, make_tiny, messages, said_by_it):
   (made,) = every_turn(write, {"messages": messages}, tokenizer).rows
   assert trained(made)[1] == said_by_it
   # A completion that is a list has turns; the prompt's are not learned again.
-  both = {"prompt": [USER, said("x"), ASK], "completion": messages}
+  both = {"prompt": [USER, said("x")], "completion": messages}
   (made,) = every_turn(write, both, tokenizer).rows
   assert trained(made)[1] == said_by_it
 

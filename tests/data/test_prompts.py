@@ -46,11 +46,10 @@ def test_role_lists_follow_the_chat_template(write, tiny_chat):
   path = write([{"prompt": [{"role": "user", "content": "a"}]}])
   found = prompts.load_prompts(path, tokenizer=tiny_chat)
   assert texts(found) == ["[user]a</s>[assistant]"]
-  # What the template has written is not written again.
+  # What the template has written would be written again.
   path = write([{"prompt": "[user]a</s>[assistant]"}])
-  assert texts(prompts.load_prompts(path, tokenizer=tiny_chat)) == texts(found)
-  with pytest.raises(UserError, match="no system text can be put before"):
-    prompts.load_prompts(path, tokenizer=tiny_chat, system="Be kind.")
+  with pytest.raises(UserError, match="template's own words in prompt; write"):
+    prompts.load_prompts(path, tokenizer=tiny_chat)
 
 
 def test_shuffle_is_pythons_with_the_papers_seed(write):

@@ -70,18 +70,24 @@ ODD = [
 
 
 @pytest.mark.parametrize("name", ["neox", "deberta", "llama"])
-def test_ids_and_types_are_those_of_transformers(real, name):
+def test_ids_and_types_are_those_of_transformers(real, name, monkeypatch):
   """Those that a template has put special tokens into, too; cut and whole."""
   tokenizer = real[name]
   wanted = tokenizer.inner(ODD, add_special_tokens=False)["input_ids"]
   assert tokenizer.encode_batch(ODD) == wanted
   for side, limit in (("right", 9), ("left", 9), ("right", 999)):
-    tokenizer.inner.truncation_side = side
+    monkeypatch.setattr(tokenizer.inner, "truncation_side", side)
     cut = {"truncation": True, "max_length": limit}
     wanted = tokenizer.inner(ODD, ODD[::-1], return_token_type_ids=True, **cut)
     found = tokenizer._encode([ODD, ODD[::-1]], limit)
     assert [ids for ids, _ in found] == wanted["input_ids"]
     assert [types for _, types in found] == wanted["token_type_ids"]
+    found = [ids for ids, _ in tokenizer._encode([ODD], limit)]
+    assert found == tokenizer.inner(ODD, **cut)["input_ids"]
+  # No cut is left behind.
+  wanted = tokenizer.inner(ODD, add_special_tokens=False)["input_ids"]
+  tokenizer._encode([ODD], 9)
+  assert tokenizer.encode_batch(ODD) == wanted
 
 
 def encode_reward(tokenizer, prompt, completion, *rest, **options):

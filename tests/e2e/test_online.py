@@ -21,7 +21,7 @@ PPO = {
   "shaping.scaling": "running",
 }
 VARIANTS = {
-  "separate": ("ppo.py", PPO | {"value_model": "separate"}),
+  "shared": ("ppo.py", PPO),
   "rloo": (
     "ppo.py",
     PPO

@@ -100,7 +100,7 @@ def test_killed_and_resumed_is_bit_identical(tmp_path):
     env=os.environ | {"JAX_PLATFORMS": "cpu"},
     capture_output=True,
     text=True,
-    check=True,
+    check=False,
     timeout=600,
   )
   killed = -signal.SIGKILL
