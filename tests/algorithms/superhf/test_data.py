@@ -18,7 +18,11 @@ PROMPT = "\n\nHuman: a\n\nAssistant:"
 
 
 def letters(texts, **_):
-  return {"input_ids": [[ord(letter) for letter in text] for text in texts]}
+  ids = [[ord(letter) for letter in text] for text in texts]
+  return {"input_ids": ids, "token_type_ids": ids}
+
+
+letters.is_fast = False
 
 
 TOKENIZER = Tokenizer(
