@@ -359,7 +359,11 @@ def _read_json(path: pathlib.Path) -> Iterator[Entry]:
     data = file.read()
   # Many files named .json hold one object per line. A list begins with [; of
   # the others the first line by itself is an object.
-  head = data.lstrip(b"\xef\xbb\xbf \t\r\n")
+  first, _, rest = data.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
+  by_line = first[:1] != b"[" and not _parse_line(first)[1]
+  if by_line and rest and not rest.isspace():
+    yield from _read_lines(path)
+    return
   rows, problem = _parse(data)
   wrapper = rows if isinstance(rows, dict) else {}
   for name in WRAPPERS:
@@ -369,7 +373,7 @@ def _read_json(path: pathlib.Path) -> Iterator[Entry]:
         f"{path} is one object whose rows are the list {name!r}; write that "
         "list alone into the file"
       )
-  if head[:1] != b"[" and not _parse_line(head.partition(b"\n")[0])[1]:
+  if by_line:  # of one line
     yield from _read_lines(path)
     return
   # Otherwise the whole file is one list.

@@ -3,7 +3,6 @@
 import ctypes
 import functools
 import sys
-from collections.abc import Callable
 
 # By default XLA copies a donated array that is read twice before writing to it;
 # an optimizer's averages are such arrays.
@@ -24,10 +23,10 @@ def keep_freed_memory() -> None:
   tenth of a small model's step. Nothing happens where the C library is another
   one.
   """
-  mallopt = _of_glibc("mallopt")
-  if mallopt is not None:
-    mallopt(_MMAP_MAX, 0)
-    mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+  libc = _glibc()
+  if libc is not None:
+    libc.mallopt(_MMAP_MAX, 0)
+    libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 @functools.cache  # once in a process
@@ -37,19 +36,21 @@ def trim_after_compiling() -> None:
   It lies in pieces into which no array fits, so keeping it serves no step.
   Nothing happens where the C library is not glibc.
   """
+  libc = _glibc()
+  if libc is None:
+    return
   import jax  # late: commands import this file before they check their input
 
-  malloc_trim = _of_glibc("malloc_trim")
-
   def trim(event: str, duration_secs: float, **_: str | int) -> None:
-    if event == _COMPILED and duration_secs > _LONG and malloc_trim is not None:
-      malloc_trim(0)
+    if event == _COMPILED and duration_secs > _LONG:
+      libc.malloc_trim(0)
 
   jax.monitoring.register_event_duration_secs_listener(trim)
 
 
-def _of_glibc(name: str) -> Callable[..., int] | None:
-  """A function of the C library; None where it is not glibc's."""
+def _glibc() -> ctypes.CDLL | None:
+  """The C library, where it is glibc."""
   if not sys.platform.startswith("linux"):
     return None
-  return getattr(ctypes.CDLL(None), name, None)
+  libc = ctypes.CDLL(None)
+  return libc if hasattr(libc, "malloc_trim") else None

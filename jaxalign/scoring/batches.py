@@ -58,8 +58,8 @@ def batches(
   for length, members in found.items():
     # However many devices there are, each has as much as one alone would:
     # where parameters are split, every call gathers them.
-    full = parts * row_count(length, tokens, rows)
-    tail = max(full // TAIL // parts, 1) * parts
+    each = row_count(length, tokens, rows)
+    full, tail = parts * each, parts * max(each // TAIL, 1)
     # A few texts would be lost among the filler of many devices.
     if parts > 1 and len(members) <= 2 * parts:
       tail = parts

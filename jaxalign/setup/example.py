@@ -38,7 +38,7 @@ def example_of(
   # Plain strings are joined as they are, whatever the format is.
   if isinstance(first, Encoded) and name != "raw":
     prompt = first.ids[: first.prompt_length] or first.ids
-    # Of a dialogue that begins with the assistant, whose prompt is a header.
+    # All of it: a dialogue may begin with the assistant.
     text = tokenizer.inner.decode(list(first.ids))
     if not (
       any(turn.strip() in text for turn in form.turns)

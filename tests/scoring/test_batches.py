@@ -58,8 +58,7 @@ def test_every_text_once_in_few_shapes(lengths, tokens, rows, parts):
     for row, index in enumerate(call.indices):
       ids = call.tokens[row][call.mask[row]]
       np.testing.assert_array_equal(ids, texts[index][0])
-  shapes = 2 if parts == 1 else 3  # of each length
-  assert len({call.tokens.shape for call in calls}) <= 3 * shapes
+  assert len({call.tokens.shape for call in calls}) <= 6
 
 
 def test_padding_is_a_small_share_of_a_large_batch():

@@ -1,4 +1,4 @@
-"""PPO's loop with the real sampler: it learns, it warns, it resumes."""
+"""PPO's loop with the real sampler: it learns and it warns."""
 
 import logging
 
