@@ -191,7 +191,7 @@ def _read(path: pathlib.Path) -> dict[str, dict]:
   if not path.exists():
     return {}
   found = {}
-  whole, _, _ = path.read_text().rpartition("\n")
+  whole, _, _ = path.read_bytes().rpartition(b"\n")
   for number, line in enumerate(whole.splitlines(), 1):
     try:
       row = json.loads(line)
