@@ -212,15 +212,20 @@ class Tokenizer:
 
   def decode(self, ids: Iterable[SupportsIndex]) -> str:
     """The text of ids without special tokens; spaces stay as they are."""
-    return self.inner.decode(
-      [int(i) for i in ids],
-      skip_special_tokens=True,
-      clean_up_tokenization_spaces=False,
-    )
+    return self.decode_batch([ids])[0]
 
   def decode_batch(self, rows: Iterable[Iterable[SupportsIndex]]) -> list[str]:
     """The text of each row of ids."""
-    return [self.decode(ids) for ids in rows]
+    rows = [[int(i) for i in ids] for ids in rows]
+    if self.inner.is_fast:  # what transformers does, a call for all rows
+      backend = self.inner.backend_tokenizer
+      return backend.decode_batch(rows, skip_special_tokens=True)
+    return [
+      self.inner.decode(
+        ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+      )
+      for ids in rows
+    ]
 
   @property
   def has_chat_template(self) -> bool:

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import tokenizers
 import transformers
@@ -84,6 +85,11 @@ def test_ids_and_types_are_those_of_transformers(real, name, monkeypatch):
     assert [types for _, types in found] == wanted["token_type_ids"]
     found = [ids for ids, _ in tokenizer._encode([ODD], limit)]
     assert found == tokenizer.inner(ODD, **cut)["input_ids"]
+  # Back again, from the middle of a character too.
+  rows = [ids[i:] for ids in wanted["input_ids"] for i in range(3)]
+  how = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+  texts = [tokenizer.inner.decode(ids, **how) for ids in rows]
+  assert tokenizer.decode_batch(map(np.array, rows)) == texts
   # No cut is left behind.
   wanted = tokenizer.inner(ODD, add_special_tokens=False)["input_ids"]
   tokenizer._encode([ODD], 9)

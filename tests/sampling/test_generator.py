@@ -17,8 +17,9 @@ from jaxalign.text import templates
 class Bytes(Tokenizer):
   """A tokenizer of bytes; parts of a character decode to U+FFFD."""
 
-  def decode(self, ids):
-    return bytes(int(i) for i in ids).decode("utf-8", errors="replace")
+  def decode_batch(self, rows):
+    texts = (bytes(int(i) for i in ids) for ids in rows)
+    return [text.decode("utf-8", errors="replace") for text in texts]
 
   def encode_batch(self, texts):
     return [list(text.encode()) for text in texts]
@@ -145,9 +146,9 @@ def test_whole_tokens_say_exactly_the_text():
 class Words(Tokenizer):
   """Tokens of one letter, and some of several; 1 ends a text."""
 
-  def decode(self, ids):
+  def decode_batch(self, rows):
     long = {1: "", 2: "end.\n\n", 3: "\n\nHuman:", 4: "no-go"}
-    return "".join(long.get(int(i), chr(int(i))) for i in ids)
+    return ["".join(long.get(int(i), chr(int(i))) for i in ids) for ids in rows]
 
   def encode_batch(self, texts):
     return [list(text.encode()) for text in texts]
