@@ -6,6 +6,7 @@ Fields of a config stay text here: `algorithms.read_config` knows their types.
 import argparse
 import difflib
 import functools
+import glob
 import importlib.metadata
 import importlib.util
 import inspect
@@ -183,24 +184,45 @@ def take_fields(
   return others, fields
 
 
-# As JAX itself looks for a GPU of NVIDIA.
-GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+# Where Linux shows GPUs of NVIDIA and AMD, and TPUs.
+ACCELERATORS = (
+  "/dev/nvidia0",
+  "/dev/nvidiactl",
+  "/dev/dxg",
+  "/dev/kfd",
+  "/dev/accel*",
+  "/dev/vfio/[0-9]*",
+)
+# Of the extras plan-tpu and plan-gpu; and what brings CUDA itself.
+COMPILERS = ("libtpu", "jax_plugins.xla_cuda13")
+CUDA = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 @functools.cache  # once a process
-def quiet_gpu_compiler() -> None:
-  """Drops what the extra plan-gpu, a compiler alone, says at every start.
+def pass_over_compilers() -> None:
+  """Has JAX use the CPU where the plan's compilers are all that it would find.
 
-  On a machine with a GPU it stays, unless `JAX_PLATFORMS` is cpu: it is then
-  why JAX does not find the GPU.
+  It asks both for an accelerator at every start, and they say at length that
+  there is none. With an accelerator, CUDA or a variable that speaks of either,
+  all stays as it is: what is said then is why JAX does not find the device.
   """
-  if os.environ.get("JAX_PLATFORMS") != "cpu" and any(
-    map(os.path.exists, GPU_FILES)
-  ):
-    return
-  logging.getLogger("jax_plugins.xla_cuda13").addFilter(
-    lambda record: record.msg != "cuda_plugin_extension is not found."
+  settled = "JAX_PLATFORMS" in os.environ or any(
+    name.startswith("TPU_") for name in os.environ
   )
+  alone = any(map(_installed, COMPILERS)) and not any(map(_installed, CUDA))
+  if not settled and alone and not any(map(glob.glob, ACCELERATORS)):
+    os.environ["JAX_PLATFORMS"] = "cpu"
+  if os.environ.get("JAX_PLATFORMS") == "cpu":
+    logging.getLogger("jax_plugins.xla_cuda13").addFilter(
+      lambda record: record.msg != "cuda_plugin_extension is not found."
+    )
+
+
+def _installed(module: str) -> bool:
+  try:
+    return importlib.util.find_spec(module) is not None
+  except ModuleNotFoundError:  # of the package that it is in
+    return False
 
 
 @runtime_checkable
@@ -227,7 +249,7 @@ def command(run: Callable[[Sequence[str]], int | None]) -> Command:
 
   @functools.wraps(run)
   def main(argv: Sequence[str] | None = None) -> int:
-    quiet_gpu_compiler()
+    pass_over_compilers()
     try:
       return run(sys.argv[1:] if argv is None else argv) or 0
     except BaseException as error:

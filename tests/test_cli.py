@@ -2,6 +2,7 @@
 
 import errno
 import logging
+import os
 import pathlib
 import subprocess
 import sys
@@ -199,19 +200,37 @@ def test_an_interrupted_command_skips_the_interpreters_end():
 
 
 @pytest.mark.parametrize(
-  ("gpu", "platforms", "shown"),
-  [(False, "", False), (True, "cpu", False), (True, "", True)],
+  ("changed", "platforms"),
+  [
+    ({}, "cpu"),  # compilers alone
+    ({"COMPILERS": ()}, None),
+    ({"CUDA": ("json",)}, None),
+    ({"ACCELERATORS": ("/dev/nul*",)}, None),
+    ({"TPU_NAME": "mine"}, None),
+    ({"JAX_PLATFORMS": "cuda"}, "cuda"),
+  ],
 )
-def test_a_compiler_without_cuda_is_no_news(
-  gpu, platforms, shown, monkeypatch, caplog, tmp_path
+def test_compilers_without_a_device_say_nothing(
+  changed, platforms, monkeypatch, caplog
 ):
-  """The extra plan-gpu; where there is a GPU to find, it is."""
-  monkeypatch.setattr(cli, "GPU_FILES", (tmp_path,) if gpu else ())
-  monkeypatch.setenv("JAX_PLATFORMS", platforms)
+  """The extras of the plan; where there may be a device, all is as it was."""
+  for name in [x for x in os.environ if x.startswith("TPU_")]:
+    monkeypatch.delenv(name)
+  monkeypatch.setenv("JAX_PLATFORMS", "")  # taken back at the end
+  monkeypatch.delenv("JAX_PLATFORMS")
+  for name, value in {
+    "ACCELERATORS": ("/dev/none*",),
+    "COMPILERS": ("json",),
+    "CUDA": ("jax_plugins.none",),
+  }.items():
+    monkeypatch.setattr(cli, name, changed.get(name, value))
+  for name in changed.keys() - {"ACCELERATORS", "COMPILERS", "CUDA"}:
+    monkeypatch.setenv(name, changed[name])
   logger = logging.getLogger("jax_plugins.xla_cuda13")
   monkeypatch.setattr(logger, "filters", [])
-  cli.quiet_gpu_compiler.__wrapped__()
+  cli.pass_over_compilers.__wrapped__()
+  assert os.environ.get("JAX_PLATFORMS") == platforms
   logger.warning("cuda_plugin_extension is not found.")
   logger.warning("CUDA is too old.")
-  assert ("cuda_plugin_extension is not found." in caplog.messages) == shown
+  assert (len(caplog.messages) == 1) == (platforms == "cpu")
   assert "CUDA is too old." in caplog.messages

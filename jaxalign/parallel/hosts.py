@@ -104,6 +104,12 @@ def _join(cluster: Cluster) -> None:
   config.update("jax_cpu_collectives_implementation", "gloo")
   # Its handler of SIGTERM would stand in the way of ours, and cannot be undone.
   config.update("jax_enable_preemption_service", False)
+  print(
+    f"process {cluster.process_id} of {cluster.num_processes} joins "
+    f"{cluster.coordinator} ({cluster.source}) and waits up to "
+    f"{START_SECONDS} s for the others",
+    file=sys.stderr,
+  )
   _check_address(cluster)
   _explain_aborts(cluster)
   try:

@@ -91,8 +91,8 @@ def make_mesh(
   )
   if min(sizes) < 1 or count > len(devices):
     raise UserError(
-      f"config.mesh: {wanted}, but {len(devices)} are there; lower one of "
-      "them, or set one to -1 to take what is left"
+      f"config.mesh: {wanted}, but JAX has {len(devices)}; lower one of them, "
+      "or set one to -1 to take what is left"
     )
   if len(processes) > 1 and count < len(devices):
     raise UserError(
