@@ -274,15 +274,17 @@ def cells(row):
   _, sent = of_step(row)
   mark = "*" if row["estimate"] else ""
   axes = [f"{name} {n}" for name, n in row["mesh"].items() if n > 1]
+  counted = all(p["seconds"]["memory"] for p in row["programs"])
+  more = "" if counted else "> "
   return [
     ", ".join(axes) or "-",
     gib(sum(row["resident_bytes"].values())),
     gib(row["peak_bytes"]) + mark,
     gib(row["memory_bytes"]),
     "yes" if row["fits"] else "**no**",
-    f"{sent / 1e9:.1f}",
-    f"{row['step_seconds']:.2f}",
-    f"{row['hours']:.2g}",
+    f"{more}{sent / 1e9:.1f}",
+    f"{more}{row['step_seconds']:.2f}",
+    f"{more}{row['hours']:.2g}",
     f"{longest['name']}, {longest['bound_by']}",
   ]
 
@@ -293,12 +295,9 @@ Written by `docs/generate_scale.py` with `python -m jaxalign.plan`; do not edit.
 [Planning a run](plan.md) explains the figures. Nothing here was run: memory is
 what XLA's compiler reserves, times are rooflines (arithmetic, memory and
 exchange at the data sheet's rates, all overlapped), which real runs miss by a
-factor of two to three. A star marks an estimate: the program was compiled for
-CPUs in the place of the target, with the same mesh{error}. CPUs compute
-bfloat16 in float32, so memory and its traffic come out up to twice too high.
-Rows with a star are older than the others: their mesh is `fsdp` alone (65B:
-`tensor=8`), not what `mesh=auto` chooses, scoring has a call for each row of a
-chip, and memory traffic is counted too high where layers are scanned.
+factor of two to three.{estimates} Where a program does not fit, its compiler
+stops and its arithmetic alone is counted, so what a step sends and takes is
+more (>) than what stands there.
 
 Prompts of 256 tokens, completions of the presets' length, texts to train on of
 `max_length`. From 8 chips on a step has one prompt a chip, 16 samples of each,
@@ -306,6 +305,12 @@ and trains on the best of each prompt, so that every chip has one row of an
 update; PPO has one completion a chip. On one card the rows are the preset's.
 
 """
+
+
+STAR = """ A star marks an estimate: the program was
+compiled for CPUs in the place of the target, with the same mesh{error}. CPUs
+compute bfloat16 in float32, so memory and its traffic come out up to twice too
+high."""
 
 
 def page(rows):
@@ -333,7 +338,13 @@ def page(rows):
       lines.append("| " + " | ".join([target, *cells(row)]) + " |")
     lines.append("")
   lines += [*weak_scaling(rows), *bounds(rows)]
-  return HEAD.format(error=estimate_error(rows)) + "\n".join(lines) + "\n"
+  estimated = any(
+    row.get("estimate")
+    for key, row in rows.items()
+    if not key.startswith("estimate")
+  )
+  star = STAR.format(error=estimate_error(rows)) if estimated else ""
+  return HEAD.format(estimates=star) + "\n".join(lines) + "\n"
 
 
 def weak_scaling(rows):
@@ -422,7 +433,8 @@ def bounds(rows):
     if key.startswith("estimate") or "error" in row:
       continue
     for program in row["programs"]:
-      if program["name"] in ("update", "learn"):
+      counted = program["seconds"]["memory"]  # not where it does not fit
+      if program["name"] in ("update", "learn") and counted:
         ms = [f"{1e3 * t:.1f}" for t in program["seconds"].values()]
         lines.append(f"| {key.replace(' |', ',')} | " + " | ".join(ms) + " |")
   return [*lines, ""]
