@@ -257,8 +257,10 @@ def test_wrong_starts_are_one_line(sft, start, tmp_path):
   for status, error in errors(begin(flags=[["--config.mesh.fsdp=2"]] * 2)):
     assert status == 2
     assert "= 2 devices, but a run on 2 hosts needs all 4" in error
-  ((status, error),) = errors(no_lead)
+  ((status, _, log),) = end(no_lead, 90)
+  error = error_of(log)
   assert status == 1
+  assert "process 1 of 2 joins 127.0.0.1" in log
   assert "cannot be reached within 5 s: [Errno 111]" in error
   ((status, error),) = errors(no_other)
   assert status == 1
