@@ -184,15 +184,9 @@ def take_fields(
   return others, fields
 
 
-# Where Linux shows GPUs of NVIDIA and AMD, and TPUs.
-ACCELERATORS = (
-  "/dev/nvidia0",
-  "/dev/nvidiactl",
-  "/dev/dxg",
-  "/dev/kfd",
-  "/dev/accel*",
-  "/dev/vfio/[0-9]*",
-)
+# As JAX itself looks for a GPU of NVIDIA; then AMD's GPUs, and TPUs.
+GPU_FILES = ("/dev/nvidia0", "/dev/nvidiactl", "/dev/dxg")
+OTHER_ACCELERATORS = ("/dev/kfd", "/dev/accel*", "/dev/vfio/[0-9]*")
 # Of the extras plan-tpu and plan-gpu; and what brings CUDA itself.
 COMPILERS = ("libtpu", "jax_plugins.xla_cuda13")
 CUDA = ("jax_cuda13_plugin", "jax_cuda12_plugin")
@@ -202,17 +196,23 @@ CUDA = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 def pass_over_compilers() -> None:
   """Has JAX use the CPU where the plan's compilers are all that it would find.
 
-  It asks both for an accelerator at every start, and they say at length that
-  there is none. With an accelerator, CUDA or a variable that speaks of either,
-  all stays as it is: what is said then is why JAX does not find the device.
+  JAX asks each of them for a device at every start, and they report at length
+  that there is none. If there is an accelerator, CUDA or a variable that names
+  either, nothing changes: those reports then say why JAX misses the device.
   """
-  settled = "JAX_PLATFORMS" in os.environ or any(
+  gpu = any(map(os.path.exists, GPU_FILES))
+  settled = os.environ.get("JAX_PLATFORMS") or any(
     name.startswith("TPU_") for name in os.environ
   )
-  alone = any(map(_installed, COMPILERS)) and not any(map(_installed, CUDA))
-  if not settled and alone and not any(map(glob.glob, ACCELERATORS)):
+  if (
+    not settled
+    and not gpu
+    and not any(map(glob.glob, OTHER_ACCELERATORS))
+    and any(map(_installed, COMPILERS))
+    and not any(map(_installed, CUDA))
+  ):
     os.environ["JAX_PLATFORMS"] = "cpu"
-  if os.environ.get("JAX_PLATFORMS") == "cpu":
+  if not gpu or os.environ.get("JAX_PLATFORMS") == "cpu":
     logging.getLogger("jax_plugins.xla_cuda13").addFilter(
       lambda record: record.msg != "cuda_plugin_extension is not found."
     )
