@@ -170,14 +170,14 @@ def check(target: Path, source: Path | None = None) -> str:
   if head in ("score_mean", "score_eos"):
     return f"not checked: transformers has no class with the head {head}"
 
-  # Random ids in rows of several lengths, and the same rows ending in eos, at
-  # which a score may be read.
+  # Random ids in rows of several lengths, each of which is a program to compile,
+  # and the same rows ending in eos, at which a score may be read.
   rng, size = np.random.default_rng(0), loaded.model.config.vocab_size
   rows = [rng.integers(min(3, size - 1), size, n) for n in (1, 7, 20, 32)]
   tokenizer = loaded.tokenizer
   eos = None if tokenizer is None else tokenizer.eos_id
   if eos is not None:
-    rows += [np.append(row, eos) for row in rows]
+    rows += [np.append(row[:-1], eos) for row in rows]
   ours = np.concatenate([_our_logits(loaded, row) for row in rows])
   theirs = _transformers_logits(target, rows, head == "lm")
   line = _compare(ours, theirs, f"{target} differs from transformers")

@@ -36,6 +36,10 @@ def pytest_collection_finish():
   gc.freeze()  # modules and tests stay until the end
 
 
+def pytest_sessionfinish():
+  gc.freeze()  # pytest collects five times as it ends
+
+
 # Annotations are checked at every call, a seventh of a run's time: in the tests
 # of each room and once a method, but not in the other tests of whole runs and
 # in comparisons with other packages.

@@ -135,7 +135,9 @@ class CachedRun(Run):
       *((model.config, model.lora) for model in models),
       jax.tree.structure(self.state),
     )
-    return Step(self, _programs.setdefault(key, jax.jit(update)))
+    # Where the state lies stays the same, or the next call would compile again.
+    program = jax.jit(update, out_shardings=(self.shardings, None))
+    return Step(self, _programs.setdefault(key, program))
 
 
 def run_of(config, model, params, reference=None, extra_state=None):
@@ -144,17 +146,20 @@ def run_of(config, model, params, reference=None, extra_state=None):
   optimizer, mesh = optimizer_of(config), meshes.make_mesh()
   ema = config.optimizer.ema
   state = optim.init_state(trained, optimizer, ema, extra_state)
+  shardings = meshes.shardings(state, mesh)
+  if reference:
+    reference = reference[0], meshes.put(reference[1], mesh)
   return CachedRun(
     config,
     model,
-    state,
-    frozen,
+    jax.device_put(state, shardings),
+    meshes.put(frozen, mesh),
     reference,
     mesh,
     Log(config),
     optimizer,
     schedule_of(config),
-    meshes.shardings(state, mesh),
+    shardings,
   )
 
 

@@ -160,6 +160,7 @@ def superhf(lab):
       "scoring.batch_size": 8,
       "scoring.encoding": "concat",
       "batch_size": 2,
+      "length_buckets": 64,  # one program for an update
       "kl_coefficient": 0.35,
       "optimizer.learning_rate": 0.01,
       "optimizer.warmup_steps": 1,
@@ -191,6 +192,7 @@ def online(lab):
       "scoring.length_buckets": 64,
       "scoring.batch_size": 8,
       "scoring.encoding": "concat",
+      "length_buckets": 64,
       "optimizer.learning_rate": 0.01,
       "optimizer.warmup_steps": 0,
       "checkpoint.every_steps": 1,
@@ -209,6 +211,7 @@ def supervised(lab):
   def command(config, workdir, **changes):
     fields = {
       "max_length": 96,
+      "length_buckets": 96,
       "optimizer.learning_rate": 0.01,
       "optimizer.warmup_steps": 0,
       "checkpoint.every_steps": 0,
@@ -231,9 +234,12 @@ def read():
 
 @pytest.fixture(scope="session")
 def finished(superhf, tmp_path_factory):
-  """The folder of one SuperHF run that went to its end, in this process."""
+  """The folder of one SuperHF run that went to its end, in this process.
+
+  Its updates have two widths, those of other runs have one.
+  """
   folder = tmp_path_factory.mktemp("finished") / "run"
-  assert main.main(superhf(folder)) == 0
+  assert main.main(superhf(folder, length_buckets="32,64")) == 0
   return folder
 
 
