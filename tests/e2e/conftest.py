@@ -295,7 +295,7 @@ class Fork:
     self.send_signal(signal.SIGKILL)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fork(tmp_path_factory):
   """(argv, env, first) -> `jaxalign.main` in a process; imports are done once.
 

@@ -1,44 +1,26 @@
-"""The same run on eight devices, which a process of its own pretends to have.
+"""The same run on one device and on eight, which a process pretends to have.
 
 How many devices there are is settled when jax starts, so it cannot be done in
 the process of the other tests.
 """
 
 import collections
-import json
 import os
-import subprocess
-import sys
 
 import pytest
 
+from jaxalign import main
 from jaxalign.training import reference_cache
 
-RUN = """
-import json
-import logging
-import pathlib
-import sys
-import jax
-from jaxalign import main
+# What jax says as it compiles, in the run's folder.
+LISTEN = """
+import jax, logging
 assert len(jax.devices()) == 8
-compiled = []
-
-class Listener(logging.Handler):
-  def emit(self, record):
-    compiled.append(record.getMessage())
-
+handler = logging.FileHandler({file!r})
 logger = logging.getLogger("jax._src.interpreters.pxla")
-logger.addHandler(Listener())
+logger.addHandler(handler)
 logger.propagate = False
 jax.config.update("jax_log_compiles", True)
-for command in json.loads(sys.argv[1]):
-  compiled.clear()
-  assert main.main(command) == 0, command
-  (folder,) = (x for x in command if x.startswith("--workdir="))
-  lines = [x for x in compiled if x.startswith("Compiling ")]
-  path = pathlib.Path(folder.removeprefix("--workdir=")) / "compiled.txt"
-  path.write_text("\\n".join(lines))
 """
 # The functions of a run that take time to compile, and how many models have
 # each: two reward models are alike here.
@@ -57,10 +39,10 @@ MANY = {"superhf": "1,2,2,2", "kto": "2,2,1,2"}
 
 
 @pytest.fixture(scope="module")
-def runs(superhf, supervised, lab, tmp_path_factory):
-  """The folder of runs of SuperHF and KTO, in one process.
+def runs(fork, superhf, supervised, lab, tmp_path_factory):
+  """The folder of runs of SuperHF and KTO: one for each method and mesh.
 
-  It has a folder for each method, and in it one for each mesh.
+  Those of one device are this process's, the others have one each.
   """
   folder = tmp_path_factory.mktemp("meshes")
 
@@ -96,22 +78,21 @@ def runs(superhf, supervised, lab, tmp_path_factory):
       **of_mesh(sizes),
     )
 
-  commands = [superhf_on(sizes) for sizes in (ONE, MANY["superhf"])]
-  commands += [kto_on(sizes) for sizes in (ONE, MANY["kto"])]
   flags = os.environ.get("XLA_FLAGS", "")
-  env = os.environ | {
-    "JAX_PLATFORMS": "cpu",
-    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count=8 {PATIENCE}",
-  }
-  done = subprocess.run(
-    [sys.executable, "-c", RUN, json.dumps(commands)],
-    env=env,
-    capture_output=True,
-    text=True,
-    check=False,
-    timeout=1200,
-  )
-  assert done.returncode == 0, done.stderr
+  flags += f" --xla_force_host_platform_device_count=8 {PATIENCE}"
+  running = [
+    fork(
+      command(MANY[method]),
+      {"XLA_FLAGS": flags},
+      LISTEN.format(file=str(folder / f"{method}.txt")),
+    )
+    for method, command in (("superhf", superhf_on), ("kto", kto_on))
+  ]
+  for command in (superhf_on, kto_on):
+    assert main.main(command(ONE)) == 0
+  for process in running:
+    _, errors = process.communicate(timeout=1200)
+    assert process.returncode == 0, errors
   return folder
 
 
@@ -132,12 +113,13 @@ def test_metrics_do_not_depend_on_the_mesh(runs, method, steps, read):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [ONE, MANY["superhf"]])
-def test_a_program_compiles_once_for_its_shapes(runs, sizes):
-  """What jax says as it compiles: a function's name, and all its shapes."""
-  lines = (runs / "superhf" / sizes / "compiled.txt").read_text().splitlines()
+def test_a_program_compiles_once_for_its_shapes(runs):
+  """Jax says a function's name, and all its shapes; see test_steps, too."""
+  lines = (runs / "superhf.txt").read_text().splitlines()
   count = collections.Counter(
-    line.partition(" Argument mapping")[0] for line in lines
+    line.partition(" Argument mapping")[0]
+    for line in lines
+    if line.startswith("Compiling ")
   )
   for name, models in PROGRAMS.items():
     times = [n for line, n in count.items() if f"jit({name})" in line]

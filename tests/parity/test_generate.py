@@ -94,7 +94,13 @@ def pair(request, tmp_path_factory):
   return load(MODELS[request.param], path)
 
 
-@pytest.mark.parametrize(("ours", "theirs"), SETTINGS)
+# Settings know no architecture, so one has them all.
+@pytest.mark.parametrize(
+  ("pair", "ours", "theirs"),
+  [("neox", *each) for each in SETTINGS]
+  + [(name, {}, {}) for name in MODELS if name != "neox"],
+  indirect=["pair"],
+)
 def test_greedy_tokens_are_equal(pair, ours, theirs):
   sampler, params, model = pair
   drawn = settings.make(temperature=0, max_new_tokens=NEW, **ours)

@@ -190,7 +190,7 @@ def test_values_of_settings_never_compile_again(model, params):
     {**PAPER, "temperature": 2, "repetition_penalty": 0.5, "pad_id": 9},
   ]
   for number, chosen in enumerate(changed):
-    drawn = settings.make(max_new_tokens=5 + number % 3, **chosen)
+    drawn = settings.make(max_new_tokens=9 + number % 3, **chosen)
     for prompts in (PROMPTS, [[1] * 8] * 4):
       key = jax.random.fold_in(KEY, number)
       sampler(params, prompts, drawn, key, samples_per_prompt=2)
@@ -253,7 +253,7 @@ def test_scanned_layers_draw_the_same(model, params, sampler, monkeypatch):
     unrolled.model_logps, scanned.model_logps, atol=1e-5
   )
   streamed = list(deep.stream(params, PROMPTS[0], drawn, KEY))
-  whole = deep(params, PROMPTS[:1], drawn, KEY)
+  whole = sampler(params, PROMPTS[:1], drawn, KEY)
   assert streamed == whole.tokens[0, : whole.lengths[0]].tolist()
 
 
@@ -318,8 +318,8 @@ def test_a_stop_sequence_does_not_begin_in_the_prompt(sampler, params):
   assert out.lengths.tolist() == [16]
 
 
-def test_the_loop_ends_with_the_last_row(model, params, monkeypatch):
-  line = greedy(Sampler(model), params, PROMPTS[0]).tokens[0].tolist()
+def test_the_loop_ends_with_the_last_row(model, params, sampler, monkeypatch):
+  line = greedy(sampler, params, PROMPTS[0]).tokens[0].tolist()
   at = next(i for i in range(2, 16) if line[i] not in line[:i])
   calls = []
 
@@ -355,10 +355,14 @@ def test_bfloat16_runs_close_to_float32(model, params, sampler):
   half = Sampler(
     model.replace(dtype="bfloat16"), (8, 16), new_token_buckets=(8, 16)
   )
-  drawn = settings.make(max_new_tokens=1)
-  a = sampler(params, PROMPTS, drawn, KEY)
-  b = half(params, PROMPTS, drawn, KEY)
+  drawn = settings.make(max_new_tokens=12, **PAPER)
+  a, b = (
+    drawer(params, PROMPTS, drawn, KEY, samples_per_prompt=2)
+    for drawer in (sampler, half)
+  )
   assert b.model_logps.dtype == np.float32
-  same = a.tokens == b.tokens
+  # The first tokens, after which texts may part.
+  same = a.tokens[:, 0] == b.tokens[:, 0]
   assert same.any()
-  np.testing.assert_allclose(a.model_logps[same], b.model_logps[same], atol=0.2)
+  first = (out.model_logps[same, 0] for out in (a, b))
+  np.testing.assert_allclose(*first, atol=0.2)
