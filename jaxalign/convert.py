@@ -170,8 +170,8 @@ def check(target: Path, source: Path | None = None) -> str:
   if head in ("score_mean", "score_eos"):
     return f"not checked: transformers has no class with the head {head}"
 
-  # Random ids in rows of several lengths, each of which is a program to compile,
-  # and the same rows ending in eos, at which a score may be read.
+  # Random ids in rows of several lengths, each of which compiles a program, and
+  # the same rows ending in eos, at which a score may be read.
   rng, size = np.random.default_rng(0), loaded.model.config.vocab_size
   rows = [rng.integers(min(3, size - 1), size, n) for n in (1, 7, 20, 32)]
   tokenizer = loaded.tokenizer

@@ -327,8 +327,9 @@ def _generation(
     return ()
   if not spec.config.mesh.gather_for_generation:
     return (
-      f"while it samples, layers stay split over {parts} chips, and each is "
-      "gathered at each token (mesh.gather_for_generation)",
+      f"while it samples, layers stay split over {parts} chips and are "
+      "gathered at each token, behind what arithmetic there is "
+      "(mesh.gather_for_generation)",
     )
   most = max(measured, key=lambda program: program.peak)
   if most.peak <= memory or not most.name.startswith("sample"):

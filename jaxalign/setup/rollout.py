@@ -96,6 +96,13 @@ class RolloutSpec:
     """
     config, sampling = self.config, self.config.sampling
     mesh = self.mesh if self.mesh.size > 1 else None
+    parts = self.mesh.shape["fsdp"] * self.mesh.shape["sequence"]
+    gather = config.mesh.gather_for_generation or parts == 1
+    if not gather:
+      print(
+        f"sampling: layers stay split over {parts} devices and are gathered at "
+        "each token, behind what arithmetic there is"
+      )
     # Prompts have a program for each bucket, completions have one length.
     sampler = Sampler(
       self.model,
@@ -103,7 +110,7 @@ class RolloutSpec:
       new_token_buckets=(sampling.max_new_tokens,),
       mesh=mesh,
       compact=sampling.compact and mesh is None,
-      gather=config.mesh.gather_for_generation,
+      gather=gather,
     )
     heldout = None
     if self.heldout_reward_models:

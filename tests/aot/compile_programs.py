@@ -13,15 +13,16 @@ import sys
 import time
 
 from jaxalign import algorithms
-from jaxalign.plan import targets
+from jaxalign.plan import hlo, targets
 from jaxalign.setup.models import LAB
 
+LAYERS = 2
 POLICY = {
   "policy": "init",
   "init": {
     "tokenizer": str(LAB / "policy"),
     "hidden_size": 64,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": LAYERS,
     "num_attention_heads": 4,
     "max_position_embeddings": 128,
   },
@@ -73,6 +74,10 @@ CASES = {
       "compact": True,  # on one device
     },
   },
+  # Layers that are gathered at each token, while others are multiplied.
+  "superhf, split layers": {
+    "mesh": {"fsdp": -1, "gather_for_generation": False}
+  },
   "ppo": ONLINE
   | {
     "rollout": {"prompts": 8, "samples_per_prompt": 4},
@@ -102,6 +107,22 @@ CASES = {
 }
 
 
+def gathers_at_a_token(text):
+  """How many a layer's parameters have, without arithmetic beside and with it.
+
+  A loop over layers runs `LAYERS` times for the prompts, and as often for each
+  token. A TPU's program begins a gather that goes on beside others' arithmetic
+  with a fusion of that name.
+  """
+  found = {"waited": 0, "overlapped": 0}
+  for line, _, times in hlo.parse(text, trips=1).runs():
+    if times > LAYERS:
+      gather = line.opcode == "all-gather"
+      found["waited"] += gather and line.type.startswith("bf16")
+      found["overlapped"] += line.name.startswith("async-collective-start")
+  return found
+
+
 def main(name, *chosen):
   target = targets.find(name)
   targets.prepare([target])
@@ -122,6 +143,8 @@ def main(name, *chosen):
       # Methods share programs.
       if text not in known:
         known[text] = lowered.compile(target.compiler_options)
+      if program.name == "sample":
+        row["gathers_at_a_token"] = gathers_at_a_token(known[text].as_text())
       memory = known[text].memory_analysis()
       row["temporary_bytes"] = memory.temp_size_in_bytes
       row["seconds"] = round(time.perf_counter() - began, 2)

@@ -25,6 +25,9 @@ COMPACT = [
   for name in ("sample: begin", "sample: unstack", "sample: fewer rows")
 ]
 PAIRS = ["update", "update, shared prompts", "evaluate: loss"]
+# Of a layer's four matrices two are gathered while others are multiplied, or
+# more where a token's arithmetic takes longer; else none is gathered there.
+SPLIT = "superhf, split layers"
 PROGRAMS = {
   "superhf": [
     *ONLINE,
@@ -33,6 +36,12 @@ PROGRAMS = {
     "update",
   ],
   "superhf, adapters": [*ONLINE, "update"],
+  SPLIT: [
+    *ONLINE,
+    "score test_reward_model",
+    "evaluate: score test_reward_model",
+    "update",
+  ],
   "ppo": [*ONLINE, "learn"],
   "ppo, shared values": [*ONLINE, "learn"],
   "online_dpo": [*ONLINE, *PAIRS[:2]],
@@ -79,6 +88,13 @@ def test_every_program_compiles(target):
       assert row["dtype"] == asked, row
       if row["case"] in KERNELS and row["program"] == "update":
         assert row["kernels"] == [KERNELS[row["case"]][target]], row
+      if row["program"] == "sample":
+        gathers = row["gathers_at_a_token"]
+        if row["case"] == SPLIT and target == "v5litepod-4":
+          assert gathers["overlapped"] >= 2, row
+          assert gathers["waited"] <= 2, row
+        else:
+          assert gathers == {"waited": 0, "overlapped": 0}, row
       done.setdefault(row["case"], []).append(row["program"])
   wanted = dict(PROGRAMS)
   if target == "a6000":  # rows move on one device alone
