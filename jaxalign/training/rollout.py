@@ -1,7 +1,8 @@
 """A step's completions: drawn, scored, and what is reported about them."""
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+from collections.abc import Mapping, Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +15,7 @@ from jaxalign.data.rows import PromptRow
 from jaxalign.errors import StepError
 from jaxalign.sampling.generator import Generator
 from jaxalign.scoring.reward_model import RewardModel
+from jaxalign.scoring.scorer import Started
 from jaxalign.text import similarity
 from jaxalign.training.recorder import Rows, due
 from jaxalign.training.run import Run
@@ -22,12 +24,30 @@ C = TypeVar("C", bound=OnlineConfig)
 
 
 @dataclasses.dataclass(frozen=True)
+class Heldout:
+  """Held-out rewards, which the devices may still be at.
+
+  Nothing is trained on them, so the host reads them when it reports.
+  """
+
+  reward: RewardModel
+  prompts: Sequence[PromptRow]  # of each completion
+  texts: Sequence[str]
+  started: Sequence[Started | None]  # see `RewardModel.start`
+
+  @functools.cached_property
+  def scores(self) -> Float[np.ndarray, " B"]:
+    """Waits for them; `UserError` as `RewardModel` says."""
+    return np.asarray(self.reward(self.prompts, self.texts, self.started))
+
+
+@dataclasses.dataclass(frozen=True)
 class Rollout:
   """A step's completions with their scores."""
 
   completions: Completions
   scores: Float[np.ndarray, "P S"]  # less the length penalty; -inf = unusable
-  heldout_scores: Float[np.ndarray, " B"] | None  # None = not measured
+  heldout: Heldout | None  # None = not measured
   # Of each of several train rewards, not weighed; {} where there is one.
   rewards: Mapping[str, Float[np.ndarray, " B"]] = dataclasses.field(
     default_factory=dict
@@ -64,11 +84,6 @@ class Rollout:
       if len(counted):
         found[f"rewards/{name}/mean"] = counted.mean()
         found[f"rewards/{name}/std"] = counted.std()
-    if self.heldout_scores is not None:
-      heldout = np.where(usable, self.heldout_scores, np.nan)
-      heldout[np.isinf(heldout)] = np.nan
-      found["test_score/mean"] = np.nanmean(heldout)
-      found["test_score/kept_mean"] = np.nanmean(heldout[kept])
     # None where there are too few texts to compare.
     overlap = similarity.mean_overlap(self.completions.prompt_of_each, texts)
     if overlap is not None:
@@ -76,12 +91,18 @@ class Rollout:
     meteor = similarity.mean_meteor([texts[i] for i in kept], max_pairs=200)
     if meteor is not None:
       found["diversity/meteor"] = meteor
+    # Last, as the devices may still be at them.
+    if self.heldout is not None:
+      heldout = np.where(usable, self.heldout.scores, np.nan)
+      heldout[np.isinf(heldout)] = np.nan
+      found["test_score/mean"] = np.nanmean(heldout)
+      found["test_score/kept_mean"] = np.nanmean(heldout[kept])
     return found
 
   def rows(self, step: int, kept: Int[np.ndarray, " K"]) -> Rows:
     """Every completion as a line of samples.jsonl; `kept` as for `metrics`."""
     flat, chosen = self.scores.reshape(-1), set(kept.tolist())
-    heldout = self.heldout_scores
+    heldout = None if self.heldout is None else self.heldout.scores
     return [
       {
         "step": step + 1,
@@ -148,13 +169,14 @@ def collect(
       reward, watching, heldout = source.train_reward, None, None
       if due(step, config.validation_interval, config.steps):
         watching = source.heldout_reward
-      # The devices begin with one model's texts while the other's are encoded.
+      # The devices begin with one model's texts while the other's are encoded,
+      # and are at the other's while what is trained on is chosen.
       started = reward.start(prompts, texts)
-      watched = watching.start(prompts, texts) if watching else None
+      if watching:
+        begun = watching.start(prompts, texts)
+        heldout = Heldout(watching, prompts, texts, begun)
       rewards = reward.scores(prompts, texts, started)
       scores = reward.total(rewards, prompts).astype(np.float64)
-      if watching:
-        heldout = np.asarray(watching(prompts, texts, watched))
     # The length penalty, then what must not be trained on.
     chars = np.array([len(text) for text in texts])
     # The released code's help says λ · length, its code takes the logarithm.

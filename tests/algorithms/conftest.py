@@ -288,6 +288,7 @@ def toy(monkeypatch):
     letters=letters(),
     log_softmax=log_softmax,
     run=run_of,
+    scores=Scores,
     source=source,
     states=states,
     text_batch=text_batch,

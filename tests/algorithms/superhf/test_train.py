@@ -14,10 +14,11 @@ from jaxalign.algorithms.superhf import train as superhf
 from jaxalign.algorithms.superhf.config import SuperbatchConfig, SuperHFConfig
 from jaxalign.algorithms.superhf.data import kept_batches
 from jaxalign.config.sections import OptimizerConfig
+from jaxalign.data.rows import PromptRow
 from jaxalign.sampling import settings
 from jaxalign.sampling.generator import Generator
 from jaxalign.sampling.sampler import Sampler
-from jaxalign.training.rollout import Rollout
+from jaxalign.training.rollout import Heldout, Rollout
 
 PROMPTS = ["ab", "c"]
 TEXTS = ["a", "bb", "ccc", "dddd", "eeeee", "ffffff"]
@@ -154,9 +155,11 @@ def test_metrics_by_hand(toy):
 
 def test_a_held_out_score_that_is_not_finite_counts_in_no_mean(toy):
   """2 and 6 are left of all, 2 of the two that are kept."""
-  heldout = np.array([np.nan, 2.0, 6.0, np.inf])
+  texts = list("cdef")
+  reward = toy.scores(lambda *_: [np.nan, 2.0, 6.0, np.inf])
+  heldout = Heldout(reward, [PromptRow("a")] * 4, texts, [None])
   scores = np.array([[3.0, 1.0], [0.0, -np.inf]])
-  found = Rollout(toy.completions(["a", "b"], list("cdef")), scores, heldout)
+  found = Rollout(toy.completions(["a", "b"], texts), scores, heldout)
   kept = np.array([0, 1])
   assert found.metrics(kept)["test_score/mean"] == 4.0
   assert found.metrics(kept)["test_score/kept_mean"] == 2.0
