@@ -328,8 +328,8 @@ def _generation(
   if not spec.config.mesh.gather_for_generation:
     return (
       f"while it samples, layers stay split over {parts} chips and are "
-      "gathered at each token, behind what arithmetic there is "
-      "(mesh.gather_for_generation)",
+      "gathered at each token, during other computation as far as there is "
+      "any (mesh.gather_for_generation)",
     )
   most = max(measured, key=lambda program: program.peak)
   if most.peak <= memory or not most.name.startswith("sample"):

@@ -101,7 +101,7 @@ class RolloutSpec:
     if not gather:
       print(
         f"sampling: layers stay split over {parts} devices and are gathered at "
-        "each token, behind what arithmetic there is"
+        "each token, during other computation as far as there is any"
       )
     # Prompts have a program for each bucket, completions have one length.
     sampler = Sampler(

@@ -38,7 +38,7 @@ class Heldout:
   @functools.cached_property
   def scores(self) -> Float[np.ndarray, " B"]:
     """Waits for them; `UserError` as `RewardModel` says."""
-    return np.asarray(self.reward(self.prompts, self.texts, self.started))
+    return self.reward(self.prompts, self.texts, self.started)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -108,11 +108,11 @@ CASES = {
 
 
 def gathers_at_a_token(text):
-  """How many a layer's parameters have, without arithmetic beside and with it.
+  """Counts the gathers of a layer's parameters that each token causes.
 
-  A loop over layers runs `LAYERS` times for the prompts, and as often for each
-  token. A TPU's program begins a gather that goes on beside others' arithmetic
-  with a fusion of that name.
+  `waited`: nothing else is computed meanwhile; `overlapped`: something is. A
+  TPU's program starts the latter in a fusion named `async-collective-start`. A
+  loop over layers runs `LAYERS` times for the prompts, and again at each token.
   """
   found = {"waited": 0, "overlapped": 0}
   for line, _, times in hlo.parse(text, trips=1).runs():

@@ -12,7 +12,7 @@ import pytest
 from jaxalign import main
 from jaxalign.training import reference_cache
 
-# What jax says as it compiles, in the run's folder.
+# Writes what jax says as it compiles to a file.
 LISTEN = """
 import jax, logging
 assert len(jax.devices()) == 8
