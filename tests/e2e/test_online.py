@@ -200,6 +200,7 @@ def test_functions_and_a_model_reward_together(online, lab, read, tmp_path):
   short = [1 / (1 + len(sample["completion"])) for sample in samples]
   assert row["rewards/short/mean"] == pytest.approx(np.mean(short))
   assert row["test_score/mean"] == pytest.approx(np.mean(short))
+  assert [x["test_score"] for x in samples] == pytest.approx(short)
   assert row["rewards/names/mean"] in (0, 0.25, 0.5, 0.75, 1)
   parts = 2 * row["rewards/short/mean"] + row["rewards/reward/mean"]
   # `names` says None of half of the completions.

@@ -1,4 +1,4 @@
-"""What tells the rows of a run from others; a reference's number format."""
+"""What a run is made of: its rows' digest, its reference, its learning rate."""
 
 import dataclasses
 import hashlib
@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 
 from jaxalign.algorithms.reward_model.data import ScoredRows
+from jaxalign.algorithms.sft.config import SFTConfig
+from jaxalign.config.sections import OptimizerConfig
 from jaxalign.data.encode import Encoded
+from jaxalign.setup.optimizer import schedule_of
 from jaxalign.setup.run import rounded
 from jaxalign.setup.spec import digest_of
 
@@ -57,3 +60,12 @@ def test_a_reference_in_bfloat16_keeps_its_norms():
     jax.tree.leaves(shapes), jax.tree.leaves(found), strict=True
   ):
     assert (shape.shape, shape.dtype) == (leaf.shape, np.dtype(leaf.dtype))
+
+
+def test_the_learning_rate_is_the_configs():
+  """Peak 8 after 4 of 12 steps, then in a line to a quarter of it."""
+  optimizer = OptimizerConfig(
+    learning_rate=8.0, warmup_steps=4, schedule="linear", end_value_ratio=0.25
+  )
+  schedule = schedule_of(SFTConfig(steps=12, optimizer=optimizer))
+  assert [float(schedule(i)) for i in (0, 4, 8, 12)] == [0, 8, 5, 2]

@@ -23,6 +23,7 @@ from jaxalign.algorithms.ppo.experience import (
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.models.heads import VALUE
 from jaxalign.models.layers import LoraConfig
+from jaxalign.setup.optimizer import optimizer_of
 
 PAIRS = [("ab", "cde"), ("c", "fghi"), ("abc", "a"), ("j", "cc")]
 SCORES = [1.0, -2.0, 0.5, 3.0]
@@ -82,7 +83,7 @@ def learned(toy, cfg, batch=None, **given):
 
 
 def by_hand(toy, run, params):
-  """(log-probs, values) of each completion's tokens, without padding."""
+  """(log-probs, values, entropies) of each completion's tokens."""
   found = []
   for prompt, completion in PAIRS:
     ids = toy.ids(prompt + completion)
@@ -93,7 +94,9 @@ def by_hand(toy, run, params):
     if VALUE in params:
       head = jax.tree.map(np.asarray, params[VALUE]["value_head"])
       values = (hidden[before] @ head["kernel"])[:, 0] + head["bias"]
-    found.append((np.array([logp[t, ids[t + 1]] for t in before]), values))
+    own = np.array([logp[t, ids[t + 1]] for t in before])
+    entropies = -(np.exp(logp[before]) * logp[before]).sum(-1)
+    found.append((own, values, entropies))
   return found
 
 
@@ -107,7 +110,7 @@ def gae(earned, values, lam=0.95):
 
 
 # Most tests have this one, whose programs are compiled once.
-STEP = {"kl": KLConfig(coefficient=0.5), "vf_coef": 0.3}
+STEP = {"kl": KLConfig(coefficient=0.5), "vf_coef": 0.3, "entropy_coef": 0.1}
 
 
 def advantages_by_hand(toy, run):
@@ -118,7 +121,7 @@ def advantages_by_hand(toy, run):
   now = by_hand(toy, run, run.state.params)
   reference = by_hand(toy, run, run.reference[1])
   every, spent = [], []
-  for (logp, value), (before, _), score in zip(
+  for (logp, value, _), (before, *_), score in zip(
     now, reference, SCORES, strict=True
   ):
     earned = -0.5 * (logp - before)
@@ -131,16 +134,19 @@ def advantages_by_hand(toy, run):
 def test_the_step_by_hand(toy):
   """At ρ = 1 the policy loss is −ΣA / tokens, the value loss ½ΣA² / tokens.
 
-  As the returns are A + V.
+  As the returns are A + V. The entropy is of the whole vocabulary.
   """
   run, _, found = learned(toy, config(**STEP), moved=0.3, head=0.7)
   every, spent = advantages_by_hand(toy, run)
   flat = np.concatenate(every)
   policy, value = -flat.mean(), 0.5 * (flat**2).mean()
+  entropies = [found[2] for found in by_hand(toy, run, run.state.params)]
+  entropy = np.concatenate(entropies).mean()
   wanted = {
     "loss/policy_avg": policy,
     "loss/value_avg": value,
-    "loss/total": policy + 0.3 * value,
+    "policy/entropy_avg": entropy,
+    "loss/total": policy + 0.3 * value - 0.1 * entropy,
     "objective/kl": np.mean(spent),
     "objective/scores": np.mean(SCORES),
     "objective/non_score_reward": -0.5 * np.mean(spent),
@@ -298,7 +304,7 @@ def test_reshaped_sampling_is_weighed(toy):
   mask = batch.text.target_mask
   run = prepared(toy, cfg, moved=0.3, head=0.7)
   logps = np.zeros(mask.shape, np.float32)
-  for b, (logp, _) in enumerate(by_hand(toy, run, run.state.params)):
+  for b, (logp, *_) in enumerate(by_hand(toy, run, run.state.params)):
     ratio = 8 if b < 2 else 2
     logps[0, b, np.flatnonzero(mask[0, b])] = logp + np.log(ratio)
   drawn = dataclasses.replace(batch, sampling_logps=jnp.asarray(logps))
@@ -325,6 +331,17 @@ def test_a_separate_value_model_learns_too(toy):
   assert shift(state.params[VALUE]["blocks"], values["blocks"]) > 1e-5
   assert shift(state.params["blocks"], params["blocks"]) > 1e-5
   assert abs(float(found["val/mean"])) > 1e-3
+
+
+def test_the_value_model_has_a_learning_rate_of_its_own():
+  """A first AdamW step is rate · (sign(g) + λ p); its part's, times a ratio."""
+  adamw = OptimizerConfig(eps=1e-12, weight_decay=0.5, clip_norm=0.0)
+  optimizer = optimizer_of(config(optimizer=adamw, value_lr_ratio=0.25))
+  params = {"blocks": jnp.array([4.0]), VALUE: {"bias": jnp.array([4.0])}}
+  grads = jax.tree.map(lambda x: -3 * x, params)
+  moves, _ = optimizer.update(grads, optimizer.init(params), params)
+  np.testing.assert_allclose(moves["blocks"], [-1 + 0.5 * 4], rtol=1e-5)
+  np.testing.assert_allclose(moves[VALUE]["bias"], [0.25], rtol=1e-5)
 
 
 def test_adapters_and_the_value_head_are_trained(toy):

@@ -126,18 +126,25 @@ def test_metrics_by_hand(toy):
   ("loss", "weights"), [("distill", (0, 0.25)), ("both", (1, 0.25))]
 )
 def test_distillation_by_hand(toy, loss, weights):
-  """0.25 · mean (s − r)² over the real rows, plus the pairs with `both`."""
+  """0.25 · mean (s − r)² over the real rows, plus the pairs with `both`.
+
+  Their labels are soft: σ(1 − 0) that the better one is better.
+  """
   rows = [*ROWS, (None, 7.0, 9)]
   batch = scored(toy, rows)
   s = scores_of(toy, batch)[:4]
-  cfg = config(loss=loss, distill_weight=0.25)
+  soft = loss == "both"
+  cfg = config(loss=loss, distill_weight=0.25, soft_labels=soft)
   ((_, found),) = updated(toy, cfg, batch)
   square = ((s - np.array([1, 0, 0, 1])) ** 2).mean()
   leads = np.array([s[0] - s[1], s[3] - s[2]])
-  nll = np.log1p(np.exp(-leads)).mean()
+  label = 1 / (1 + np.exp(-1))
+  nll = np.log1p(np.exp(-leads)) * label + np.log1p(np.exp(leads)) * (1 - label)
   np.testing.assert_allclose(found["loss/distill"], square, rtol=1e-4)
   np.testing.assert_allclose(
-    found["loss/total"], weights[0] * nll + weights[1] * square, rtol=1e-4
+    found["loss/total"],
+    weights[0] * nll.mean() + weights[1] * square,
+    rtol=1e-4,
   )
 
 
