@@ -15,9 +15,11 @@ from jaxalign.algorithms.superhf.config import SuperbatchConfig, SuperHFConfig
 from jaxalign.algorithms.superhf.data import kept_batches
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.data.rows import PromptRow
+from jaxalign.models.layers import LoraConfig
 from jaxalign.sampling import settings
 from jaxalign.sampling.generator import Generator
 from jaxalign.sampling.sampler import Sampler
+from jaxalign.training import rollout
 from jaxalign.training.rollout import Heldout, Rollout
 
 PROMPTS = ["ab", "c"]
@@ -315,20 +317,45 @@ def test_several_updates_of_a_superbatch_share_its_rate(toy):
   run = toy.run(cfg, model, params)
   update = run.jit(superhf.make_update(run))
   scores = np.array(SCORES).reshape(2, 3)
-  rollout = Rollout(toy.completions(PROMPTS, TEXTS), scores, None)
+  drawn = Rollout(toy.completions(PROMPTS, TEXTS), scores, None)
   kept = np.array([1, 0, 4, 3])
-  batches = kept_batches(cfg, run.mesh, toy.letters, 64, rollout, kept)
+  batches = kept_batches(cfg, run.mesh, toy.letters, 64, drawn, kept)
   assert len(batches) == 2
-  again, losses = run.state, []
+  again, losses, gaps = run.state, [], []
   for batch in batches:
     again, found = update(again, batch, run.key)
     losses.append(float(found["loss/nll"]))
+    gaps.append(float(found["logp_diff_max"]))
   assert float(log.metrics[0]["loss/nll"]) == pytest.approx(np.mean(losses))
+  # The sampler's log-probs are of the parameters before the first one.
+  assert gaps[0] != pytest.approx(gaps[1])
+  assert log.metrics[0]["sampling/logp_diff_max"] == pytest.approx(gaps[0])
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, atol=1e-6),
     again.params,
     log.states[0].params,
   )
+
+
+def test_dropout_differs_from_update_to_update(toy, monkeypatch):
+  """Two updates on one text at rate 0 differ by what is dropped alone."""
+  seen, mean_metrics = [], superhf.mean_metrics
+
+  def means(found):
+    seen.append([float(metrics["loss/nll"]) for metrics in found])
+    return mean_metrics(found)
+
+  monkeypatch.setattr(superhf, "mean_metrics", means)
+  adapters = LoraConfig(rank=2, alpha=4.0, dropout=0.5, targets=("dense",))
+  still = OptimizerConfig(learning_rate=0.0)
+  cfg = config(batch_size=1, optimizer=still)
+  given = source(toy, ["dd"] * 6, prompts=["ab", "ab"])
+  train(toy, cfg, given, *toy.build(adapters=adapters))
+  adapters = dataclasses.replace(adapters, dropout=0.0)
+  train(toy, cfg, given, *toy.build(adapters=adapters))
+  (first, second), without = seen
+  assert abs(first - second) > 1e-5
+  assert without[0] == without[1]
 
 
 def test_kl_is_zero_before_the_first_update(toy):
@@ -356,16 +383,23 @@ def test_kl_holds_the_policy_back(toy):
   assert ends[3.0] < 0.5 * ends[0.0]
 
 
-def test_a_superbatch_is_the_same_whenever_it_runs(toy):
-  """Keys come from the step alone, so a resumed run draws the same."""
-  drawn = []
+def test_a_superbatch_is_the_same_whenever_it_runs(toy, monkeypatch):
+  """Keys and prompts come from seed and step, so a resumed run has the same."""
+  drawn, asked = [], []
+
+  def rows_of_step(*given):
+    asked.append(given)
+    return range(2)
+
+  monkeypatch.setattr(rollout, "rows_of_step", rows_of_step)
 
   def sample(params, prompts, samples, key):
     drawn.append(jax.random.key_data(key).tolist())
     return toy.completions(prompts, TEXTS)
 
-  cfg = config(steps=3)
+  cfg = config(steps=3, seed=7)
   train(toy, cfg, source(toy, sample=sample))
+  assert asked == [(7, step, 2, 2) for step in range(3)]
   whole = list(drawn)
   assert len({tuple(k) for k in whole}) == 3
   drawn.clear()
