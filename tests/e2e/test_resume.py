@@ -7,9 +7,13 @@ import shutil
 import signal
 import time
 
+import jax
+import numpy as np
 import pytest
 
+import jaxalign
 from jaxalign import main
+from jaxalign.runtime import checkpoint
 from jaxalign.training.run import Run
 
 NOT_COMPARED = ("time/", "throughput/", "memory/")
@@ -115,6 +119,11 @@ def test_killed_at_random_is_bit_identical(superhf, kill_after, tmp_path, read):
   names = ("metrics", "samples", "weights")
   for name, a, b in zip(names, wanted, found, strict=True):
     assert a == b, f"{name} differ"
+  # What is exported is the average.
+  average, _, step = checkpoint.load(cut / "checkpoints", "ema")
+  assert step == 16
+  exported = jaxalign.load(cut / "model").params
+  jax.tree.map(np.testing.assert_array_equal, exported, average)
 
 
 @pytest.mark.slow

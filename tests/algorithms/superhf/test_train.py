@@ -254,16 +254,16 @@ def test_one_prompt_without_a_completion_does_not_end_a_run(toy):
 
 
 class Evaluation:
-  """An evaluator that notes the steps at which it is called."""
+  """An evaluator that notes the steps at which it is called, and with what."""
 
   name = "evaluation"
 
   def __init__(self, every):
-    self.every, self.steps = every, []
+    self.every, self.steps, self.params = every, [], {}
 
   def __call__(self, params, step):
-    assert "blocks" in params
     self.steps.append(step + 1)
+    self.params = params
     return {"eval_score/mean": 7.0}
 
   def programs(self, params):
@@ -360,8 +360,12 @@ def test_dropout_differs_from_update_to_update(toy, monkeypatch):
 
 def test_kl_is_zero_before_the_first_update(toy):
   model, params = toy.build()
-  cfg = config(steps=3, kl_coefficient=0.0)
-  log, _ = train(toy, cfg, source(toy), model, params, (model, params))
+  averaged = OptimizerConfig(learning_rate=0.01, schedule="constant", ema=0.75)
+  cfg = config(steps=3, kl_coefficient=0.0, optimizer=averaged)
+  live, evaluation = (model, params), Evaluation(0)
+  log, _ = train(
+    toy, cfg, source(toy), model, params, live, evaluators=[evaluation]
+  )
   kls = [float(m["kl/mean"]) for m in log.metrics]
   assert abs(kls[0]) < 1e-6
   assert kls[2] > kls[1] > 1e-5
@@ -371,6 +375,14 @@ def test_kl_is_zero_before_the_first_update(toy):
     [m["loss/nll"] for m in log.metrics],
     rtol=1e-6,
   )
+  # The average begins with the parameters as they were.
+  mean = params
+  for state in log.states:
+    mean = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, mean, state.params)
+    jax.tree.map(
+      functools.partial(np.testing.assert_allclose, atol=1e-6), state.ema, mean
+    )
+  jax.tree.map(np.testing.assert_array_equal, evaluation.params, state.ema)
 
 
 def test_kl_holds_the_policy_back(toy):
