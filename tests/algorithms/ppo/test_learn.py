@@ -273,6 +273,15 @@ def test_kl_in_the_loss_pulls_towards_the_reference(toy, estimator):
   assert 0 < float(later["objective/kl"]) < 0.5 * float(found["objective/kl"])
 
 
+def test_every_epoch_has_an_order_of_its_own():
+  cfg = config(epochs=3, batch_size=4)
+  order = ppo.minibatch_order(cfg, 8, jax.random.key(0))
+  assert order.shape == (6, 4)
+  first, second, third = order.reshape(3, 8).tolist()
+  assert first == sorted(second) == sorted(third) == list(range(8))
+  assert first != second != third != first
+
+
 def test_target_kl_ends_the_updates_of_a_step(toy):
   fast = OptimizerConfig(
     learning_rate=0.05, schedule="constant", weight_decay=0.0

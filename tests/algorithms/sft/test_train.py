@@ -137,11 +137,16 @@ def test_micro_batches_change_no_update(toy, micro):
 
 
 def test_adapters_alone_are_trained(toy):
-  adapters = LoraConfig(rank=2, alpha=4.0, targets=("dense", "embed_out"))
+  """With dropout, which another key draws anew."""
+  targets = ("dense", "embed_out")
+  adapters = LoraConfig(rank=2, alpha=4.0, dropout=0.5, targets=targets)
   model, params = toy.build(adapters=adapters)
   run = toy.run(config(), model, params)
   update = run.jit(sft.make_update(run))
-  state, _ = update(run.state, toy.text_batch(PAIRS, 8), run.key)
+  batch = toy.text_batch(PAIRS, 8)
+  state, found = update(run.state, batch, run.key)
+  _, others = update(run.state, batch, jax.random.key(1))
+  assert abs(found["loss/nll"] - others["loss/nll"]) > 1e-4
   assert set(state.params) == {"blocks", "lm_head"}
   for module in (state.params["blocks"]["dense"], state.params["lm_head"]):
     assert set(module) == {"lora_a", "lora_b"}

@@ -419,6 +419,11 @@ def test_a_superbatch_is_the_same_whenever_it_runs(toy, monkeypatch):
   run.recorder.steps_of = [2]
   superhf.train(run, source(toy, sample=sample))
   assert drawn == whole[2:]
+  # What updates draw is neither what samples draw nor another step's.
+  keys = (
+    key(step) for key in (run.step_key, run.update_key) for step in (0, 1)
+  )
+  assert len({jax.random.key_data(key).tobytes() for key in keys}) == 4
 
 
 def test_it_learns_what_is_rewarded(toy):
