@@ -56,6 +56,10 @@ def test_the_preferred_completion_becomes_likelier(toy):
   assert float(first["objective/kl"]) == 0.0
   assert last["rewards/accuracies"] == 1.0
   assert last["logps/chosen"] > first["logps/chosen"]
+  # The first step's policy is the reference, the texts are always the same.
+  names = ("logps/chosen", "logps/rejected")
+  moved = np.mean([float(last[name] - first[name]) for name in names])
+  assert float(last["objective/kl"]) == pytest.approx(moved, rel=1e-4)
   # Scores 2 over 0.5 and 3 over 1.
   assert first["objective/scores_margin"] == pytest.approx(1.75)
   assert first["score/kept_mean"] == pytest.approx(2.5)
