@@ -63,7 +63,7 @@ def test_a_reference_in_bfloat16_keeps_its_norms():
 
 
 def test_the_learning_rate_is_the_configs():
-  """Peak 8 after 4 of 12 steps, then in a line to a quarter of it."""
+  """Peak 8 after 4 of 12 steps, then linearly down to a quarter of it."""
   optimizer = OptimizerConfig(
     learning_rate=8.0, warmup_steps=4, schedule="linear", end_value_ratio=0.25
   )

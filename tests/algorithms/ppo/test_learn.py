@@ -114,21 +114,22 @@ STEP = {"kl": KLConfig(coefficient=0.5), "vf_coef": 0.3, "entropy_coef": 0.1}
 
 
 def advantages_by_hand(toy, run):
-  """A of each completion's tokens, and each completion's log π − log π₀.
+  """A and entropies of each completion's tokens, and its log π − log π₀.
 
   β = 0.5: rewards −β (log π − log π₀), the score on the last token.
   """
   now = by_hand(toy, run, run.state.params)
   reference = by_hand(toy, run, run.reference[1])
-  every, spent = [], []
-  for (logp, value, _), (before, *_), score in zip(
+  every, entropies, spent = [], [], []
+  for (logp, value, entropy), (before, *_), score in zip(
     now, reference, SCORES, strict=True
   ):
     earned = -0.5 * (logp - before)
+    entropies.append(entropy)
     spent.append((logp - before).sum())
     earned[-1] += score
     every.append(gae(earned, value))
-  return every, spent
+  return every, entropies, spent
 
 
 def test_the_step_by_hand(toy):
@@ -137,10 +138,9 @@ def test_the_step_by_hand(toy):
   As the returns are A + V. The entropy is of the whole vocabulary.
   """
   run, _, found = learned(toy, config(**STEP), moved=0.3, head=0.7)
-  every, spent = advantages_by_hand(toy, run)
+  every, entropies, spent = advantages_by_hand(toy, run)
   flat = np.concatenate(every)
   policy, value = -flat.mean(), 0.5 * (flat**2).mean()
-  entropies = [found[2] for found in by_hand(toy, run, run.state.params)]
   entropy = np.concatenate(entropies).mean()
   wanted = {
     "loss/policy_avg": policy,
@@ -318,7 +318,7 @@ def test_reshaped_sampling_is_weighed(toy):
     logps[0, b, np.flatnonzero(mask[0, b])] = logp + np.log(ratio)
   drawn = dataclasses.replace(batch, sampling_logps=jnp.asarray(logps))
   _, _, found = learned(toy, cfg, drawn, moved=0.3, head=0.7)
-  every, _ = advantages_by_hand(toy, run)
+  every, *_ = advantages_by_hand(toy, run)
   shares = zip((0.125, 0.125, 0.25, 0.25), every, strict=True)
   wanted = -sum(share * advantages.sum() for share, advantages in shares) / 10
   np.testing.assert_allclose(found["loss/policy_avg"], wanted, rtol=1e-4)

@@ -123,22 +123,26 @@ def test_metrics_by_hand(toy):
 
 
 @pytest.mark.parametrize(
-  ("loss", "weights"), [("distill", (0, 0.25)), ("both", (1, 0.25))]
+  ("loss", "weights", "label"),
+  [
+    ("distill", (0, 0.25), 1),
+    ("both", (1, 0.25), 1),
+    ("both", (1, 0.25), 1 / (1 + math.exp(-1))),
+  ],
+  ids=["distill", "both", "both-soft"],
 )
-def test_distillation_by_hand(toy, loss, weights):
+def test_distillation_by_hand(toy, loss, weights, label):
   """0.25 · mean (s − r)² over the real rows, plus the pairs with `both`.
 
-  Their labels are soft: σ(1 − 0) that the better one is better.
+  A soft label is σ(1 − 0), the probability that the better one is better.
   """
   rows = [*ROWS, (None, 7.0, 9)]
   batch = scored(toy, rows)
   s = scores_of(toy, batch)[:4]
-  soft = loss == "both"
-  cfg = config(loss=loss, distill_weight=0.25, soft_labels=soft)
+  cfg = config(loss=loss, distill_weight=0.25, soft_labels=label < 1)
   ((_, found),) = updated(toy, cfg, batch)
   square = ((s - np.array([1, 0, 0, 1])) ** 2).mean()
   leads = np.array([s[0] - s[1], s[3] - s[2]])
-  label = 1 / (1 + np.exp(-1))
   nll = np.log1p(np.exp(-leads)) * label + np.log1p(np.exp(leads)) * (1 - label)
   np.testing.assert_allclose(found["loss/distill"], square, rtol=1e-4)
   np.testing.assert_allclose(

@@ -137,7 +137,7 @@ def test_micro_batches_change_no_update(toy, micro):
 
 
 def test_adapters_alone_are_trained(toy):
-  """With dropout, which another key draws anew."""
+  """With dropout on, a different key gives a different loss."""
   targets = ("dense", "embed_out")
   adapters = LoraConfig(rank=2, alpha=4.0, dropout=0.5, targets=targets)
   model, params = toy.build(adapters=adapters)

@@ -122,7 +122,7 @@ def test_metrics_by_hand(toy):
   """
 
   def heldout(asked, texts):
-    assert asked == [prompt for prompt in sorted(set(asked)) for _ in range(3)]
+    assert asked == [prompt for prompt in PROMPTS for _ in range(3)]
     return [2 * SCORES[len(text) - 1] for text in texts]
 
   cfg = config(validation_interval=1, test_reward_model="watcher")
@@ -254,7 +254,7 @@ def test_one_prompt_without_a_completion_does_not_end_a_run(toy):
 
 
 class Evaluation:
-  """An evaluator that notes the steps at which it is called, and with what."""
+  """An evaluator that records when it is called and with which parameters."""
 
   name = "evaluation"
 
@@ -262,6 +262,7 @@ class Evaluation:
     self.every, self.steps, self.params = every, [], {}
 
   def __call__(self, params, step):
+    assert "blocks" in params
     self.steps.append(step + 1)
     self.params = params
     return {"eval_score/mean": 7.0}
@@ -338,7 +339,7 @@ def test_several_updates_of_a_superbatch_share_its_rate(toy):
 
 
 def test_dropout_differs_from_update_to_update(toy, monkeypatch):
-  """Two updates on one text at rate 0 differ by what is dropped alone."""
+  """At learning rate 0, two updates on one text differ only by dropout."""
   seen, mean_metrics = [], superhf.mean_metrics
 
   def means(found):
@@ -358,7 +359,7 @@ def test_dropout_differs_from_update_to_update(toy, monkeypatch):
   assert without[0] == without[1]
 
 
-def test_kl_is_zero_before_the_first_update(toy):
+def test_kl_starts_at_zero_and_the_average_at_the_parameters(toy):
   model, params = toy.build()
   averaged = OptimizerConfig(learning_rate=0.01, schedule="constant", ema=0.75)
   cfg = config(steps=3, kl_coefficient=0.0, optimizer=averaged)
@@ -375,7 +376,7 @@ def test_kl_is_zero_before_the_first_update(toy):
     [m["loss/nll"] for m in log.metrics],
     rtol=1e-6,
   )
-  # The average begins with the parameters as they were.
+  # The average starts from the parameters before training.
   mean = params
   for state in log.states:
     mean = jax.tree.map(lambda a, b: 0.75 * a + 0.25 * b, mean, state.params)
@@ -419,7 +420,7 @@ def test_a_superbatch_is_the_same_whenever_it_runs(toy, monkeypatch):
   run.recorder.steps_of = [2]
   superhf.train(run, source(toy, sample=sample))
   assert drawn == whole[2:]
-  # What updates draw is neither what samples draw nor another step's.
+  # Sampling and updates never share a key, nor do two steps.
   keys = (
     key(step) for key in (run.step_key, run.update_key) for step in (0, 1)
   )
