@@ -46,18 +46,17 @@ PROGRAMS = {
   "ppo, shared values": [*ONLINE, "learn"],
   "online_dpo": [*ONLINE, *PAIRS[:2]],
   "sft": ["update", "evaluate: loss"],
-  "sft, long": ["update", "evaluate: loss"],
-  "sft, long, float32": ["update", "evaluate: loss"],
+  "sft, float32": ["update"],
   "dpo": PAIRS,
-  "dpo, stored": ["reference", *PAIRS],
+  "dpo, stored": ["reference", "update"],
   "kto": ["update", "evaluate: loss", "evaluate: kl"],
   "reward_model": ["update", "evaluate: score"],
   "reward_model, pair": ["update", "evaluate: score"],
 }
 # Attention's, in the update of texts that are long enough.
 KERNELS = {
-  "sft, long": {"v5litepod-4": "tpu_custom_call", "a6000": "__cudnn$fmha"},
-  "sft, long, float32": {"v5litepod-4": "tpu_custom_call", "a6000": "triton"},
+  "sft": {"v5litepod-4": "tpu_custom_call", "a6000": "__cudnn$fmha"},
+  "sft, float32": {"v5litepod-4": "tpu_custom_call", "a6000": "triton"},
 }
 
 
