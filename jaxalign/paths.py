@@ -12,7 +12,7 @@ import re
 
 from etils import epath
 
-from jaxalign.errors import UserError
+from jaxalign.errors import HostError, UserError
 
 MARK = ".remote"
 Folder = pathlib.Path | epath.Path
@@ -35,7 +35,8 @@ def remote(name: str | os.PathLike, field: str) -> epath.Path:
 
   Raises:
     UserError: an unknown scheme, a package that is not installed, or a store
-      that cannot be reached.
+      that refuses.
+    HostError: the store does not answer.
   """
   url = _REMOTE.sub(r"\1://", os.fspath(name), count=1)
   scheme = url.partition(":")[0]
@@ -53,7 +54,8 @@ def remote(name: str | os.PathLike, field: str) -> epath.Path:
     ) from error
   except Exception as error:  # each store has errors of its own
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise UserError(
+    silent = isinstance(error, ConnectionError | TimeoutError)
+    raise (HostError if silent else UserError)(
       f"{field}: {url} cannot be reached: {reason}; check the name, the "
       "credentials and the network"
     ) from error

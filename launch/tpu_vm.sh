@@ -9,7 +9,8 @@
 #   launch/tpu_vm.sh delete       gives the slice back
 #   launch/tpu_vm.sh keep --config ... --workdir ...
 #       create, copy, start and logs, and again each time a spot slice is taken
-#       away or a host shuts down, until the run has ended by itself or by
+#       away or a host shuts down (RESTARTS=10 times, if that ends the run with
+#       another status than 143), until the run has ended by itself or by
 #       `stop`; Ctrl-C ends only the watching
 #
 # The slice is named by variables: NAME=jaxalign, ZONE=us-west4-a,
@@ -108,7 +109,7 @@ keep() {
   if [[ -n "${DRY_RUN:-}" ]]; then
     create && copy && start "$@" && logs && return
   fi
-  local begun="" status=""
+  local begun="" status="" failures=0
   while true; do
     # What fails here, such as a connection, is tried again.
     case "$(state 2> /dev/null || echo NONE)" in
@@ -121,15 +122,20 @@ keep() {
         fi
         ;;
     esac
-    # The exit status, and a second line after `stop`.
+    # The exit status, and a second line after `stop`. A host that has shut down
+    # had no time to write one.
     if [[ -n "$begun" ]]; then
-      status="$(on 0 'cd jaxalign && cat run.status && ls run.stopped' \
-        2> /dev/null || true)"
+      status="$(on 0 "cd jaxalign && if [ -e run.status ]; then
+          cat run.status && ls run.stopped
+        elif ! kill -0 \$(cat run.pid); then
+          echo 137
+        fi" 2> /dev/null || true)"
       case "$status" in
         "") ;;
         # Told to stop by the machine: it goes on, here or on the next slice.
         143) begun="" ;;
-        *) return "${status%%$'\n'*}" ;;
+        0 | 2 | 130 | *$'\n'*) return "${status%%$'\n'*}" ;;
+        *) begun="" && ((++failures <= ${RESTARTS:-10})) || return "$status" ;;
       esac
     fi
     sleep "$poll"
@@ -138,5 +144,5 @@ keep() {
 
 case "${1:-}" in
   create | copy | start | logs | stop | delete | keep) "$@" ;;
-  *) sed -n '2,21s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+  *) sed -n '2,22s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac

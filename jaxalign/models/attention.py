@@ -40,7 +40,7 @@ PREFERRED = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}
 SHORTEST = 128  # tokens of the shortest texts that a kernel is called for
 WIDEST = 256  # features of the widest heads that kernels were compiled for
 AMPERE = (8, 0)  # compute capability from which kernels on GPUs run
-HOPPER = (9, 0)  # compute capability from which cuDNN takes heads above 128
+HOPPER = (9, 0)  # the one compute capability where cuDNN trains wider heads
 # Axes that split a kernel's heads, the preferred ones first.
 HEADS = (("tensor", "sequence"), ("tensor",))
 INTERPRET = False  # tests set it: the kernels then run on any platform
@@ -135,7 +135,7 @@ def refusal(
   if head_dim > WIDEST:
     return f"{kind} takes heads of up to {WIDEST} features, not {head_dim}"
   if kind == "cudnn":
-    widest = WIDEST if capability >= HOPPER else WIDEST // 2
+    widest = WIDEST if capability == HOPPER else WIDEST // 2
     if dtype not in ("bfloat16", "float16"):
       return f"cudnn takes bfloat16, not {dtype}"
     if head_dim > widest or head_dim % 8:

@@ -4,16 +4,19 @@ All processes must call these functions in the same order, because they wait for
 each other; `count`, `is_lead` and `name_of` may be called anywhere. With one
 process they exchange nothing and touch no device. What they say to each other
 goes through the key-value store of `jax.distributed`, so no device waits for
-it.
+it. The lead alone serves that store, so what may be megabytes, the results of
+`spread`, goes through the devices.
 """
 
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import itertools
 import json
 import logging
 import os
+import pickle
 import platform
 import re
 import signal
@@ -28,6 +31,7 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from jax._src import clusters, distributed, xla_bridge  # have no public names
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from jaxalign import cli
@@ -41,6 +45,7 @@ START_SECONDS = 300  # until all processes are there
 STEP_SECONDS = 1800  # that a process may be behind the others
 BEAT_SECONDS = 3.0  # between two signs of life
 SILENT_SECONDS = 30.0  # without one, after which a process counts as dead
+NARROWEST = 2**16  # bytes a process, in an exchange by the devices
 GRACE_SECONDS = 10.0  # for a failure that all processes meet at the same time
 
 _log = logging.getLogger(__name__)
@@ -57,6 +62,8 @@ class _Watch:
 
   names: list[str]  # of all processes, for messages
   stop: threading.Event = dataclasses.field(default_factory=threading.Event)
+  # When all processes last came to the same place.
+  met: float = dataclasses.field(default_factory=time.monotonic)
   failing: bool = False  # this process is about to end, and says so itself
 
 
@@ -155,6 +162,23 @@ def check_same(values: Mapping[str, object], remedy: str) -> None:
     ]
     if differing:
       raise UserError(f"the hosts differ: {'; '.join(differing[:3])}; {remedy}")
+
+
+def check_number() -> None:
+  """Refuses a process whose devices count it as another one.
+
+  The hosts of a TPU slice have numbers of their own, by which checkpoints are
+  written.
+
+  Raises:
+    UserError: it is another one.
+  """
+  if jax.process_index() != _me():
+    raise UserError(
+      f"--process_id={_me()}, but this is host {jax.process_index()} of its "
+      "TPU slice; leave the flags out, or number the processes as the slice "
+      "does (TPU_WORKER_ID)"
+    )
 
 
 def _tpu_slice() -> Cluster | None:
@@ -342,8 +366,8 @@ def spread(
   """`function(items)`, each process doing its part of the items.
 
   Args:
-    function: gives a JSON value for each item, which depends on that item
-      alone.
+    function: gives for each item what `pickle` can copy, which depends on that
+      item alone.
     items: the same on every process.
   """
   if count() == 1:
@@ -356,13 +380,14 @@ def spread(
   except Exception as raised:
     error = raised
   # A failure is shared, or the others would wait for its part.
-  parts = _exchange_json(mine if error is None else None)
+  data = b"" if error is not None else pickle.dumps(mine)
+  parts = _exchange_by_devices(data)
   if error is not None:
     raise error
   for number, part in enumerate(parts):
-    if part is None:
+    if not part:
       raise RuntimeError(f"{name_of(number)} failed; its log says why")
-  return [row for part in parts for row in part]
+  return [row for part in parts for row in pickle.loads(part)]
 
 
 def barrier(name: str, seconds: int | float) -> None:
@@ -379,6 +404,8 @@ def barrier(name: str, seconds: int | float) -> None:
     return
   try:
     _client().wait_at_barrier(name, timeout_in_ms=int(1000 * seconds))
+    if _watch is not None:
+      _watch.met = time.monotonic()
   except jax.errors.JaxRuntimeError as error:
     if "DEADLINE_EXCEEDED" not in str(error):
       raise
@@ -466,6 +493,7 @@ def _keep_watch(watch: _Watch) -> None:
     own, theirs = theirs, own
   seen = dict.fromkeys(others, ("", begin))
   failed_at: float | None = None
+  told = begin  # where a process that hangs may be
   for beat in itertools.count():
     if watch.stop.wait(BEAT_SECONDS):
       return
@@ -479,9 +507,12 @@ def _keep_watch(watch: _Watch) -> None:
     if watch.failing or watch.stop.is_set():
       return
     for name, sign in alive:
-      number = int(name.rpartition("/")[2])
+      number = _number(name)
       if number in seen and seen[number][0] != sign:
         seen[number] = (sign, now)
+    if now - max(watch.met, told) > STEP_SECONDS:
+      told = now
+      os.write(2, _whereabouts().encode())
     dead = [n for n, (_, last) in seen.items() if now - last > SILENT_SECONDS]
     if dead:
       _end(_gone(dead), alone=len(dead) + 1 == count())
@@ -490,6 +521,22 @@ def _keep_watch(watch: _Watch) -> None:
       failed_at = failed_at or now
       if now - failed_at > GRACE_SECONDS:
         _end(failed[0][1])
+
+
+def _whereabouts() -> str:
+  """A warning with the place in the program where this process is.
+
+  A process that hangs keeps the devices of the others waiting, where no
+  time-out reaches them. It is the one that is elsewhere.
+  """
+  frames = sys._current_frames()
+  thread = threading.main_thread().ident
+  stack = traceback.format_stack(frames.get(thread) if thread else None)
+  return (
+    f"warning: the hosts have not met for {STEP_SECONDS / 60:.0f} minutes; if "
+    f"one of them hangs, it is elsewhere than this one, {name_of(_me())}:\n"
+    f"{''.join(stack[-4:])}"
+  )
 
 
 def _gone(numbers: Sequence[int]) -> str:
@@ -541,13 +588,51 @@ def _get(key: str) -> bytes:
 
 
 def _exchange(data: bytes) -> list[bytes]:
-  """The bytes of all processes, in their order."""
+  """The bytes of all processes, in their order; few of them.
+
+  Raises:
+    HostError: a process did not come.
+  """
   place = f"{_PREFIX}{next(_numbers)}/"
   before = _done[:]
   _put(f"{place}{_me()}", data)
-  found = [_get(f"{place}{number}") for number in range(count())]
+  # One request for all of them: as many as there are processes would add up.
+  barrier("an exchange", STEP_SECONDS)
+  found = _client().key_value_dir_get_bytes(place)
   _forget(before)
-  return found
+  return [data for _, data in sorted(found, key=lambda row: _number(row[0]))]
+
+
+def _exchange_by_devices(data: bytes) -> list[bytes]:
+  """The same of many bytes, for which the lead's store would be too slow."""
+  sizes = [int(size) for size in _exchange(str(len(data)).encode())]
+  # Powers of two, as each width is a program of its own.
+  width = max(1 << (max(sizes) - 1).bit_length(), NARROWEST)
+  row = np.frombuffer(data.ljust(width, b"\0"), np.uint8)[None]
+  split, whole = _by_hosts()
+  with jax.transfer_guard("allow"):  # it is meant
+    mine = jax.make_array_from_process_local_data(split, row)
+  rows = jax.device_get(_gather_rows(mine, whole).addressable_data(0))
+  return [rows[i, :size].tobytes() for i, size in enumerate(sizes)]
+
+
+@functools.cache
+def _by_hosts() -> tuple[NamedSharding, NamedSharding]:
+  """A row a process, and all rows on every device."""
+  devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+  mesh = Mesh(np.array(devices).reshape(count(), -1), ("host", "device"))
+  specs = PartitionSpec("host"), PartitionSpec()
+  split, whole = (NamedSharding(mesh, spec) for spec in specs)
+  return split, whole
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _gather_rows(rows: jax.Array, where: NamedSharding) -> jax.Array:
+  return jax.lax.with_sharding_constraint(rows, where)
+
+
+def _number(key: str) -> int:
+  return int(key.rpartition("/")[2])
 
 
 def _forget(keys: Sequence[str]) -> None:

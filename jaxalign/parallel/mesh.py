@@ -229,12 +229,12 @@ def constrain(x: Array, *spec: Axes) -> Array:
     return x
   sizes = jax.sharding.get_abstract_mesh().shape
   fits = [
-    _fitting(axes, n, sizes) for axes, n in zip(spec, x.shape, strict=False)
+    fitting(axes, n, sizes) for axes, n in zip(spec, x.shape, strict=False)
   ]
   return jax.lax.with_sharding_constraint(x, PartitionSpec(*fits))
 
 
-def _fitting(axes: Axes, dimension: int, sizes: Mapping[str, int]) -> Axes:
+def fitting(axes: Axes, dimension: int, sizes: Mapping[str, int]) -> Axes:
   """Those of the axes that a dimension divides evenly over; see `constrain`."""
   names = (axes,) if isinstance(axes, str) else axes or ()
   shorter = tuple(name for name in names if name != "sequence")
@@ -379,7 +379,7 @@ def shardings(tree: PyTree, mesh: AnyMesh) -> PyTree:
   def place(path, leaf):
     wanted = _wanted(path, len(leaf.shape))
     fits = [
-      _fitting(axes, size, mesh.shape)
+      fitting(axes, size, mesh.shape)
       for axes, size in zip(wanted, leaf.shape, strict=False)
     ]
     return NamedSharding(mesh, PartitionSpec(*fits))

@@ -27,6 +27,7 @@ from jaxalign.plan import collectives, hlo, roofline
 from jaxalign.plan import flops as arithmetic
 from jaxalign.plan.targets import GIB, Target
 from jaxalign.runtime import profile
+from jaxalign.sampling.sampler import next_power_of_two
 from jaxalign.setup.auto import with_tpu_widths
 from jaxalign.setup.spec import RunSpec
 
@@ -41,6 +42,7 @@ START, READ_RATE = 10.0, 1e9
 
 # "... total memory required for HLO temporaries (17.55G) exceeds available HBM
 # (15.75G)", and other wordings with the two numbers.
+IDLE = 0.25  # share of the sampling that may be of no use unsaid
 _TOO_LARGE = re.compile(r"([\d.]+)([KMG])[^\d]*\)?[^.\d]*?([\d.]+)([KMG])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
 
@@ -275,7 +277,10 @@ def plan(
     process=process,
     remat=spec.config.remat,
     estimate=estimate,
-    notes=notes + _filler(spec) + _generation(spec, measured, target.memory),
+    notes=notes
+    + _filler(spec)
+    + _idle(spec)
+    + _generation(spec, measured, target.memory),
   )
 
 
@@ -314,6 +319,42 @@ def filler_note(
     f"{share:.0%} of an update's rows are filler: {wanted} of "
     f"{micros * rows} rows count; raise config.batch_size and "
     f"superbatch.prompts, or {others}"
+  )
+
+
+def _idle(spec: RunSpec[TrainingConfig]) -> tuple[str, ...]:
+  """A warning where chips sample what others sample too, or nothing."""
+  if not spec.rollout:
+    return ()
+  config = spec.rollout.config
+  prompts = config.prompts_per_step or len(spec.rollout.prompts)
+  prompts = min(config.sampling.batch_prompts or prompts, prompts)
+  note = idle_note(dict(spec.mesh.shape), prompts, config.samples_per_prompt)
+  return (note,) if note else ()
+
+
+def idle_note(mesh: dict[str, int], prompts: int, samples: int) -> str:
+  """What share of the sampling is of no use, and the remedy; "" = little.
+
+  Args:
+    mesh: axis -> size.
+    prompts: of a call of the sampler.
+    samples: of each.
+  """
+  rows = next_power_of_two(prompts) * samples
+  axes = meshes.fitting(meshes.SHORT_ROWS, rows, mesh)
+  names = (axes,) if isinstance(axes, str) else axes or ()
+  parts = math.prod(mesh[name] for name in names)
+  chips = math.prod(mesh[name] for name in meshes.SHORT_ROWS)
+  share = 1 - prompts * samples / rows * parts / chips
+  if share < IDLE:
+    return ""
+  return (
+    f"{share:.0%} of the sampling is of no use: {prompts} x {samples} "
+    f"completions are drawn as {rows} rows, which divide over {parts} of "
+    f"{chips} parts of the mesh; take prompts in powers of two whose "
+    "completions divide over all of them (sampling.batch_prompts), or give "
+    "chips to mesh.tensor"
   )
 
 

@@ -53,32 +53,40 @@ class Stop:
 def catch_signals() -> Iterator[Stop]:
   """Turns the first signal into a flag; the second ends the process at once.
 
-  SIGTERM again within a second, or SIGINT within a tenth, counts once. Where
-  the program had a handler of its own, it gets the second signal. The earlier
+  SIGTERM again within a second, or SIGINT within a tenth, counts once; so does
+  what comes after `Stop.agree` has told of another host's. Where the program
+  had a handler of its own, it gets the second signal. The earlier
   handlers are restored at the end. Outside of the main thread nothing is
   caught, because Python runs handlers there.
 
   Yields:
     The flag to check after each step.
   """
-  stop, first = Stop(), 0.0
+  stop = Stop()
+  # This process's own first signal, and when; the flag may be another host's.
+  own, first = 0, 0.0
   if threading.current_thread() is not threading.main_thread():
     yield stop
     return
   earlier = {int(number): signal.getsignal(number) for number in _CAUGHT}
 
   def handle(number: int, frame: FrameType | None) -> None:
-    nonlocal first
+    nonlocal own, first
     now = time.monotonic()
-    if stop.signal == number and now - first < _ECHO_SECONDS[number]:
+    if own == number and now - first < _ECHO_SECONDS[number]:
       return
-    if stop.requested:
-      own = earlier[number]
-      if callable(own) and own is not signal.default_int_handler:
-        own(number, frame)
+    if own:
+      others = earlier[number]
+      if callable(others) and others is not signal.default_int_handler:
+        others(number, frame)
         return
       leave(128 + number)
-    stop.signal, first = number, now
+    own, first = number, now
+    # A platform tells one host after the other: while this one heard of it from
+    # another, it is saving already.
+    if stop.requested:
+      return
+    stop.signal = number
     if not stop.on_screen:
       # Not print, whose buffer may be in use when the signal comes.
       os.write(2, f"\n{STOPPING}\n".encode())

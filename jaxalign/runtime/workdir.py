@@ -6,8 +6,10 @@ it, another config is refused. `finished.json` marks the end.
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -24,6 +26,9 @@ from jaxalign.runtime import files
 
 FINISHED = "finished.json"
 _LOCK = ".lock"
+# What a file system says that knows no locks, such as Lustre or NFS without.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+_log = logging.getLogger(__name__)
 # The weights that `init_from` took are there before the run is.
 _BEFORE_CONFIG = ("start", "start.json")
 
@@ -215,6 +220,14 @@ def _take_lock(path: pathlib.Path, lock: int) -> None:
       f"{path} is in use by {owner or 'another process'}; "
       "wait for it, stop it, or give another --workdir"
     ) from error
+  except OSError as error:
+    if error.errno not in _NO_LOCKS:
+      raise
+    _log.warning(
+      "%s: its file system has no locks (%s); start no second run there",
+      path,
+      error.strerror,
+    )
   # Who holds it, for the message to the next process.
   os.ftruncate(lock, 0)
   os.pwrite(lock, f"process {os.getpid()} on {platform.node()}".encode(), 0)

@@ -234,7 +234,7 @@ class Sampler:
     width = min(bucket_length(width, self.prompt_buckets), context)
     # Few programs: the number of prompts is rounded up too. Filler rows have no
     # token, so they are finished before they start.
-    rows = _next_power_of_two(len(prompts))
+    rows = next_power_of_two(len(prompts))
     ids = np.arange(len(prompts)) if prompt_numbers is None else prompt_numbers
     filler = [()] * (rows - len(prompts))
     tokens, mask = pad_rows([*prompts, *filler], width, side="left")
@@ -341,5 +341,6 @@ def _shapes(tree: PyTree, where: Sharding | None = None) -> PyTree:
   return jax.tree.map(shape, tree)
 
 
-def _next_power_of_two(count: int) -> int:
+def next_power_of_two(count: int) -> int:
+  """The rows that so many prompts are drawn in; count >= 1."""
   return 1 << (count - 1).bit_length()

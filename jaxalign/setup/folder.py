@@ -50,6 +50,7 @@ def check_hosts(
   """
   if hosts.count() == 1:
     return
+  hosts.check_number()
   values = {f"config.{k}": v for k, v in flatten(to_mapping(config)).items()}
   values |= {f"--{name}": flag for name, flag in flags.items()}
   hosts.check_same(

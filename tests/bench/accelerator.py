@@ -9,6 +9,7 @@ the machine's own matrix product and copy.
     python tests/bench/accelerator.py
     python tests/bench/accelerator.py --against=transformers,vllm
     python tests/bench/accelerator.py --shapes=pythia-1b --only=sft,decode-32x64
+    python tests/bench/accelerator.py --only=sft --attention=dense
 
 It needs jax, flax, optax and what these bring, and no network: of this package
 it imports the models, the sampler, the scorer, `plan.targets` (the makers'
@@ -233,9 +234,10 @@ def measure_machine(repeats):
 class Ours:
   """A model of this package and what its programs need."""
 
-  def __init__(self, shape, on_cpu):
+  def __init__(self, shape, on_cpu, asked="auto"):
     import jax
 
+    from jaxalign.models import attention
     from jaxalign.models.model import Model
     from jaxalign.models.neox import NeoXConfig
     from jaxalign.parallel import mesh as meshes
@@ -249,6 +251,17 @@ class Ours:
       intermediate_size=4 * shape.hidden,
       dtype=self.dtype,
     )
+    # As a run chooses it.
+    device = jax.devices()[0]
+    self.attention = attention.choose(
+      asked,
+      device.platform,
+      self.dtype,
+      config.head_dim,
+      attention.Mask(),
+      attention.parse_capability(getattr(device, "compute_capability", "")),
+    ).kind
+    config = dataclasses.replace(config, attention=self.attention)
     self.shape, self.model = shape, Model.build(config)
     self.mesh = meshes.make_mesh()
     self.params = meshes.put(self.model.init(jax.random.key(0)), self.mesh)
@@ -328,7 +341,7 @@ def _text(tokens, mask):
   return TextBatch(*(x[None] for x in arrays))
 
 
-def measure_sft(shape, peaks, on_cpu, repeats, rows, length):
+def measure_sft(shape, peaks, on_cpu, repeats, sizes, asked):
   """An update on full rows, every token of which counts."""
   import jax
   import numpy as np
@@ -336,7 +349,8 @@ def measure_sft(shape, peaks, on_cpu, repeats, rows, length):
   from jaxalign.algorithms.sft.config import SFTConfig
   from jaxalign.algorithms.sft.train import make_update
 
-  ours = Ours(shape, on_cpu)
+  rows, length = sizes
+  ours = Ours(shape, on_cpu, asked)
   update, state, key = ours.update(SFTConfig(), make_update)
   del ours.params
   held, losses = {"state": state}, []
@@ -363,7 +377,8 @@ def measure_sft(shape, peaks, on_cpu, repeats, rows, length):
     rows,
     length,
   )
-  return rows * length, seconds, first, work, {}
+  notes = {"attention": ours.attention}
+  return rows * length, seconds, first, work, notes
 
 
 def measure_decode(shape, peaks, on_cpu, repeats, sizes, settings):
@@ -378,7 +393,7 @@ def measure_decode(shape, peaks, on_cpu, repeats, sizes, settings):
   return sizes[0] * sizes[1] * sizes[3], seconds, first, work, {}
 
 
-def measure_superhf(shape, peaks, on_cpu, repeats, sizes):
+def measure_superhf(shape, peaks, on_cpu, repeats, sizes, asked):
   """Sample, score, keep the best of each prompt, update; ids in place of text.
 
   The host's part of a real step, from text to files, is not in it:
@@ -397,7 +412,7 @@ def measure_superhf(shape, peaks, on_cpu, repeats, sizes):
   from jaxalign.scoring.scorer import Scorer
 
   prompts, samples, prompt, new = sizes
-  ours = Ours(shape, on_cpu)
+  ours = Ours(shape, on_cpu, asked)
   update, state, key = ours.update(SuperHFConfig(), make_update)
   del ours.params
   held = {"state": state}
@@ -487,6 +502,7 @@ def measure_superhf(shape, peaks, on_cpu, repeats, sizes):
     }
     for name in parts
   }
+  notes["attention"] = ours.attention
   return prompts * samples * new, seconds, first, total, notes
 
 
@@ -649,11 +665,11 @@ def measure(case):
 
   import jax
 
-  peaks = Peaks(**case["peaks"])
+  peaks, asked = Peaks(**case["peaks"]), case["attention"]
   if kind == "sft":
-    found = measure_sft(shape, peaks, on_cpu, repeats, *sizes)
+    found = measure_sft(shape, peaks, on_cpu, repeats, sizes, asked)
   elif kind == "superhf":
-    found = measure_superhf(shape, peaks, on_cpu, repeats, sizes)
+    found = measure_superhf(shape, peaks, on_cpu, repeats, sizes, asked)
   else:
     found = measure_decode(shape, peaks, on_cpu, repeats, sizes, settings)
   tokens, seconds, first, work, notes = found
@@ -726,6 +742,7 @@ def cases(flags, machine):
           "sizes": sizes,
           "settings": settings,
           "on_cpu": on_cpu,
+          "attention": flags.attention,
         }
 
 
@@ -782,6 +799,7 @@ def main():
   parser.add_argument("--shapes", type=names_of(SHAPES), default=[])
   parser.add_argument("--only", type=names_of(kinds), default=[])
   parser.add_argument("--against", type=names_of(SIDES), default=[])
+  parser.add_argument("--attention", default="auto", help="config.attention")
   parser.add_argument("--repeats", type=int, default=5)
   parser.add_argument("--limit", type=int, default=600, help="seconds a case")
   parser.add_argument("--case", help=argparse.SUPPRESS)

@@ -56,6 +56,7 @@ JOBSET = {
                     "name": str,
                     "image": str,
                     "args": [str],
+                    "env?": [{"name": str, "value": str}],
                     "ports?": [{"containerPort": int}],
                     "resources": {"limits": {"*": int}},
                     "volumeMounts?": [{"name": str, "mountPath": str}],
@@ -77,7 +78,10 @@ SKYPILOT = {
   "resources": {
     "accelerators": str,
     "use_spot": bool,
-    "job_recovery": {"recover_on_exit_codes": [int]},
+    "job_recovery": {
+      "recover_on_exit_codes": [int],
+      "max_restarts_on_errors": int,
+    },
   },
   "num_nodes": int,
   "workdir": str,

@@ -19,7 +19,7 @@ FLAGS = ("--config", "configs/sft.py:lab", "--config.prompts=a b's.jsonl")
 NOTE = f"""
 {sys.executable} -c '
 import json, os, sys
-names = [n for n in os.environ if n.startswith(("JAX", "XLA", "SLURM"))]
+names = [n for n in os.environ if n.startswith(("JAX", "XLA", "SLURM", "SRUN"))]
 there = {{name: os.environ[name] for name in names}}
 print(json.dumps([sys.argv[1:], there]))' "$@" >> "$LOG"
 """
@@ -110,14 +110,22 @@ exit "$status"
 
 
 @pytest.mark.parametrize(
-  ("ends", "requeued"), [("exit 0", 0), ("exit 143", 1), ("exit 2", 0)]
+  ("ends", "before", "requeued"),
+  [
+    ("exit 0", "", 0),
+    ("exit 143", "12", 1),
+    ("exit 2", "", 0),
+    ("exit 1", "9", 1),
+    ("exit 1", "10", 0),
+  ],
 )
-def test_a_slurm_job_starts_a_process_a_node(ends, requeued, machine):
+def test_a_slurm_job_starts_a_process_a_node(ends, before, requeued, machine):
   machine.program("python", NOTE + ends)
   machine.program("srun", SRUN)
   machine.program("scontrol", 'echo "scontrol $*" >> "$LOG"')
   job = {"SLURM_JOB_ID": "77", "SLURM_STEP_NODELIST": "node[03-04]"}
-  job["SLURM_STEP_NUM_NODES"] = "2"
+  job |= {"SLURM_STEP_NUM_NODES": "2", "SLURM_CPUS_PER_TASK": "16"}
+  job |= {"SLURM_RESTART_COUNT": before} if before else {}
   out = machine.run("slurm.sbatch", *FLAGS, **job)
   assert out.returncode == int(ends.split()[1])
   calls = machine.calls
@@ -126,6 +134,7 @@ def test_a_slurm_job_starts_a_process_a_node(ends, requeued, machine):
   assert len(found) == 2
   for i, (words, there) in enumerate(found):
     assert words == ["-m", "jaxalign.main", *FLAGS]
+    assert there["SRUN_CPUS_PER_TASK"] == "16"
     # Each finds its place in the job, and has all GPUs of its node.
     cluster = find_cluster(env=there)
     assert (cluster.process_id, cluster.num_processes) == (i, 2)
@@ -170,7 +179,8 @@ mkdir -p .venv/bin
 printf '#!/usr/bin/env bash\\nexec host-python "$@"' > .venv/bin/python
 chmod +x .venv/bin/python
 """
-# The first time the slice is taken away, at the second it trains to the end.
+# The first time the slice is taken away, at the second one host fails and the
+# other is cut off with its machine, at the third it trains to the end.
 PYTHON = (
   NOTE
   + """
@@ -181,6 +191,11 @@ if (( again < 2 )); then
   until (( $(grep -c '' ../../started) >= 2 )); do sleep 0.05; done
   echo SUSPENDED > ../../state
   exit 143
+fi
+if (( again < 4 )); then
+  until (( $(grep -c '' ../../started) >= 4 )); do sleep 0.05; done
+  (( HOST )) || kill -9 $PPID $$
+  exit 1
 fi
 """
 )
@@ -206,10 +221,11 @@ def test_a_spot_slice_is_asked_for_again(machine):
   lines = machine.log.read_text().splitlines()
   verbs = [line.removeprefix("queued-resources ") for line in lines]
   verbs = [v for v in verbs if v in ("create", "delete", "tpu-vm scp")]
-  assert verbs == ["create", "tpu-vm scp", "delete", "create", "tpu-vm scp"]
+  wanted = ["create", "tpu-vm scp", "delete", "create", "tpu-vm scp"]
+  assert verbs == [*wanted, "tpu-vm scp"]
   found = [json.loads(line)[0] for line in lines if line.startswith("[")]
-  # Both hosts, twice: flags with a blank and a quote arrive whole.
-  assert found == [["-u", "-m", "jaxalign.main", *FLAGS]] * 4
+  # Both hosts, thrice: flags with a blank and a quote arrive whole.
+  assert found == [["-u", "-m", "jaxalign.main", *FLAGS]] * 6
   assert "step 1 on 0" in out.stdout
   for path in ("launch/local.sh", "mounted"):
     assert (folder / "host1" / "jaxalign" / path).exists()

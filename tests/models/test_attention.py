@@ -143,6 +143,7 @@ CHOICES = [
   ("auto", "gpu", "bfloat16", 128, {"windows": True}, "8.6", "cudnn", ""),
   ("auto", "gpu", "bfloat16", 256, {}, "9.0", "cudnn", ""),
   ("auto", "gpu", "bfloat16", 256, {}, "8.6", "triton", "8, 16, ... 128"),
+  ("auto", "gpu", "bfloat16", 256, {}, "10.0", "triton", "8, 16, ... 128"),
   ("auto", "gpu", "float32", 64, {}, "8.6", "triton", "not float32"),
   ("auto", "gpu", "float32", 64, {"windows": True}, "8.6", "dense", "window"),
   ("auto", "gpu", "bfloat16", 64, {"capped": True}, "9.0", "dense", "cap"),

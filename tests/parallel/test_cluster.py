@@ -63,11 +63,17 @@ def test_slurm(nodes, first):
   }
   # A task a node has all of the node's GPUs.
   assert find_cluster(env=env) == Cluster(f"{first}:8477", 2, 1, "SLURM")
-  # Several tasks of a node have one each.
+  # Several tasks of a node have one each, unless SLURM shows each its own.
   env |= {"SLURM_NTASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1"}
-  found = find_cluster(env=env)
-  assert found is not None
-  assert found.local_devices == (1,)
+  for more, wanted in (
+    ({}, (1,)),
+    ({"CUDA_VISIBLE_DEVICES": "0,1"}, (1,)),
+    ({"CUDA_VISIBLE_DEVICES": "0"}, None),
+    ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, None),
+  ):
+    found = find_cluster(env=env | more)
+    assert found is not None
+    assert found.local_devices == wanted, more
 
 
 def test_open_mpi():

@@ -134,6 +134,11 @@ for kind, wanted in kinds.items():
   else:
     raise AssertionError("nothing failed")
 
+# Where no time-out reaches, each says where it is.
+hosts.STEP_SECONDS = 0.5
+time.sleep(1.5)
+hosts.STEP_SECONDS = 1800
+
 for _ in range(2):
   hosts.barrier("step", 60)
 if rank == 0:
@@ -176,4 +181,7 @@ def test_two_processes():
   )
   assert (lead, other) == (1, 2), lead_errors + errors
   assert "error: a mistake of one host\n" in errors
+  for text in (lead_errors, errors):
+    assert "the hosts have not met for 0 minutes" in text
+    assert re.search(r"elsewhere than this one, host \d .*:\n  File", text)
   assert re.search(r"error: host 1 .* failed; its log says why", lead_errors)

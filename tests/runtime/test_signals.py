@@ -76,6 +76,21 @@ def test_a_signal_that_comes_twice_within_a_second_counts_once(monkeypatch):
     assert left == [143, 130]
 
 
+def test_a_host_that_is_told_last_saves_as_well(monkeypatch):
+  """A platform's notice comes to one host after the other."""
+  clock, left = [5.0], []
+  monkeypatch.setattr(signals.time, "monotonic", lambda: clock[0])
+  monkeypatch.setattr(signals, "leave", left.append)
+  monkeypatch.setattr(signals.hosts, "highest", lambda own: signal.SIGTERM)
+  with catch_signals() as stop:
+    assert stop.agree()  # another host was told
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert left == []
+    clock[0] = 7.0
+    os.kill(os.getpid(), signal.SIGTERM)  # this one asks twice
+    assert left == [143]
+
+
 def test_a_program_of_its_own_keeps_its_process(monkeypatch):
   """A notebook's second interrupt is an exception, not the kernel's end."""
   clock = [0.0]

@@ -1,5 +1,7 @@
 """A run's folder: same config, one process, a mark at the end."""
 
+import errno
+import fcntl
 import json
 import os
 import pathlib
@@ -121,6 +123,15 @@ def test_a_killed_process_leaves_no_lock(tmp_path):
     process.wait()
   time.sleep(0.01)
   open_and_close(tmp_path, {"seed": 0})
+
+
+def test_a_file_system_without_locks_does(tmp_path, monkeypatch, caplog):
+  def flock(*_):
+    raise OSError(errno.ENOSYS, "not implemented")
+
+  monkeypatch.setattr(fcntl, "flock", flock)
+  open_and_close(tmp_path, CONFIG)
+  assert "has no locks (not implemented)" in caplog.text
 
 
 def test_a_strange_folder_is_refused_and_left_alone(tmp_path):

@@ -9,7 +9,7 @@ import re
 import tempfile
 
 from jaxalign import paths
-from jaxalign.errors import UserError
+from jaxalign.errors import HostError, UserError
 from jaxalign.models.hf.weights import ADAPTER_FILES, MODEL_FILES
 
 # [owner/]name[@revision].
@@ -44,6 +44,7 @@ def resolve(
 
   Raises:
     UserError: the folder does not exist, or the hub does not give it.
+    HostError: the hub does not answer.
   """
   # A local folder, or what can only be meant as one.
   name = str(source)
@@ -90,7 +91,7 @@ def resolve(
       # The hub's errors run over several lines; the first one suffices.
       reason = (str(error).splitlines() or [type(error).__name__])[0]
       remedy = "check the name and the connection, or give a local folder"
-      raise UserError(
+      raise (HostError if _is_passing(error) else UserError)(
         f"model {name} is not a local folder and cannot be fetched from the "
         f"hub: {reason.rstrip('.')}; {_nearest(folder) or remedy}"
       ) from error
@@ -98,6 +99,17 @@ def resolve(
     if any(folder.glob("*.safetensors")):
       break
   return folder
+
+
+def _is_passing(error: Exception) -> bool:
+  """Whether the same download may succeed in a while."""
+  from huggingface_hub import constants, errors
+
+  # Not in the cache either, and the hub was not reached, or not asked.
+  if isinstance(error, errors.LocalEntryNotFoundError):
+    return not constants.HF_HUB_OFFLINE
+  status = getattr(getattr(error, "response", None), "status_code", 0)
+  return status == 429 or status >= 500  # too many requests; the hub's failure
 
 
 @functools.cache  # one copy a process, gone at its end

@@ -1,11 +1,13 @@
 """Names of models: folders, and hub ids without asking the hub."""
 
+import types
+
 import huggingface_hub
 import jax
 import numpy as np
 import pytest
 
-from jaxalign.errors import UserError
+from jaxalign.errors import HostError, UserError
 from jaxalign.models.hf import folder, hub, weights
 from jaxalign.parallel import mesh as meshes
 
@@ -69,9 +71,26 @@ def test_offline_is_one_line(monkeypatch):
     raise huggingface_hub.errors.LocalEntryNotFoundError("no network\nhint")
 
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-  with pytest.raises(UserError, match=r"cannot be fetched .* no network") as e:
+  # A launcher starts again what the network has failed, but no mistake.
+  for offline, kind in ((True, UserError), (False, HostError)):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    with pytest.raises(kind, match=r"cannot be fetched .* no network") as e:
+      hub.resolve("owner/name")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize(
+  ("status", "kind"), [(404, UserError), (429, HostError), (503, HostError)]
+)
+def test_a_hub_that_refuses_and_one_that_fails(status, kind, monkeypatch):
+  def download(*_, **__):
+    error = OSError("no")
+    error.response = types.SimpleNamespace(status_code=status)
+    raise error
+
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+  with pytest.raises(kind, match="cannot be fetched"):
     hub.resolve("owner/name")
-  assert "\n" not in str(e.value)
 
 
 @pytest.mark.parametrize("shard_bytes", [2**30, 40_000])
