@@ -192,6 +192,39 @@ COMPILERS = ("libtpu", "jax_plugins.xla_cuda13")
 CUDA = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
+def has_accelerator() -> bool:
+  """Whether this machine has a device that JAX may use beside the CPU."""
+  return os.environ.get("JAX_PLATFORMS") != "cpu" and (
+    any(map(os.path.exists, GPU_FILES))
+    or any(map(glob.glob, OTHER_ACCELERATORS))
+  )
+
+
+def check_backend(platform: str) -> None:
+  """Refuses to train on the CPU where CUDA is installed for a GPU.
+
+  JAX falls back to the CPU when the GPU's driver is too old, say, and a run
+  would be hundreds of times slower.
+
+  Args:
+    platform: that JAX has taken.
+
+  Raises:
+    UserError: there is a GPU, and JAX for CUDA does not use it.
+  """
+  if (
+    platform == "cpu"
+    and not os.environ.get("JAX_PLATFORMS")
+    and any(map(os.path.exists, GPU_FILES))
+    and any(map(_installed, CUDA))
+  ):
+    raise UserError(
+      "this machine has a GPU, but JAX does not use it; the lines above say "
+      "why: a driver that is too old for CUDA 13 needs jaxalign[cuda12]. Set "
+      "JAX_PLATFORMS=cpu to train on the CPU"
+    )
+
+
 @functools.cache  # once a process
 def pass_over_compilers() -> None:
   """Has JAX use the CPU where the plan's compilers are all that it would find.

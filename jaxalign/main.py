@@ -69,7 +69,8 @@ def main(argv: Sequence[str]) -> int:
       fresh=args.fresh,
       quiet=args.quiet,
     )
-  cpu.keep_freed_memory()
+  if not cli.has_accelerator():
+    cpu.keep_freed_memory()
   return run(
     config,
     folder,

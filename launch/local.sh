@@ -11,7 +11,8 @@ set -euo pipefail
 processes="${PROCESSES:-1}" devices="${DEVICES:-4}" port="${PORT:-8476}"
 command=("${PYTHON:-python}" -m jaxalign.main "$@")
 # JAX takes 0.75 of a GPU's memory unless told otherwise.
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-.9}"
+[[ -n "${XLA_CLIENT_MEM_FRACTION:-}${XLA_PYTHON_CLIENT_MEM_FRACTION:-}" ]] ||
+  export XLA_CLIENT_MEM_FRACTION=.9
 
 call() {
   if [[ -n "${DRY_RUN:-}" ]]; then

@@ -239,3 +239,28 @@ def test_compilers_without_a_device_say_nothing(
   logger.warning("CUDA is too old.")
   assert ("cuda_plugin_extension is not found." in caplog.messages) == shown
   assert "CUDA is too old." in caplog.messages
+
+
+@pytest.mark.parametrize(
+  ("file", "module", "chosen", "refused"),
+  [
+    ("/dev/null", "json", "", True),
+    ("/dev/null", "json", "cpu", False),
+    ("/dev/null", "json.none", "", False),  # JAX for the CPU was installed
+    ("/dev/none", "json", "", False),
+  ],
+)
+def test_a_gpu_that_jax_does_not_use_is_no_cpu(
+  file, module, chosen, refused, monkeypatch
+):
+  monkeypatch.setattr(cli, "GPU_FILES", (file,))
+  monkeypatch.setattr(cli, "OTHER_ACCELERATORS", ())
+  monkeypatch.setattr(cli, "CUDA", (module,))
+  monkeypatch.setenv("JAX_PLATFORMS", chosen)
+  assert cli.has_accelerator() == (file == "/dev/null" and chosen != "cpu")
+  cli.check_backend("gpu")
+  if refused:
+    with pytest.raises(UserError, match="JAX does not use it"):
+      cli.check_backend("cpu")
+  else:
+    cli.check_backend("cpu")

@@ -16,7 +16,7 @@ import types
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from jaxalign import paths
+from jaxalign import cli, paths
 from jaxalign.config import (
   TrainingConfig,
   nearest,
@@ -267,6 +267,8 @@ def run(
   check_flags(config, folder, extend=extend, fresh=fresh)
   check_sources(config)
   # Imported late: jax takes seconds to start, a mistake in a config should not.
+  import jax
+
   from jaxalign.parallel import cpu, hosts
   from jaxalign.runtime import cache, mirror
   from jaxalign.setup.folder import check_hosts
@@ -276,6 +278,8 @@ def run(
   cpu.trim_after_compiling()
   hosts.start(cluster)
   with hosts.together():
+    cli.check_backend(jax.default_backend())
+    cache.leave_cache_unless_shared()
     check_hosts(config, folder, extend=extend, fresh=fresh)
     with mirror.opened(folder) as local:
       return _run(config, local, extend=extend, fresh=fresh, quiet=quiet)

@@ -153,7 +153,8 @@ def _own_device(
   visible = env.get("CUDA_VISIBLE_DEVICES")
   if visible is not None:
     seen, processes = len(visible.split(",")), -(-int(count) // int(nodes))
-    if seen < processes or str(seen) == env.get("SLURM_GPUS_PER_TASK"):
+    asked = env.get("SLURM_GPUS_PER_TASK", "").rpartition(":")[2]  # a100:4
+    if seen < processes or str(seen) == asked:
       return None
   return (int(env[name]),)
 

@@ -233,7 +233,11 @@ def _explain_aborts(cluster: Cluster) -> None:
         f"{cluster.num_processes - 1}"
       )
     else:
-      text = _gone([0] if not is_lead() else [])
+      gone = _gone([0] if not is_lead() else [])
+      text = (
+        "this process was aborted; the lines above say why. If they are about "
+        f"the coordination service: {gone}"
+      )
     os.write(2, f"error: {text}\n".encode())
     os._exit(1)
 

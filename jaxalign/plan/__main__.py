@@ -131,7 +131,7 @@ def make_parser() -> cli.Parser:
     default=None,
     metavar="SHARE",
     help="part of a GPU's memory that the run takes, as "
-    "XLA_PYTHON_CLIENT_MEM_FRACTION will say; default: what JAX takes",
+    "XLA_CLIENT_MEM_FRACTION will say; default: what JAX takes",
   )
   parser.add_argument(
     "--tokens",

@@ -1,12 +1,18 @@
 """The persistent compilation cache: a second start compiles nothing again."""
 
 import contextlib
+import logging
 import os
 import pathlib
+import secrets
 from typing import Any
 
 import jax
 
+from jaxalign import paths
+from jaxalign.parallel import hosts
+
+_log = logging.getLogger(__name__)
 _OFF = frozenset({"0", "off", "none"})
 
 
@@ -40,3 +46,36 @@ def enable_compilation_cache() -> pathlib.Path | None:
   # made of many such programs.
   config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   return place
+
+
+def leave_cache_unless_shared() -> None:
+  """Switches JAX's cache off where the hosts do not see the same folder.
+
+  JAX has process 0 alone write to it. With folders of their own the others
+  would compile at the next start what process 0 finds, and wait for it: GPUs'
+  compilers share the search for the fastest kernels.
+  """
+  config: Any = jax.config
+  folder = config.jax_compilation_cache_dir
+  if hosts.count() == 1 or not folder or paths.is_remote(folder):
+    return
+  place = pathlib.Path(folder)
+
+  # A name that nobody has asked for: a network's file system remembers that a
+  # file was not there.
+  def mark() -> int:
+    number = secrets.randbits(62)
+    with contextlib.suppress(OSError):
+      (place / f"shared-{number}").touch()
+    return number
+
+  found = place / f"shared-{hosts.from_lead(mark, 0)}"
+  if hosts.agree(not found.exists()):
+    config.update("jax_compilation_cache_dir", None)
+    _log.warning(
+      "%s is not shared by all hosts, so each start compiles again; name a "
+      "folder that they share with JAXALIGN_CACHE",
+      folder,
+    )
+  if hosts.is_lead():
+    found.unlink(missing_ok=True)

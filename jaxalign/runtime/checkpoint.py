@@ -31,6 +31,9 @@ from jaxalign.core.types import JsonObject, Params
 from jaxalign.parallel import hosts
 from jaxalign.runtime import arrays, files, manifest, mirror
 
+# That a save may take; a state of 7B on a slow network's file system, say.
+SAVE_SECONDS = 6 * 3600
+
 _log = logging.getLogger(__name__)
 
 State = TypeVar("State")  # a tree of arrays
@@ -126,6 +129,7 @@ class Checkpointer:
         preservation_policy=_Retention(keep, keep_best, self._scores),
         async_options=ocp.AsyncOptions(
           post_finalization_callback=self._seal,
+          timeout_secs=SAVE_SECONDS,
           create_directories_asynchronously=False,
         ),
         cleanup_tmp_directories=True,

@@ -86,7 +86,10 @@ class Growing:
   def offset(self) -> int:
     """Forces the file to disk; its length in bytes."""
     os.fsync(self._file.fileno())
-    return self._file.seek(0, os.SEEK_END)
+    # A bucket that is mounted has what was closed.
+    self._file.close()
+    self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+    return self._file.tell()
 
   def close(self) -> None:
     """Closes the file."""

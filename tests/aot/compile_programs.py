@@ -95,14 +95,28 @@ CASES = {
   # and Triton for what that does not take.
   "sft": HELD_OUT | {"packing": True, "max_length": 128},
   "sft, float32": {"precision": {"compute": "float32"}},
+  # What waits in the host's memory, and tokens of a row over all devices.
+  "sft, offload": {
+    "max_length": 64,
+    "optimizer": {"offload": True},
+    "remat": "offload",
+  },
+  "sft, sequence": {"mesh": {"fsdp": 1, "sequence": -1}},
   "dpo": HELD_OUT,
   "dpo, stored": {"reference": "stored"},
   "kto": HELD_OUT,
+  "kto, stored": {"reference": "stored"},
   "reward_model": HELD_OUT | {"head": "score_last"},
   "reward_model, pair": {"policy": "lab", "head": "auto"},
 }
 # Of these cases, what differs most from the method's own.
-ONLY = {"sft, float32": ["update"], "dpo, stored": ["reference", "update"]}
+ONLY = {
+  "sft, float32": ["update"],
+  "sft, offload": ["update"],
+  "sft, sequence": ["update"],
+  "dpo, stored": ["reference", "update"],
+  "kto, stored": ["reference"],
+}
 
 
 def gathers_at_a_token(text):

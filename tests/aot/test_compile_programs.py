@@ -47,15 +47,19 @@ PROGRAMS = {
   "online_dpo": [*ONLINE, *PAIRS[:2]],
   "sft": ["update", "evaluate: loss"],
   "sft, float32": ["update"],
+  "sft, offload": ["update"],
+  "sft, sequence": ["update"],
   "dpo": PAIRS,
   "dpo, stored": ["reference", "update"],
   "kto": ["update", "evaluate: loss", "evaluate: kl"],
+  "kto, stored": ["reference"],
   "reward_model": ["update", "evaluate: score"],
   "reward_model, pair": ["update", "evaluate: score"],
 }
 # Attention's, in the update of texts that are long enough.
 KERNELS = {
   "sft": {"v5litepod-4": "tpu_custom_call", "a6000": "__cudnn$fmha"},
+  "sft, sequence": {"v5litepod-4": "tpu_custom_call", "a6000": "__cudnn$fmha"},
   "sft, float32": {"v5litepod-4": "tpu_custom_call", "a6000": "triton"},
 }
 

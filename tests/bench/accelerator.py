@@ -51,7 +51,7 @@ SIDES = {"transformers": ("torch", "transformers"), "vllm": ("vllm",)}
 # A part of jax's `device_kind` -> the chip's name in `jaxalign.plan.targets`;
 # the first that fits. Others are held against their own products.
 CHIPS = {
-  "H200": "h200",
+  " H200": "h200",  # not GH200
   "H100 80GB HBM3": "h100",
   "A100-SXM4-40GB": "a100-40",
   "A100-SXM4-80GB": "a100-80",
@@ -201,7 +201,7 @@ def measure_machine(repeats):
   size, dtype = (2048, jnp.float32) if on_cpu else (8192, jnp.bfloat16)
   x = jax.random.normal(jax.random.key(0), (size, size), dtype)
   product = jax.jit(lambda x: x @ x)
-  y = jnp.ones((2**13, 2**13 if on_cpu else 2**16), dtype)
+  y = jnp.ones((2**13, 2**13) if on_cpu else (2**16, 2**16), dtype)
   read = jax.jit(lambda y: y @ y[0])
   best = {}
   for name, call in (

@@ -69,7 +69,7 @@ def test_slurm(nodes, first):
     ({}, (1,)),
     ({"CUDA_VISIBLE_DEVICES": "0,1"}, (1,)),
     ({"CUDA_VISIBLE_DEVICES": "0"}, None),
-    ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "2"}, None),
+    ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_GPUS_PER_TASK": "a100:2"}, None),
   ):
     found = find_cluster(env=env | more)
     assert found is not None

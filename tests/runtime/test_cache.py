@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from jaxalign.parallel import hosts
 from jaxalign.runtime import cache
 
 NAMES = (
@@ -43,6 +44,21 @@ def test_the_users_own_choice_stays(tmp_path):
   jax.config.update("jax_compilation_cache_dir", str(tmp_path / "own"))
   assert cache.enable_compilation_cache() == tmp_path / "own"
   assert jax.config.jax_compilation_cache_dir == str(tmp_path / "own")
+
+
+@pytest.mark.parametrize("seen", [True, False])
+def test_several_hosts_share_a_folder_or_have_none(
+  seen, tmp_path, monkeypatch, caplog
+):
+  place = str(cache.enable_compilation_cache())
+  monkeypatch.setattr(hosts, "count", lambda: 2)
+  monkeypatch.setattr(hosts, "from_lead", lambda mark, like: mark())
+  # What this host sees, and what another one says.
+  monkeypatch.setattr(hosts, "agree", lambda missing: missing or not seen)
+  cache.leave_cache_unless_shared()
+  assert jax.config.jax_compilation_cache_dir == (place if seen else None)
+  assert ("is not shared by all hosts" in caplog.text) != seen
+  assert not list(tmp_path.rglob("shared-*"))
 
 
 def test_a_home_that_cannot_be_written_means_no_cache(tmp_path, monkeypatch):
