@@ -299,6 +299,10 @@ factor of two to three.{estimates} Where a program does not fit, its compiler
 stops and its arithmetic alone is counted, so what a step sends and takes is
 more (>) than what stands there.
 
+What the hosts do between programs, decoding and encoding texts, is not counted.
+Each does its part, but all of them read the whole, so on many hosts it does not
+shrink with their number ([Several hosts](hosts.md)).
+
 Prompts of 256 tokens, completions of the presets' length, texts to train on of
 `max_length`. From 8 chips on a step has one prompt a chip, 16 samples of each,
 and trains on the best of each prompt, so that every chip has one row of an
