@@ -8,7 +8,7 @@ neither jax nor starts a backend: the functions are fetched from
 
 from typing import TYPE_CHECKING, Any
 
-from jaxalign.errors import UserError
+from jaxalign.errors import HostError, UserError
 
 if TYPE_CHECKING:
   from jaxalign.api import (
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
   )
 
 __all__ = [
+  "HostError",
   "Loaded",
   "TrainResult",
   "UserError",

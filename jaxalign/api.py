@@ -93,6 +93,7 @@ def load(
 
   Raises:
     UserError: one line that says what is wrong with the folder.
+    HostError: the hub or the store does not answer.
   """
   if not isinstance(source, str | os.PathLike):
     raise UserError(

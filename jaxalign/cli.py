@@ -193,35 +193,39 @@ CUDA = ("jax_cuda13_plugin", "jax_cuda12_plugin")
 
 
 def has_accelerator() -> bool:
-  """Whether this machine has a device that JAX may use beside the CPU."""
-  return os.environ.get("JAX_PLATFORMS") != "cpu" and (
-    any(map(os.path.exists, GPU_FILES))
-    or any(map(glob.glob, OTHER_ACCELERATORS))
-  )
+  """Whether JAX may find another device than the CPU on this machine."""
+  if os.environ.get("JAX_PLATFORMS") == "cpu":
+    return False
+  gpu = any(map(os.path.exists, GPU_FILES)) and any(map(_installed, CUDA))
+  return gpu or any(map(glob.glob, OTHER_ACCELERATORS))
 
 
-def check_backend(platform: str) -> None:
+def check_backend(platform: str, chosen: str | None) -> None:
   """Refuses to train on the CPU where CUDA is installed for a GPU.
 
-  JAX falls back to the CPU when the GPU's driver is too old, say, and a run
-  would be hundreds of times slower.
+  JAX falls back to the CPU if the GPU cannot be used, and a run would be
+  hundreds of times slower.
 
   Args:
     platform: that JAX has taken.
+    chosen: `jax.config.jax_platforms`: what the user asked for, if anything.
 
   Raises:
-    UserError: there is a GPU, and JAX for CUDA does not use it.
+    HostError: JAX for CUDA does not use the GPU of this machine. Another
+      machine's GPU may serve.
   """
+  hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
   if (
     platform == "cpu"
-    and not os.environ.get("JAX_PLATFORMS")
+    and not chosen
+    and not hidden
     and any(map(os.path.exists, GPU_FILES))
     and any(map(_installed, CUDA))
   ):
-    raise UserError(
+    raise HostError(
       "this machine has a GPU, but JAX does not use it; the lines above say "
-      "why: a driver that is too old for CUDA 13 needs jaxalign[cuda12]. Set "
-      "JAX_PLATFORMS=cpu to train on the CPU"
+      "why: a driver that is too old for CUDA 13, say, needs jaxalign[cuda12]. "
+      "Set JAX_PLATFORMS=cpu to train on the CPU"
     )
 
 

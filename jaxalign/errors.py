@@ -23,7 +23,7 @@ class StepError(UserError):
 
 
 class HostError(RuntimeError):
-  """Another process of the run is gone or did not come, or the hub is silent.
+  """Another process, the hub or a store does not answer, or a GPU is missing.
 
   A command prints it and exits with status 1: it is no mistake in the input,
   and the same command may succeed the next time.

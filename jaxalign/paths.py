@@ -54,12 +54,22 @@ def remote(name: str | os.PathLike, field: str) -> epath.Path:
     ) from error
   except Exception as error:  # each store has errors of its own
     reason = (str(error).splitlines() or [type(error).__name__])[0]
-    silent = isinstance(error, ConnectionError | TimeoutError)
+    silent = _is_silence(error)
     raise (HostError if silent else UserError)(
       f"{field}: {url} cannot be reached: {reason}; check the name, the "
       "credentials and the network"
     ) from error
   return place
+
+
+def _is_silence(error: BaseException | None) -> bool:
+  """Whether a store was not reached; each package has errors of its own."""
+  while error is not None:
+    kinds = " ".join(kind.__name__ for kind in type(error).__mro__)
+    if re.search("Connection|Connect|Timeout|Transport", kinds):
+      return True
+    error = error.__cause__ or error.__context__
+  return False
 
 
 def refuse_remote(name: str | os.PathLike, field: str, remedy: str) -> None:

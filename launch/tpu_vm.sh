@@ -9,9 +9,8 @@
 #   launch/tpu_vm.sh delete       gives the slice back
 #   launch/tpu_vm.sh keep --config ... --workdir ...
 #       create, copy, start and logs, and again each time a spot slice is taken
-#       away or a host shuts down (RESTARTS=10 times, if that ends the run with
-#       another status than 143), until the run has ended by itself or by
-#       `stop`; Ctrl-C ends only the watching
+#       away or the run fails (at most RESTARTS=10 times), until it has ended
+#       by itself or by `stop`; Ctrl-C ends only the watching
 #
 # The slice is named by variables: NAME=jaxalign, ZONE=us-west4-a,
 # TYPE=v5litepod-16, RUNTIME=v2-alpha-tpuv5-lite (v5p: v2-alpha-tpuv5; v6e:
@@ -128,7 +127,7 @@ keep() {
       status="$(on 0 "cd jaxalign && if [ -e run.status ]; then
           cat run.status && ls run.stopped
         elif ! kill -0 \$(cat run.pid); then
-          echo 137
+          echo 137 && ls run.stopped
         fi" 2> /dev/null || true)"
       case "$status" in
         "") ;;
@@ -144,5 +143,5 @@ keep() {
 
 case "${1:-}" in
   create | copy | start | logs | stop | delete | keep) "$@" ;;
-  *) sed -n '2,22s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
+  *) sed -n '2,21s/^# \{0,1\}//p' "$0" >&2 && exit 2 ;;
 esac

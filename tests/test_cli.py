@@ -12,7 +12,7 @@ import pytest
 from jaxalign import __main__ as overview
 from jaxalign import cli
 from jaxalign.cli import Parser, command, load_function
-from jaxalign.errors import UserError
+from jaxalign.errors import HostError, UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -242,25 +242,27 @@ def test_compilers_without_a_device_say_nothing(
 
 
 @pytest.mark.parametrize(
-  ("file", "module", "chosen", "refused"),
+  ("file", "module", "chosen", "visible", "refused"),
   [
-    ("/dev/null", "json", "", True),
-    ("/dev/null", "json", "cpu", False),
-    ("/dev/null", "json.none", "", False),  # JAX for the CPU was installed
-    ("/dev/none", "json", "", False),
+    ("/dev/null", "json", "", "0", True),
+    ("/dev/null", "json", "cpu", "0", False),
+    ("/dev/null", "json", "", "-1", False),
+    ("/dev/null", "json.none", "", "0", False),  # JAX for the CPU alone
+    ("/dev/none", "json", "", "0", False),
   ],
 )
-def test_a_gpu_that_jax_does_not_use_is_no_cpu(
-  file, module, chosen, refused, monkeypatch
+def test_a_gpu_that_jax_does_not_use_ends_the_run(
+  file, module, chosen, visible, refused, monkeypatch
 ):
   monkeypatch.setattr(cli, "GPU_FILES", (file,))
   monkeypatch.setattr(cli, "OTHER_ACCELERATORS", ())
   monkeypatch.setattr(cli, "CUDA", (module,))
   monkeypatch.setenv("JAX_PLATFORMS", chosen)
-  assert cli.has_accelerator() == (file == "/dev/null" and chosen != "cpu")
-  cli.check_backend("gpu")
+  monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+  assert cli.has_accelerator() == (refused or visible == "-1")
+  cli.check_backend("gpu", chosen)
   if refused:
-    with pytest.raises(UserError, match="JAX does not use it"):
-      cli.check_backend("cpu")
+    with pytest.raises(HostError, match="JAX does not use it"):
+      cli.check_backend("cpu", chosen)
   else:
-    cli.check_backend("cpu")
+    cli.check_backend("cpu", chosen)

@@ -278,7 +278,8 @@ def run(
   cpu.trim_after_compiling()
   hosts.start(cluster)
   with hosts.together():
-    cli.check_backend(jax.default_backend())
+    settings: Any = jax.config  # its options are set at run time
+    cli.check_backend(jax.default_backend(), settings.jax_platforms)
     cache.leave_cache_unless_shared()
     check_hosts(config, folder, extend=extend, fresh=fresh)
     with mirror.opened(folder) as local:

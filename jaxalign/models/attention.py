@@ -40,7 +40,9 @@ PREFERRED = {"tpu": ("splash",), "gpu": ("cudnn", "triton")}
 SHORTEST = 128  # tokens of the shortest texts that a kernel is called for
 WIDEST = 256  # features of the widest heads that kernels were compiled for
 AMPERE = (8, 0)  # compute capability from which kernels on GPUs run
-HOPPER = (9, 0)  # the one compute capability where cuDNN trains wider heads
+# JAX lets cuDNN have heads above 128 from Hopper on; its backward pass takes
+# them on Hopper alone (cuDNN's table of supported heads).
+HOPPER = (9, 0)
 # Axes that split a kernel's heads, the preferred ones first.
 HEADS = (("tensor", "sequence"), ("tensor",))
 INTERPRET = False  # tests set it: the kernels then run on any platform

@@ -149,7 +149,7 @@ def _own_device(
   """One GPU a process where a node has several processes, else all of it."""
   if name not in env or nodes is None or int(nodes) >= int(count):
     return None
-  # A launcher that binds GPUs has each process see its own alone, from 0 on.
+  # With GPU binding each process sees only its own GPUs, numbered from 0.
   visible = env.get("CUDA_VISIBLE_DEVICES")
   if visible is not None:
     seen, processes = len(visible.split(",")), -(-int(count) // int(nodes))

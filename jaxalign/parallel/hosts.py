@@ -43,6 +43,7 @@ Item = TypeVar("Item")
 
 START_SECONDS = 300  # until all processes are there
 STEP_SECONDS = 1800  # that a process may be behind the others
+START_UP_SECONDS = 6 * 3600  # the same while each downloads models of its own
 BEAT_SECONDS = 3.0  # between two signs of life
 SILENT_SECONDS = 30.0  # without one, after which a process counts as dead
 NARROWEST = 2**16  # bytes a process, in an exchange by the devices
@@ -152,7 +153,7 @@ def check_same(values: Mapping[str, object], remedy: str) -> None:
   if count() == 1:
     return
   plain = json.loads(json.dumps(values, default=repr))
-  rows = _exchange_json(plain)
+  rows = _exchange_json(plain, "the comparison of the hosts", START_UP_SECONDS)
   for number, row in enumerate(rows):
     differing = [
       f"{name} is {json.dumps(rows[0].get(name))} on {name_of(0)} and "
@@ -165,19 +166,18 @@ def check_same(values: Mapping[str, object], remedy: str) -> None:
 
 
 def check_number() -> None:
-  """Refuses a process whose devices count it as another one.
+  """Refuses a process number that differs from JAX's own.
 
-  The hosts of a TPU slice have numbers of their own, by which checkpoints are
-  written.
+  The hosts of a TPU slice have numbers, by which checkpoints are written.
 
   Raises:
-    UserError: it is another one.
+    UserError: the numbers differ.
   """
   if jax.process_index() != _me():
     raise UserError(
-      f"--process_id={_me()}, but this is host {jax.process_index()} of its "
-      "TPU slice; leave the flags out, or number the processes as the slice "
-      "does (TPU_WORKER_ID)"
+      f"this process was started as number {_me()}, but it is host "
+      f"{jax.process_index()} of its TPU slice; number the processes as the "
+      "slice does (TPU_WORKER_ID), or start them without flags and variables"
     )
 
 
@@ -233,10 +233,9 @@ def _explain_aborts(cluster: Cluster) -> None:
         f"{cluster.num_processes - 1}"
       )
     else:
-      gone = _gone([0] if not is_lead() else [])
       text = (
-        "this process was aborted; the lines above say why. If they are about "
-        f"the coordination service: {gone}"
+        f"{_gone([0] if not is_lead() else [])}. If the lines above are not "
+        "about the coordination service, they say why this process was aborted"
       )
     os.write(2, f"error: {text}\n".encode())
     os._exit(1)
@@ -516,7 +515,8 @@ def _keep_watch(watch: _Watch) -> None:
         seen[number] = (sign, now)
     if now - max(watch.met, told) > STEP_SECONDS:
       told = now
-      os.write(2, _whereabouts().encode())
+      with contextlib.suppress(OSError):
+        os.write(2, _whereabouts().encode())
     dead = [n for n, (_, last) in seen.items() if now - last > SILENT_SECONDS]
     if dead:
       _end(_gone(dead), alone=len(dead) + 1 == count())
@@ -528,18 +528,17 @@ def _keep_watch(watch: _Watch) -> None:
 
 
 def _whereabouts() -> str:
-  """A warning with the place in the program where this process is.
+  """A warning with the stack of this process's main thread.
 
   A process that hangs keeps the devices of the others waiting, where no
-  time-out reaches them. It is the one that is elsewhere.
+  time-out reaches them. Its stack differs from theirs.
   """
-  frames = sys._current_frames()
   thread = threading.main_thread().ident
-  stack = traceback.format_stack(frames.get(thread) if thread else None)
+  frame = sys._current_frames().get(thread) if thread else None
   return (
     f"warning: the hosts have not met for {STEP_SECONDS / 60:.0f} minutes; if "
-    f"one of them hangs, it is elsewhere than this one, {name_of(_me())}:\n"
-    f"{''.join(stack[-4:])}"
+    "one of them hangs, its stack differs from the others'. That of "
+    f"{name_of(_me())}:\n{''.join(traceback.format_stack(frame))}"
   )
 
 
@@ -584,6 +583,8 @@ def _put(key: str, data: bytes) -> None:
 def _get(key: str) -> bytes:
   """Waits for a value, as long as it takes: a person may be asked for it."""
   while True:
+    if _watch is not None:  # no reason to worry where the others are
+      _watch.met = time.monotonic()
     try:
       return _client().blocking_key_value_get_bytes(key, 60_000)
     except jax.errors.JaxRuntimeError as error:
@@ -591,8 +592,15 @@ def _get(key: str) -> bytes:
         raise
 
 
-def _exchange(data: bytes) -> list[bytes]:
-  """The bytes of all processes, in their order; few of them.
+def _exchange(
+  data: bytes, name: str = "an exchange", seconds: int = STEP_SECONDS
+) -> list[bytes]:
+  """Every process's bytes, in process order; for small values.
+
+  Args:
+    data: of this process.
+    name: see `barrier`.
+    seconds: the same.
 
   Raises:
     HostError: a process did not come.
@@ -601,14 +609,14 @@ def _exchange(data: bytes) -> list[bytes]:
   before = _done[:]
   _put(f"{place}{_me()}", data)
   # One request for all of them: as many as there are processes would add up.
-  barrier("an exchange", STEP_SECONDS)
+  barrier(name, seconds)
   found = _client().key_value_dir_get_bytes(place)
   _forget(before)
   return [data for _, data in sorted(found, key=lambda row: _number(row[0]))]
 
 
 def _exchange_by_devices(data: bytes) -> list[bytes]:
-  """The same of many bytes, for which the lead's store would be too slow."""
+  """As `_exchange`, for large values."""
   sizes = [int(size) for size in _exchange(str(len(data)).encode())]
   # Powers of two, as each width is a program of its own.
   width = max(1 << (max(sizes) - 1).bit_length(), NARROWEST)
@@ -646,8 +654,8 @@ def _forget(keys: Sequence[str]) -> None:
     _done.remove(key)
 
 
-def _exchange_json(value: object) -> list[Any]:
-  rows = _exchange(json.dumps(value).encode())
+def _exchange_json(value: object, *limit: Any) -> list[Any]:
+  rows = _exchange(json.dumps(value).encode(), *limit)
   return [json.loads(row) for row in rows]
 
 

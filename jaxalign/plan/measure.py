@@ -34,6 +34,7 @@ from jaxalign.setup.spec import RunSpec
 # What stays in memory, in the order it is printed.
 PARAMETERS, OPTIMIZER = "parameters", "optimizer"
 REFERENCE, REWARDS = "reference", "reward models"
+IDLE = 0.25  # wasted share of the sampling below which nothing is said
 RESIDENT = (PARAMETERS, OPTIMIZER, REFERENCE, REWARDS)
 
 # Of a run's start: importing and opening everything, and what a host reads a
@@ -42,7 +43,6 @@ START, READ_RATE = 10.0, 1e9
 
 # "... total memory required for HLO temporaries (17.55G) exceeds available HBM
 # (15.75G)", and other wordings with the two numbers.
-IDLE = 0.25  # share of the sampling that may be of no use unsaid
 _TOO_LARGE = re.compile(r"([\d.]+)([KMG])[^\d]*\)?[^.\d]*?([\d.]+)([KMG])")
 _UNITS = {"K": 2**10, "M": 2**20, "G": GIB}
 
@@ -334,7 +334,7 @@ def _idle(spec: RunSpec[TrainingConfig]) -> tuple[str, ...]:
 
 
 def idle_note(mesh: dict[str, int], prompts: int, samples: int) -> str:
-  """What share of the sampling is of no use, and the remedy; "" = little.
+  """What share of the sampling is wasted, and the remedy; "" = little.
 
   Args:
     mesh: axis -> size.
@@ -350,7 +350,7 @@ def idle_note(mesh: dict[str, int], prompts: int, samples: int) -> str:
   if share < IDLE:
     return ""
   return (
-    f"{share:.0%} of the sampling is of no use: {prompts} x {samples} "
+    f"{share:.0%} of the sampling is wasted: {prompts} x {samples} "
     f"completions are drawn as {rows} rows, which divide over {parts} of "
     f"{chips} parts of the mesh; take prompts in powers of two whose "
     "completions divide over all of them (sampling.batch_prompts), or give "

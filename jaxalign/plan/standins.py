@@ -67,6 +67,7 @@ def stand_in(
 
   Raises:
     UserError: a model that has no config.json here and cannot be fetched.
+    HostError: the hub does not answer.
   """
   stand: dict[str, list[str]] = {_WITHOUT: [], _UNTOKENIZED: []}
 

@@ -36,8 +36,8 @@ ArraySpec = list[list[int] | str]  # [shape, dtype name], as JSON has it
 def handler() -> ocp.PyTreeCheckpointHandler:
   """How arrays are laid out on disk: OCDBT, not compressed."""
   # Float weights shrink by some 8% under zstd, for several times the CPU work.
-  # On GPUs Orbax would have the whole state in pinned memory at once, of which
-  # XLA has 64 GiB and gives none back.
+  # On GPUs Orbax would copy the whole state to pinned memory at once, and XLA's
+  # pool of it is limited to 64 GiB and never shrinks.
   return ocp.PyTreeCheckpointHandler(
     use_compression=False, enable_pinned_host_transfer=False
   )

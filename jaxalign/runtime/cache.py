@@ -8,6 +8,7 @@ import secrets
 from typing import Any
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 
 from jaxalign import paths
 from jaxalign.parallel import hosts
@@ -51,9 +52,10 @@ def enable_compilation_cache() -> pathlib.Path | None:
 def leave_cache_unless_shared() -> None:
   """Switches JAX's cache off where the hosts do not see the same folder.
 
-  JAX has process 0 alone write to it. With folders of their own the others
-  would compile at the next start what process 0 finds, and wait for it: GPUs'
-  compilers share the search for the fastest kernels.
+  JAX has process 0 alone write to it. With one folder per host, process 0
+  would at the next start load programs that the others must compile. On GPUs
+  the compilers divide autotuning among the processes, so the others would wait
+  for process 0.
   """
   config: Any = jax.config
   folder = config.jax_compilation_cache_dir
@@ -61,21 +63,26 @@ def leave_cache_unless_shared() -> None:
     return
   place = pathlib.Path(folder)
 
-  # A name that nobody has asked for: a network's file system remembers that a
-  # file was not there.
+  # A fresh name: network file systems cache failed lookups.
   def mark() -> int:
     number = secrets.randbits(62)
     with contextlib.suppress(OSError):
+      place.mkdir(parents=True, exist_ok=True)
       (place / f"shared-{number}").touch()
     return number
 
   found = place / f"shared-{hosts.from_lead(mark, 0)}"
-  if hosts.agree(not found.exists()):
+  if hosts.agree(not os.path.exists(found)):
     config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()  # a program may have opened it
     _log.warning(
       "%s is not shared by all hosts, so each start compiles again; name a "
-      "folder that they share with JAXALIGN_CACHE",
+      "folder that they share with %s",
       folder,
+      "JAX_COMPILATION_CACHE_DIR"
+      if "JAX_COMPILATION_CACHE_DIR" in os.environ
+      else "JAXALIGN_CACHE",
     )
   if hosts.is_lead():
-    found.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):
+      found.unlink()

@@ -31,7 +31,7 @@ from jaxalign.core.types import JsonObject, Params
 from jaxalign.parallel import hosts
 from jaxalign.runtime import arrays, files, manifest, mirror
 
-# That a save may take; a state of 7B on a slow network's file system, say.
+# The longest time for a save, e.g. of 7B parameters to a slow network drive.
 SAVE_SECONDS = 6 * 3600
 
 _log = logging.getLogger(__name__)

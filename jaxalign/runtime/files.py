@@ -52,7 +52,7 @@ class Growing:
       path: the file; made if missing.
       offset: bytes to keep; what follows them is cut off.
     """
-    self.path = path
+    self.path = path.absolute()  # a user's function may change the folder
     # Unbuffered: what was written survives `kill -9`.
     self._file = open(path, "ab", buffering=0)  # noqa: SIM115
     size = self._file.tell()
@@ -86,7 +86,7 @@ class Growing:
   def offset(self) -> int:
     """Forces the file to disk; its length in bytes."""
     os.fsync(self._file.fileno())
-    # A bucket that is mounted has what was closed.
+    # A mounted bucket uploads a file when it is closed.
     self._file.close()
     self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
     return self._file.tell()

@@ -33,6 +33,7 @@ def opened(name: pathlib.Path) -> Iterator[pathlib.Path]:
 
   Raises:
     UserError: the store cannot be used.
+    HostError: it does not answer.
   """
   if not paths.is_remote(name):
     yield name

@@ -53,11 +53,11 @@ class Stop:
 def catch_signals() -> Iterator[Stop]:
   """Turns the first signal into a flag; the second ends the process at once.
 
-  SIGTERM again within a second, or SIGINT within a tenth, counts once; so does
-  what comes after `Stop.agree` has told of another host's. Where the program
-  had a handler of its own, it gets the second signal. The earlier
-  handlers are restored at the end. Outside of the main thread nothing is
-  caught, because Python runs handlers there.
+  SIGTERM again within a second, or SIGINT within a tenth, counts once. The
+  first signal after `Stop.agree` has reported another host's does not count.
+  Where the program had a handler of its own, it gets the second signal. The
+  earlier handlers are restored at the end. Outside of the main thread nothing
+  is caught, because Python runs handlers there.
 
   Yields:
     The flag to check after each step.
@@ -76,17 +76,15 @@ def catch_signals() -> Iterator[Stop]:
     if own == number and now - first < _ECHO_SECONDS[number]:
       return
     if own:
-      others = earlier[number]
-      if callable(others) and others is not signal.default_int_handler:
-        others(number, frame)
+      before = earlier[number]
+      if callable(before) and before is not signal.default_int_handler:
+        before(number, frame)
         return
       leave(128 + number)
     own, first = number, now
-    # A platform tells one host after the other: while this one heard of it from
-    # another, it is saving already.
-    if stop.requested:
-      return
-    stop.signal = number
+    # Platforms signal hosts one by one; this one may already be saving because
+    # of another host's signal.
+    stop.signal = stop.signal or number
     if not stop.on_screen:
       # Not print, whose buffer may be in use when the signal comes.
       os.write(2, f"\n{STOPPING}\n".encode())

@@ -26,7 +26,7 @@ from jaxalign.runtime import files
 
 FINISHED = "finished.json"
 _LOCK = ".lock"
-# What a file system says that knows no locks, such as Lustre or NFS without.
+# Errors of file systems without locks, as Lustre or NFS may be mounted.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _log = logging.getLogger(__name__)
 # The weights that `init_from` took are there before the run is.

@@ -161,6 +161,7 @@ def main(name, *chosen):
         row["gathers_at_a_token"] = gathers_at_a_token(known[text].as_text())
       memory = known[text].memory_analysis()
       row["temporary_bytes"] = memory.temp_size_in_bytes
+      row["host_bytes"] = memory.host_argument_size_in_bytes
       row["seconds"] = round(time.perf_counter() - began, 2)
       print(json.dumps(row), flush=True)
 

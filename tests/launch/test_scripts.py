@@ -165,7 +165,13 @@ case "$1 $2" in
     done 2> /dev/null
     rm state
     ;;
-  "tpu-vm scp") for host in $hosts; do cp "$3" "host$host"; done ;;
+  "tpu-vm scp")
+    for host in $hosts; do
+      # The other host may be ending still.
+      while kill -0 "$(cat "host$host/jaxalign/run.pid")"; do sleep 0.05; done
+      cp "$3" "host$host"
+    done 2> /dev/null
+    ;;
   "tpu-vm ssh")
     # Without -e: the command says itself what it needs.
     for host in $hosts; do

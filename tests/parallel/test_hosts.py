@@ -47,6 +47,13 @@ def test_a_coordinator_that_is_late_is_no_mistake(monkeypatch, capsys):
   assert capsys.readouterr().err.startswith(f"error: the coordinator {address}")
 
 
+def test_a_number_that_jax_does_not_share_is_refused(monkeypatch):
+  hosts.check_number()
+  monkeypatch.setattr(jax, "process_index", lambda: 3)
+  with pytest.raises(UserError, match=r"number 0, but it is host 3 of its TPU"):
+    hosts.check_number()
+
+
 def test_jax_must_not_be_used_before_the_hosts_join():
   jax.devices()
   with pytest.raises(UserError, match="JAX was used before the hosts joined"):
@@ -105,6 +112,20 @@ assert [x for x, _ in found] == [0, 2, 4, 6, 8]
 assert {text for _, text in found} == {"\\ud800"}
 assert seen == [[0, 1], [2, 3, 4]][rank]
 assert hosts.spread(double, range(1))[0][0] == 0
+found = hosts.spread(lambda items: ["x" * 100_000] * len(items), range(2))
+assert list(map(len, found)) == [100_000] * 2
+
+def break_down(items):
+  if rank == 1:
+    raise OSError("no disk")
+  return items
+
+try:
+  hosts.spread(break_down, range(2))
+except (OSError if rank == 1 else RuntimeError) as error:
+  assert ("no disk" if rank == 1 else "host 1 (") in str(error)
+else:
+  raise AssertionError("nothing failed")
 
 # What differs, and on which host.
 hosts.check_same({"steps": 3}, "fix it")
@@ -135,8 +156,11 @@ for kind, wanted in kinds.items():
     raise AssertionError("nothing failed")
 
 # Where no time-out reaches, each says where it is.
+def wait(deep):
+  return wait(deep - 1) if deep else time.sleep(1.5)
+
 hosts.STEP_SECONDS = 0.5
-time.sleep(1.5)
+wait(6)
 hosts.STEP_SECONDS = 1800
 
 for _ in range(2):
@@ -183,5 +207,6 @@ def test_two_processes():
   assert "error: a mistake of one host\n" in errors
   for text in (lead_errors, errors):
     assert "the hosts have not met for 0 minutes" in text
-    assert re.search(r"elsewhere than this one, host \d .*:\n  File", text)
+    assert re.search(r"That of host \d .*:\n  File .* in <module>", text)
+    assert ", in wait" in text
   assert re.search(r"error: host 1 .* failed; its log says why", lead_errors)

@@ -190,7 +190,7 @@ def test_filler_rows_get_a_mesh_without_any_as_a_remedy():
   assert note(8, 8, 255).endswith("or give chips to mesh.tensor")
 
 
-def test_sampling_that_is_of_no_use_is_told():
+def test_wasted_sampling_is_told():
   """Rows that do not divide are drawn by every device."""
 
   def note(prompts, samples, fsdp, sequence=1):
@@ -198,7 +198,7 @@ def test_sampling_that_is_of_no_use_is_told():
     return measure.idle_note(mesh, prompts, samples)
 
   assert note(8, 16, 64, 2) == note(7, 1, 8) == ""
-  assert note(2, 16, 64).startswith("98% of the sampling is of no use: 2 x 16 ")
+  assert note(2, 16, 64).startswith("98% of the sampling is wasted: 2 x 16 ")
   # As 128, and split over fsdp but not over sequence.
   assert note(96, 1, 64).startswith("25% ")
   assert "divide over 64 of 256 parts" in note(64, 1, 64, 4)

@@ -50,7 +50,10 @@ def test_the_users_own_choice_stays(tmp_path):
 def test_several_hosts_share_a_folder_or_have_none(
   seen, tmp_path, monkeypatch, caplog
 ):
-  place = str(cache.enable_compilation_cache())
+  # One that the user has chosen, and that nobody has made yet.
+  place = str(tmp_path / "own" / "cache")
+  jax.config.update("jax_compilation_cache_dir", place)
+  assert str(cache.enable_compilation_cache()) == place
   monkeypatch.setattr(hosts, "count", lambda: 2)
   monkeypatch.setattr(hosts, "from_lead", lambda mark, like: mark())
   # What this host sees, and what another one says.

@@ -105,11 +105,13 @@ def _is_passing(error: Exception) -> bool:
   """Whether the same download may succeed in a while."""
   from huggingface_hub import constants, errors
 
-  # Not in the cache either, and the hub was not reached, or not asked.
-  if isinstance(error, errors.LocalEntryNotFoundError):
-    return not constants.HF_HUB_OFFLINE
-  status = getattr(getattr(error, "response", None), "status_code", 0)
-  return status == 429 or status >= 500  # too many requests; the hub's failure
+  # Most failures come as "not in the cache either".
+  absent = isinstance(error, errors.LocalEntryNotFoundError)
+  answer = getattr(error.__cause__ if absent else error, "response", None)
+  if answer is None:  # the hub was not reached, or not asked
+    return absent and not constants.HF_HUB_OFFLINE
+  # Too many requests; a failure of the hub's own.
+  return answer.status_code == 429 or answer.status_code >= 500
 
 
 @functools.cache  # one copy a process, gone at its end

@@ -79,15 +79,22 @@ def test_offline_is_one_line(monkeypatch):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
 @pytest.mark.parametrize(
-  ("status", "kind"), [(404, UserError), (429, HostError), (503, HostError)]
+  ("status", "kind"),
+  [(403, UserError), (404, UserError), (429, HostError), (503, HostError)],
 )
-def test_a_hub_that_refuses_and_one_that_fails(status, kind, monkeypatch):
+def test_a_hub_that_refuses_and_one_that_fails(
+  status, kind, wrapped, monkeypatch
+):
   def download(*_, **__):
     error = OSError("no")
     error.response = types.SimpleNamespace(status_code=status)
+    if wrapped:
+      raise huggingface_hub.errors.LocalEntryNotFoundError("none") from error
     raise error
 
+  monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
   monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   with pytest.raises(kind, match="cannot be fetched"):
     hub.resolve("owner/name")
