@@ -276,6 +276,7 @@ def run(
   if config.compilation_cache:
     cache.enable_compilation_cache()
   cpu.trim_after_compiling()
+  cpu.make_room_for_collectives(alone=cluster is None)
   hosts.start(cluster)
   with hosts.together():
     settings: Any = jax.config  # its options are set at run time

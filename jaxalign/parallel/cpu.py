@@ -2,12 +2,15 @@
 
 import ctypes
 import functools
+import os
+import re
 import sys
 
 # By default XLA copies a donated array that is read twice before writing to it;
 # an optimizer's averages are such arrays.
 COMPILER_OPTIONS = {"xla_cpu_copy_insertion_use_region_analysis": True}
 
+THREADS = 8  # of a simulated device: the collectives that may wait at once
 # Options of glibc's mallopt.
 _TRIM_THRESHOLD, _MMAP_MAX = -1, -4
 # JAX's name of the time that XLA took to compile a program.
@@ -46,6 +49,24 @@ def trim_after_compiling() -> None:
       libc.malloc_trim(0)
 
   jax.monitoring.register_event_duration_secs_listener(trim)
+
+
+def make_room_for_collectives(*, alone: bool) -> None:
+  """Gives simulated devices enough threads; before JAX starts its backend.
+
+  XLA's CPU devices share a pool of as many threads as there are cores. One that
+  waits in a collective is taken, and where a layer gathers several matrices at
+  once, all threads may wait in different ones, for ever.
+
+  Args:
+    alone: whether this is the run's only process.
+  """
+  flag = r"--xla_force_host_platform_device_count=(\d+)"
+  found = re.findall(flag, os.environ.get("XLA_FLAGS", ""))
+  devices = int(found[-1]) if found else 1
+  if devices > 1 or not alone:
+    threads = max(os.cpu_count() or 1, THREADS * devices)
+    os.environ.setdefault("NPROC", str(threads))  # as XLA calls it
 
 
 def _glibc() -> ctypes.CDLL | None:

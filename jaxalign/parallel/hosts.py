@@ -43,7 +43,7 @@ Item = TypeVar("Item")
 
 START_SECONDS = 300  # until all processes are there
 STEP_SECONDS = 1800  # that a process may be behind the others
-START_UP_SECONDS = 6 * 3600  # the same while each downloads models of its own
+TRANSFER_SECONDS = 6 * 3600  # the same while one down- or uploads a model
 BEAT_SECONDS = 3.0  # between two signs of life
 SILENT_SECONDS = 30.0  # without one, after which a process counts as dead
 NARROWEST = 2**16  # bytes a process, in an exchange by the devices
@@ -153,7 +153,7 @@ def check_same(values: Mapping[str, object], remedy: str) -> None:
   if count() == 1:
     return
   plain = json.loads(json.dumps(values, default=repr))
-  rows = _exchange_json(plain, "the comparison of the hosts", START_UP_SECONDS)
+  rows = _exchange_json(plain, "the comparison of the hosts", TRANSFER_SECONDS)
   for number, row in enumerate(rows):
     differing = [
       f"{name} is {json.dumps(rows[0].get(name))} on {name_of(0)} and "
@@ -437,7 +437,7 @@ def together() -> Iterator[None]:
     return
   try:
     yield
-    barrier("the end", STEP_SECONDS)
+    barrier("the end", TRANSFER_SECONDS)
   except BaseException as error:
     _leave(_explain(error))
   if _watch is not None:

@@ -242,7 +242,7 @@ def with_remat(
   found = spec
   for policy in remat.POLICIES[:-1]:
     found = replace_remat(spec, policy)
-    kept, other = kept_bytes(programs(found))
+    kept, other = kept_bytes(programs(found), spec.config.micro_batches)
     if kept + other <= USABLE * memory:
       break
   if hosts.is_lead():
@@ -271,11 +271,17 @@ def replace_remat(spec: RunSpec[C], policy: str) -> RunSpec[C]:
   )
 
 
-def kept_bytes(programs: Sequence[Program]) -> tuple[int, int]:
+def kept_bytes(
+  programs: Sequence[Program], micro_batches: int = 1
+) -> tuple[int, int]:
   """Bytes on a device that an update keeps for its backward pass, and others.
 
   The others are parameters, optimizer state, reference and reward models, and
-  the gradients.
+  the gradients: those of a micro-batch, and their sum where there are several.
+
+  Args:
+    programs: of a run.
+    micro_batches: M, of an update.
   """
   held: dict[int, int] = {}
   kept = gradients = 0
@@ -291,7 +297,8 @@ def kept_bytes(programs: Sequence[Program]) -> tuple[int, int]:
         parts = mesh.size // mesh.shape["tensor"]
         found = saved_bytes(program.trace().jaxpr.jaxpr) // parts
         kept = max(kept, found)
-  return kept, sum(held.values()) + gradients
+  sets = 2 if micro_batches > 1 else 1
+  return kept, sum(held.values()) + sets * gradients
 
 
 def saved_bytes(jaxpr: jex.core.Jaxpr) -> int:

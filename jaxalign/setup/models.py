@@ -110,8 +110,10 @@ class ModelSpec:
     # Files have the shapes of the stored model, whose heads may differ.
     stored = self.stored or self.model
     if self.pretrained is None:
-      drawn = stored.init(jax.random.key(self.seed))
-      params = meshes.put(drawn, self.mesh)
+      # Drawn where it belongs: no device may have room for the whole.
+      where = meshes.shardings(stored.shapes, self.mesh)
+      init = jax.jit(stored.init, out_shardings=where)
+      params = init(jax.random.key(self.seed))
     else:
       params = self.pretrained.read(meshes.shardings(stored.shapes, self.mesh))
     return self._with_heads(params)

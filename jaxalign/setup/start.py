@@ -14,7 +14,6 @@ import shutil
 from typing import TypeVar
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from jaxalign.config.sections import TrainingConfig
@@ -288,6 +287,9 @@ def restore(
     config: its config.
     step: of the checkpoint; None = the newest whole one.
 
+  Returns:
+    The model; what was trained are numpy arrays, which no device has to hold.
+
   Raises:
     UserError: no whole checkpoint, or one of another policy.
   """
@@ -311,19 +313,18 @@ def restore(
   # On a device of this process: of several, the lead alone is here.
   mesh = make_mesh(devices=jax.local_devices()[:1])
   opened = models.open_policy(config, mesh, head)
-  loaded = models.with_groups(opened, getattr(config, "groups", ())).load()
-  if loaded.model.lora is not None:
-    trained = lora.join(trained, lora.split(loaded.params)[1])
-  params = jax.tree.map(jnp.asarray, trained)
-  if _sizes(params) != _sizes(loaded.model.shapes):
+  opened = models.with_groups(opened, getattr(config, "groups", ()))
+  if opened.model.lora is not None:
+    trained = lora.join(trained, lora.split(opened.read())[1])
+  if _sizes(trained) != _sizes(opened.model.shapes):
     raise UserError(
       f"{run_folder}: the checkpoint's parameters are not those of the "
       "config's policy; was the policy's folder replaced?"
     )
-  tokenizer = loaded.tokenizer
+  tokenizer = opened.tokenizer
   if config.algorithm == "reward_model" and tokenizer is not None:
     tokenizer = models.with_reward_notes(tokenizer, config)
-  return models.Loaded(loaded.model, params, tokenizer, str(run_folder))
+  return models.Loaded(opened.model, trained, tokenizer, str(run_folder))
 
 
 def _sizes(tree: PyTree) -> PyTree:

@@ -1,8 +1,13 @@
-"""Memory that a process frees stays its own."""
+"""Memory that a process frees stays its own; threads for simulated devices."""
 
 import ctypes
+import os
 import subprocess
 import sys
+
+import pytest
+
+from jaxalign.parallel import cpu
 
 CODE = """
 import jax, numpy, resource
@@ -34,3 +39,23 @@ def test_freed_memory_is_not_touched_for_the_first_time_again():
   first, second, third = map(int, done.stdout.split())
   glibc = hasattr(ctypes.CDLL(None), "gnu_get_libc_version")
   assert second < 100 < min(first, third) or not glibc
+
+
+@pytest.mark.parametrize(
+  ("flags", "alone", "devices"),
+  [
+    ("", True, None),
+    ("--xla_force_host_platform_device_count=1", True, None),
+    ("--xla_force_host_platform_device_count=64 --x=y", True, 64),
+    ("", False, 1),
+  ],
+)
+def test_simulated_devices_have_threads_to_wait_in(
+  flags, alone, devices, monkeypatch
+):
+  monkeypatch.setenv("XLA_FLAGS", flags)
+  monkeypatch.setenv("NPROC", "")  # taken back at the end
+  monkeypatch.delenv("NPROC")
+  cpu.make_room_for_collectives(alone=alone)
+  least = max(os.cpu_count(), cpu.THREADS * devices) if devices else None
+  assert os.environ.get("NPROC") == (str(least) if least else None)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 
 from jaxalign import algorithms
@@ -94,6 +95,10 @@ def test_remat_is_the_least_with_which_an_update_fits(capsys):
     found = auto.replace_remat(spec, policy)
     assert found.policy.model.config.remat == policy
     kept[policy], other = auto.kept_bytes(programs(found))
+  # A second set of gradients, float32, where they are added up.
+  more = auto.kept_bytes(programs(found), 2)[1] - other
+  sizes = [x.size for x in jax.tree.leaves(spec.policy.model.shapes)]
+  assert more == 4 * sum(sizes)
   # The blocks' inputs alone: [B, T, D] float32 for each layer.
   model = spec.policy.model.config
   _, rows, tokens = spec.batch_shape

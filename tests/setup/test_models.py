@@ -76,6 +76,24 @@ def test_the_shapes_are_those_of_what_is_read(policy, rank):
   assert given == jax.tree.map(seen, spec.read())
 
 
+@pytest.mark.parametrize("rank", [0, 2])
+def test_a_head_that_is_trained_stays_float32(rank, word_tokenizer, tmp_path):
+  """Beside adapters a score head is trained in full."""
+  model = Model.build(NeoXConfig(6, 16, 2, 2, 24)).replace(head="score_last")
+  params, also = model.init(jax.random.key(0)), word_tokenizer("abc").save
+  folder.save(model, params, tmp_path / "reward", also=also)
+  config = SFTConfig(
+    policy=str(tmp_path / "reward"),
+    precision=PrecisionConfig(params="bfloat16"),
+    lora=AdapterConfig(rank=rank, targets=("dense",) if rank else ()),
+  )
+  spec = models.open_policy(config, meshes.make_mesh(), "score_last")
+  read = spec.read()
+  kernel = read["score_head"]["kernel"]
+  assert kernel.dtype == ("float32" if rank else "bfloat16")
+  assert read["embedding"]["embedding"].dtype == "bfloat16"
+
+
 def flip(tensors):
   """The lowest bit of one value."""
   tensors[NAME].view(np.uint32).flat[7] ^= 1

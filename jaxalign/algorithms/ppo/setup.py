@@ -79,9 +79,8 @@ def open_value_model(config: PPOConfig, policy: ModelSpec) -> ModelSpec:
     raise UserError(
       f"config.value_model: {name} is no folder; did you mean {meant[0]}?"
     )
-  spec = open_reward_model(
-    name, policy.mesh, config.precision.params, "config.value_model"
-  )
+  # All of it is trained.
+  spec = open_reward_model(name, policy.mesh, "float32", "config.value_model")
   if not hasattr(spec.model.config, "tied"):  # encoders have no output matrix
     raise UserError(
       f"config.value_model: {name} does not read from left to right, so it has "
@@ -125,8 +124,10 @@ def new_values(spec: RunSpec[PPOConfig], policy: Params) -> Params:
     return {"value_head": {"kernel": kernel, "bias": jnp.zeros(1)}}
   base = lora.strip(policy)
   trunk = {name: base[name] for name in model.shapes if name != "score_head"}
-  # The first update consumes the policy's own arrays.
-  return jax.tree.map(jnp.copy, trunk) | {"score_head": {"kernel": kernel}}
+  # A copy, as the first update consumes the policy's own arrays, and in float32
+  # whatever the base is stored in: all of it is trained.
+  trunk = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trunk)
+  return trunk | {"score_head": {"kernel": kernel}}
 
 
 def programs(spec: RunSpec[PPOConfig]) -> list[Program]:

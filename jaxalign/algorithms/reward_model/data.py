@@ -68,6 +68,7 @@ class ScoredRows:
     buckets: Sequence[int],
     micro_batches: int,
     fill: int = 0,
+    parts: int = 1,
   ) -> ScoredBatch:
     """Some of the rows as numpy arrays `[M, B, T]`.
 
@@ -80,6 +81,7 @@ class ScoredRows:
       buckets: the widths of rows.
       micro_batches: M.
       fill: filler is added up to as many rows.
+      parts: that a mesh splits rows into; those of each width divide by it.
     """
     # Filler repeats rows, so that it adds no shape and no length.
     real = np.arange(max(len(chosen), fill)) < len(chosen)
@@ -94,14 +96,16 @@ class ScoredRows:
     real = np.take_along_axis(real.reshape(shape), order, axis=1)
     index = index.reshape(-1).tolist()
     # The two widths, and how many rows of each micro-batch fit the smaller.
-    # In quarters only: each number of rows is a program of its own.
+    # In quarters only: each number of rows is a program of its own. What did
+    # not divide over the mesh would be computed by every device.
     width = min(length, batches.bucket_length(int(count.max()), buckets))
     half = batches.bucket_length(width // 2, buckets)
-    quarter = count.shape[1] // 4
+    rows = count.shape[1]
+    quarter = -(-(rows // 4) // parts) * parts
     short = 0
     if quarter and half < width:
       fitting = int((count <= half).sum(axis=1).min())
-      short = min(fitting // quarter, 3) * quarter
+      short = min(fitting // quarter, 3, (rows - 1) // quarter) * quarter
 
     def column(values: Sequence, kind: type) -> np.ndarray:
       return np.array([values[i] for i in index], kind).reshape(shape)
@@ -140,6 +144,7 @@ class ScoredData:
   validation: list[ScoredBatch]
   # `data/...` of the first step: rows that are used and left out.
   counts: dict[str, int] = dataclasses.field(default_factory=dict)
+  parts: int = 1  # that the mesh splits rows into
 
   def batch(self, step: int) -> ScoredBatch:
     """Numpy rows `[M, B, T]` of a step, a pure function of seed and step."""
@@ -148,7 +153,11 @@ class ScoredData:
     epoch, at = divmod(step, len(self.rows.ids) // config.batch_size)
     chosen = self.order(epoch)[at]
     return self.rows.pack(
-      chosen, self.length, config.length_buckets, config.micro_batches
+      chosen,
+      self.length,
+      config.length_buckets,
+      config.micro_batches,
+      parts=self.parts,
     )
 
   @functools.lru_cache(maxsize=2)  # noqa: B019, a run has one of these
@@ -219,6 +228,7 @@ def load_data(
   context: int,
   head: str,
   groups: tuple[str, ...] = (),
+  parts: int = 1,
 ) -> ScoredData:
   """Loads and encodes the rows; settles the run's steps and groups.
 
@@ -228,6 +238,7 @@ def load_data(
     context: tokens the model can read.
     head: the model's, which may read the score at an end of text.
     groups: those that the model has heads for already.
+    parts: that the mesh splits rows into.
 
   Raises:
     UserError: a bad source, too few rows, or groups that do not fit.
@@ -273,13 +284,13 @@ def load_data(
     micro, buckets = config.micro_rows, config.length_buckets
     validation = [
       found.pack(
-        np.array(by_length[at : at + micro]), length, buckets, 1, fill=micro
+        np.array(by_length[at : at + micro]), length, buckets, 1, micro, parts
       )
       for at in range(0, held, micro)
     ]
   steps = config.steps or math.ceil(config.epochs * (count // size))
   config = dataclasses.replace(config, steps=steps, groups=groups)
-  return ScoredData(config, rows, length, validation, counts)
+  return ScoredData(config, rows, length, validation, counts, parts)
 
 
 def _assign_heads(

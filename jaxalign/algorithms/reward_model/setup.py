@@ -12,6 +12,7 @@ from jaxalign.algorithms.reward_model.data import (
 from jaxalign.algorithms.reward_model.evaluate import Agreement
 from jaxalign.algorithms.reward_model.train import make_update
 from jaxalign.errors import UserError
+from jaxalign.parallel import mesh as meshes
 from jaxalign.parallel.mesh import Devices
 from jaxalign.parallel.program import Program
 from jaxalign.setup.models import open_policy, with_groups, with_reward_notes
@@ -61,7 +62,12 @@ def describe(config: RewardModelConfig, devices: Devices = None) -> Spec:
   config = dataclasses.replace(config, encoding=encoding)
   # The data come before the heads: they may name the groups.
   data = load_data(
-    config, policy.tokenizer, model.max_positions, model.head, model.groups
+    config,
+    policy.tokenizer,
+    model.max_positions,
+    model.head,
+    model.groups,
+    meshes.row_count(policy.mesh),
   )
   return DataSpec(
     data.config,

@@ -28,7 +28,7 @@ from jaxalign.models.hf.config_json import Fields, read_config, read_json
 from jaxalign.models.hf.weights import FileTensor, SafeTensor
 from jaxalign.models.hf.write import save
 from jaxalign.models.layers import ACTIVATIONS, LoraConfig
-from jaxalign.models.lora import LEAVES, check_targets, known
+from jaxalign.models.lora import HEADS, LEAVES, check_targets, known
 from jaxalign.models.model import Model
 
 __all__ = [
@@ -73,7 +73,11 @@ class Pretrained:
     """What `read` gives, as `jax.ShapeDtypeStruct`s."""
     found = {}
     for path, leaf in table.flatten(self.model.shapes).items():
-      exact = path in self.drawn or path.endswith(LEAVES)
+      # What is trained beside a base in bfloat16: adapters and heads.
+      trained = path.endswith(LEAVES) or (
+        self.model.lora is not None and path.partition(".")[0] in HEADS
+      )
+      exact = path in self.drawn or trained
       dtype = jnp.dtype("float32" if exact else self.dtype)
       found[path] = jax.ShapeDtypeStruct(leaf.shape, dtype)
     return table.unflatten(found)

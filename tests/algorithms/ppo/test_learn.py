@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxalign.algorithms.ppo import setup
 from jaxalign.algorithms.ppo import train as ppo
 from jaxalign.algorithms.ppo.config import (
   KLConfig,
@@ -23,7 +24,12 @@ from jaxalign.algorithms.ppo.experience import (
 from jaxalign.config.sections import OptimizerConfig
 from jaxalign.models.heads import VALUE
 from jaxalign.models.layers import LoraConfig
+from jaxalign.models.model import Model
+from jaxalign.models.neox import NeoXConfig
+from jaxalign.parallel.mesh import make_mesh
+from jaxalign.setup.models import ModelSpec
 from jaxalign.setup.optimizer import optimizer_of
+from jaxalign.setup.spec import RunSpec
 
 PAIRS = [("ab", "cde"), ("c", "fghi"), ("abc", "a"), ("j", "cc")]
 SCORES = [1.0, -2.0, 0.5, 3.0]
@@ -47,6 +53,18 @@ def config(**changes):
 
 def first(cfg):
   return first_extra_state(cfg.kl.coefficient)
+
+
+def test_values_apart_are_float32_beside_a_policy_in_bfloat16(word_tokenizer):
+  """All of them is trained, however the policy's base is stored."""
+  model = Model.build(NeoXConfig(6, 16, 2, 2, 24))
+  policy = ModelSpec(model, word_tokenizer("abc"), make_mesh(), None)
+  spec = RunSpec(config(value_model="separate"), policy, (1, 4, 8))
+  params = jax.tree.map(
+    lambda x: x.astype(jnp.bfloat16), model.init(jax.random.key(0))
+  )
+  values = setup.new_values(spec, params)
+  assert {x.dtype for x in jax.tree.leaves(values)} == {jnp.dtype("float32")}
 
 
 def rollout(toy, cfg, width=9, pairs=PAIRS, scores=SCORES, ended=ENDED):

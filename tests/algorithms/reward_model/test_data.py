@@ -49,6 +49,16 @@ def test_short_answers_go_in_quarters_of_the_batch(lengths, short, width):
   np.testing.assert_array_equal(batch.group[0], rows // 2)
 
 
+@pytest.mark.parametrize(
+  ("parts", "short"), [(1, 12), (4, 12), (8, 8), (16, 0)]
+)
+def test_rows_of_each_width_divide_over_the_mesh(parts, short):
+  """Or every device would compute all of them."""
+  lengths = [120, 100, 90] + [30] * 13
+  batch = columns(lengths).pack(np.arange(16), 128, BUCKETS, 1, parts=parts)
+  assert batch.short == short
+
+
 def test_micro_batches_keep_their_rows_and_filler_counts_in_nothing():
   lengths = [120, 20, 64, 30, 100, 60, 50, 10]
   batch = columns(lengths).pack(np.arange(8), 128, BUCKETS, 2)
