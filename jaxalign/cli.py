@@ -196,8 +196,12 @@ def has_accelerator() -> bool:
   """Whether JAX may find another device than the CPU on this machine."""
   if os.environ.get("JAX_PLATFORMS") == "cpu":
     return False
-  gpu = any(map(os.path.exists, GPU_FILES)) and any(map(_installed, CUDA))
-  return gpu or any(map(glob.glob, OTHER_ACCELERATORS))
+  return _expects_gpu() or any(map(glob.glob, OTHER_ACCELERATORS))
+
+
+def _expects_gpu() -> bool:
+  """Whether there is a GPU of NVIDIA, and JAX was installed for it."""
+  return any(map(os.path.exists, GPU_FILES)) and any(map(_installed, CUDA))
 
 
 def check_backend(platform: str, chosen: str | None) -> None:
@@ -215,13 +219,7 @@ def check_backend(platform: str, chosen: str | None) -> None:
       machine's GPU may serve.
   """
   hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
-  if (
-    platform == "cpu"
-    and not chosen
-    and not hidden
-    and any(map(os.path.exists, GPU_FILES))
-    and any(map(_installed, CUDA))
-  ):
+  if platform == "cpu" and not chosen and not hidden and _expects_gpu():
     raise HostError(
       "this machine has a GPU, but JAX does not use it; the lines above say "
       "why: a driver that is too old for CUDA 13, say, needs jaxalign[cuda12]. "

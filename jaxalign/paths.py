@@ -66,7 +66,7 @@ def _is_silence(error: BaseException | None) -> bool:
   """Whether a store was not reached; each package has errors of its own."""
   while error is not None:
     kinds = " ".join(kind.__name__ for kind in type(error).__mro__)
-    if re.search("Connection|Connect|Timeout|Transport", kinds):
+    if re.search("Connect|Timeout|Transport", kinds):
       return True
     error = error.__cause__ or error.__context__
   return False

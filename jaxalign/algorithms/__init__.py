@@ -279,8 +279,8 @@ def run(
   cpu.make_room_for_collectives(alone=cluster is None)
   hosts.start(cluster)
   with hosts.together():
-    settings: Any = jax.config  # its options are set at run time
-    cli.check_backend(jax.default_backend(), settings.jax_platforms)
+    chosen = jax.config.values["jax_platforms"]
+    cli.check_backend(jax.default_backend(), chosen)
     cache.leave_cache_unless_shared()
     check_hosts(config, folder, extend=extend, fresh=fresh)
     with mirror.opened(folder) as local:

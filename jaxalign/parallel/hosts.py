@@ -43,7 +43,7 @@ Item = TypeVar("Item")
 
 START_SECONDS = 300  # until all processes are there
 STEP_SECONDS = 1800  # that a process may be behind the others
-TRANSFER_SECONDS = 6 * 3600  # the same while one down- or uploads a model
+TRANSFER_SECONDS = 6 * 3600  # for a model or a state to be copied or saved
 BEAT_SECONDS = 3.0  # between two signs of life
 SILENT_SECONDS = 30.0  # without one, after which a process counts as dead
 NARROWEST = 2**16  # bytes a process, in an exchange by the devices
@@ -63,7 +63,7 @@ class _Watch:
 
   names: list[str]  # of all processes, for messages
   stop: threading.Event = dataclasses.field(default_factory=threading.Event)
-  # When all processes last came to the same place.
+  # When this process last met the others, or began to wait for the lead.
   met: float = dataclasses.field(default_factory=time.monotonic)
   failing: bool = False  # this process is about to end, and says so itself
 
@@ -95,7 +95,8 @@ def start(cluster: Cluster | None) -> None:
   if count() == 1 or (_watch is not None and not _watch.stop.is_set()):
     return
   me = f"host {_me()} ({platform.node()})"
-  _watch = _Watch([row["name"] for row in _exchange_json({"name": me})])
+  rows = _exchange_json({"name": me}, "the start", STEP_SECONDS)
+  _watch = _Watch([row["name"] for row in rows])
   # The lead speaks for all; what goes wrong is on each host's stderr.
   if not is_lead():
     sys.stdout = open(os.devnull, "w")  # noqa: SIM115
@@ -336,14 +337,9 @@ def highest(value: int) -> int:
   """
   if count() == 1:
     return value
-  place, before = f"{_PREFIX}{next(_numbers)}/", _done[:]
-  # What is there before the barrier is what all of them see after it.
-  if value:
-    _put(f"{place}{_me()}", str(value).encode())
-  barrier("the end of a step", STEP_SECONDS)
-  found = _client().key_value_dir_get_bytes(place)
-  _forget(before)
-  return max((int(text) for _, text in found), default=0)
+  mine = str(value).encode() if value else None
+  found = _exchange(mine, "the end of a step", STEP_SECONDS)
+  return max(map(int, found), default=0)
 
 
 def gather(x: PyTree) -> PyTree:
@@ -359,7 +355,8 @@ def gather(x: PyTree) -> PyTree:
   x = jax.tree.map(lambda leaf: np.asarray(leaf, order="C"), x)
   rows = [x]
   if count() > 1:
-    rows = [_from_bytes(data, x) for data in _exchange(_to_bytes(x))]
+    found = _exchange(_to_bytes(x), "an exchange", STEP_SECONDS)
+    rows = [_from_bytes(data, x) for data in found]
   return jax.tree.map(lambda *leaves: np.stack(leaves), *rows)
 
 
@@ -592,13 +589,11 @@ def _get(key: str) -> bytes:
         raise
 
 
-def _exchange(
-  data: bytes, name: str = "an exchange", seconds: int = STEP_SECONDS
-) -> list[bytes]:
+def _exchange(data: bytes | None, name: str, seconds: int) -> list[bytes]:
   """Every process's bytes, in process order; for small values.
 
   Args:
-    data: of this process.
+    data: of this process; None = nothing, and the list lacks it.
     name: see `barrier`.
     seconds: the same.
 
@@ -607,8 +602,10 @@ def _exchange(
   """
   place = f"{_PREFIX}{next(_numbers)}/"
   before = _done[:]
-  _put(f"{place}{_me()}", data)
-  # One request for all of them: as many as there are processes would add up.
+  if data is not None:
+    _put(f"{place}{_me()}", data)
+  # What is there before the barrier is what all of them see after it. One
+  # request for all: as many as there are processes would add up.
   barrier(name, seconds)
   found = _client().key_value_dir_get_bytes(place)
   _forget(before)
@@ -617,14 +614,15 @@ def _exchange(
 
 def _exchange_by_devices(data: bytes) -> list[bytes]:
   """As `_exchange`, for large values."""
-  sizes = [int(size) for size in _exchange(str(len(data)).encode())]
+  mine = str(len(data)).encode()
+  sizes = [int(x) for x in _exchange(mine, "an exchange", STEP_SECONDS)]
   # Powers of two, as each width is a program of its own.
   width = max(1 << (max(sizes) - 1).bit_length(), NARROWEST)
   row = np.frombuffer(data.ljust(width, b"\0"), np.uint8)[None]
   split, whole = _by_hosts()
   with jax.transfer_guard("allow"):  # it is meant
-    mine = jax.make_array_from_process_local_data(split, row)
-  rows = jax.device_get(_gather_rows(mine, whole).addressable_data(0))
+    given = jax.make_array_from_process_local_data(split, row)
+  rows = jax.device_get(_gather_rows(given, whole).addressable_data(0))
   return [rows[i, :size].tobytes() for i, size in enumerate(sizes)]
 
 
@@ -654,8 +652,8 @@ def _forget(keys: Sequence[str]) -> None:
     _done.remove(key)
 
 
-def _exchange_json(value: object, *limit: Any) -> list[Any]:
-  rows = _exchange(json.dumps(value).encode(), *limit)
+def _exchange_json(value: object, name: str, seconds: int) -> list[Any]:
+  rows = _exchange(json.dumps(value).encode(), name, seconds)
   return [json.loads(row) for row in rows]
 
 

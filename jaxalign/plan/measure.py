@@ -31,10 +31,10 @@ from jaxalign.sampling.sampler import next_power_of_two
 from jaxalign.setup.auto import with_tpu_widths
 from jaxalign.setup.spec import RunSpec
 
+IDLE = 0.25  # wasted share of the sampling below which nothing is said
 # What stays in memory, in the order it is printed.
 PARAMETERS, OPTIMIZER = "parameters", "optimizer"
 REFERENCE, REWARDS = "reference", "reward models"
-IDLE = 0.25  # wasted share of the sampling below which nothing is said
 RESIDENT = (PARAMETERS, OPTIMIZER, REFERENCE, REWARDS)
 
 # Of a run's start: importing and opening everything, and what a host reads a

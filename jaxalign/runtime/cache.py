@@ -5,7 +5,6 @@ import logging
 import os
 import pathlib
 import secrets
-from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -14,6 +13,7 @@ from jaxalign import paths
 from jaxalign.parallel import hosts
 
 _log = logging.getLogger(__name__)
+_OPTION = "jax_compilation_cache_dir"
 _OFF = frozenset({"0", "off", "none"})
 
 
@@ -28,8 +28,7 @@ def enable_compilation_cache() -> pathlib.Path | None:
   Returns:
     The folder in use, or None if there is no cache.
   """
-  config: Any = jax.config  # its options are set at run time
-  chosen = config.jax_compilation_cache_dir
+  chosen = jax.config.values[_OPTION]
   if chosen:
     return pathlib.Path(chosen)
   folder = os.environ.get("JAXALIGN_CACHE", "")
@@ -42,10 +41,10 @@ def enable_compilation_cache() -> pathlib.Path | None:
   # A home that cannot be written to (a container's) is no reason to stop.
   if not os.access(place, os.W_OK):
     return None
-  config.update("jax_compilation_cache_dir", str(place))
+  jax.config.update(_OPTION, str(place))
   # The default leaves out what compiles in under a second; a start on CPU is
   # made of many such programs.
-  config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
   return place
 
 
@@ -57,8 +56,7 @@ def leave_cache_unless_shared() -> None:
   the compilers divide autotuning among the processes, so the others would wait
   for process 0.
   """
-  config: Any = jax.config
-  folder = config.jax_compilation_cache_dir
+  folder = jax.config.values[_OPTION]
   if hosts.count() == 1 or not folder or paths.is_remote(folder):
     return
   place = pathlib.Path(folder)
@@ -73,7 +71,7 @@ def leave_cache_unless_shared() -> None:
 
   found = place / f"shared-{hosts.from_lead(mark, 0)}"
   if hosts.agree(not os.path.exists(found)):
-    config.update("jax_compilation_cache_dir", None)
+    jax.config.update(_OPTION, None)
     compilation_cache.reset_cache()  # a program may have opened it
     _log.warning(
       "%s is not shared by all hosts, so each start compiles again; name a "

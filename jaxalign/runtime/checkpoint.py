@@ -31,9 +31,6 @@ from jaxalign.core.types import JsonObject, Params
 from jaxalign.parallel import hosts
 from jaxalign.runtime import arrays, files, manifest, mirror
 
-# The longest time for a save, e.g. of 7B parameters to a slow network drive.
-SAVE_SECONDS = 6 * 3600
-
 _log = logging.getLogger(__name__)
 
 State = TypeVar("State")  # a tree of arrays
@@ -129,7 +126,7 @@ class Checkpointer:
         preservation_policy=_Retention(keep, keep_best, self._scores),
         async_options=ocp.AsyncOptions(
           post_finalization_callback=self._seal,
-          timeout_secs=SAVE_SECONDS,
+          timeout_secs=hosts.TRANSFER_SECONDS,
           create_directories_asynchronously=False,
         ),
         cleanup_tmp_directories=True,

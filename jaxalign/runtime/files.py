@@ -53,8 +53,7 @@ class Growing:
       offset: bytes to keep; what follows them is cut off.
     """
     self.path = path.absolute()  # a user's function may change the folder
-    # Unbuffered: what was written survives `kill -9`.
-    self._file = open(path, "ab", buffering=0)  # noqa: SIM115
+    self._open()
     size = self._file.tell()
     if size < offset:
       _log.warning(
@@ -88,8 +87,12 @@ class Growing:
     os.fsync(self._file.fileno())
     # A mounted bucket uploads a file when it is closed.
     self._file.close()
-    self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
+    self._open()
     return self._file.tell()
+
+  def _open(self) -> None:
+    # Unbuffered: what was written survives `kill -9`.
+    self._file = open(self.path, "ab", buffering=0)  # noqa: SIM115
 
   def close(self) -> None:
     """Closes the file."""

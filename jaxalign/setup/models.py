@@ -109,13 +109,13 @@ class ModelSpec:
     """Reads the parameters onto the mesh, which takes the time."""
     # Files have the shapes of the stored model, whose heads may differ.
     stored = self.stored or self.model
+    where = meshes.shardings(stored.shapes, self.mesh)
     if self.pretrained is None:
       # Drawn where it belongs: no device may have room for the whole.
-      where = meshes.shardings(stored.shapes, self.mesh)
       init = jax.jit(stored.init, out_shardings=where)
       params = init(jax.random.key(self.seed))
     else:
-      params = self.pretrained.read(meshes.shardings(stored.shapes, self.mesh))
+      params = self.pretrained.read(where)
     return self._with_heads(params)
 
   def shapes(self) -> Params:

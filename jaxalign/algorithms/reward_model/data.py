@@ -284,7 +284,12 @@ def load_data(
     micro, buckets = config.micro_rows, config.length_buckets
     validation = [
       found.pack(
-        np.array(by_length[at : at + micro]), length, buckets, 1, micro, parts
+        np.array(by_length[at : at + micro]),
+        length,
+        buckets,
+        1,
+        fill=micro,
+        parts=parts,
       )
       for at in range(0, held, micro)
     ]

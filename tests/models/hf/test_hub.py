@@ -121,6 +121,18 @@ def test_a_model_on_an_object_store(bucket, make, tmp_path, shard_bytes):
   )
 
 
+@pytest.mark.parametrize(
+  ("name", "kind"), [("ClientConnectorError", HostError), ("Denied", UserError)]
+)
+def test_a_store_that_is_silent_is_no_mistake(name, kind, bucket, monkeypatch):
+  def exists(self):
+    raise RuntimeError("failed") from type(name, (Exception,), {})()
+
+  monkeypatch.setattr(type(bucket), "exists", exists)
+  with pytest.raises(kind, match="cannot be reached: failed"):
+    hub.resolve("gs://bucket/model")
+
+
 def test_an_object_store_that_cannot_be_used(bucket, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   with pytest.raises(UserError, match=r"gs://bucket/none does not exist"):
